@@ -1,0 +1,49 @@
+"""The `nsa` command: looks at the first word and imports what that command needs, no more."""
+
+import sys
+
+_TRAINER_COMMANDS = {
+    "fit": "train a model",
+    "validate": "measure a checkpoint on the validation split",
+    "test": "measure a checkpoint on the test split",
+    "predict": "score each validation document with a checkpoint",
+}
+
+_HELP = """usage: nsa COMMAND [options]
+
+Train long-context language models with Native Sparse Attention.
+
+commands:
+{commands}
+
+  nsa COMMAND --help           every setting of a command
+  nsa COMMAND --print_config   its settings as YAML, to start a config from
+  nsa --version                the installed version
+
+example:
+  nsa fit --config configs/quickstart.yaml --data.sources '[my_texts/]'
+"""
+
+
+def main() -> int:
+    """Run the command of `sys.argv`; returns the exit status."""
+    command = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if command in ("-h", "--help"):
+        print(_HELP.format(commands="\n".join(f"  {name:<12}{text}" for name, text in _TRAINER_COMMANDS.items())))
+        return 0
+    if command == "--version":
+        from importlib.metadata import version
+
+        print(f"nsa-lightning {version('nsa-lightning')}")
+        return 0
+    if command in _TRAINER_COMMANDS:
+        from nsa_cli.trainer_commands import run
+
+        return run()
+    names = ", ".join(_TRAINER_COMMANDS)
+    print(f"nsa: error: no command {command!r}; the commands are {names}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

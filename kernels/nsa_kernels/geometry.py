@@ -1,0 +1,84 @@
+"""The sizes that define Native Sparse Attention, checked once (arXiv:2502.11089, sec. 3.3)."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class NSAConfig:
+    """Block sizes, counts and window of one NSA layer.
+
+    Raises:
+        ValueError: a size is not positive, the stride does not divide a block size, or the forced blocks
+            outnumber the selected ones.
+    """
+
+    compress_block_size: int = 32
+    """Tokens that one compressed key/value summarises (l in the paper)."""
+
+    compress_stride: int = 16
+    """Tokens between the starts of neighbouring compression blocks (d); divides both block sizes."""
+
+    select_block_size: int = 64
+    """Tokens in one selectable block (l')."""
+
+    num_selected_blocks: int = 16
+    """Blocks that a query attends to in the selection branch (n), forced blocks included."""
+
+    num_init_blocks: int = 1
+    """Blocks at the start of the document that every query selects."""
+
+    num_local_blocks: int = 2
+    """Blocks that end with the query's own block and that every query selects; at least 1."""
+
+    window_size: int = 512
+    """Tokens in the sliding window, the query's own included (w)."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "compress_block_size",
+            "compress_stride",
+            "select_block_size",
+            "num_selected_blocks",
+            "num_local_blocks",
+            "window_size",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.num_init_blocks < 0:
+            raise ValueError(f"num_init_blocks must be at least 0, got {self.num_init_blocks}")
+        for name in ("compress_block_size", "select_block_size"):
+            if getattr(self, name) % self.compress_stride:
+                raise ValueError(
+                    f"compress_stride must divide {name}, got {self.compress_stride} and {getattr(self, name)}"
+                )
+        forced = self.num_init_blocks + self.num_local_blocks
+        if self.num_selected_blocks < forced:
+            raise ValueError(
+                "num_selected_blocks must be at least num_init_blocks + num_local_blocks, "
+                f"got {self.num_selected_blocks} and {self.num_init_blocks} + {self.num_local_blocks}"
+            )
+
+    @property
+    def selected_tokens(self) -> int:
+        """Tokens that the selection branch can reach at once (n · l'): up to there it equals full attention."""
+        return self.num_selected_blocks * self.select_block_size
+
+
+class CompressionWeights(NamedTuple):
+    """The learned part of a block summary, φ(x) = mean(x) + f(x + e); the mean kind has none."""
+
+    position_embedding: Tensor  # e, [H_kv, l, D]
+    in_weight: Tensor  # [H_kv, l * D, M]; M = D for the linear kind
+    in_bias: Tensor  # [H_kv, M]
+    out_weight: Tensor | None = None  # [H_kv, M, D]; None for the linear kind
+    out_bias: Tensor | None = None  # [H_kv, D]
+
+
+class NSAOutput(NamedTuple):
+    """What Native Sparse Attention returns."""
+
+    out: Tensor  # [T, H, D_v], the gated sum of the branches
+    block_indices: Tensor  # int32 [T, H_kv, n], ascending, then -1 in empty slots; relative to the document

@@ -1,0 +1,134 @@
+"""Native Sparse Attention: the stages in order, the gated sum, and the choice of backend (arXiv:2502.11089).
+
+o_t = g^cmp · o^cmp + g^slc · o^slc + g^win · o^win
+"""
+
+from typing import Literal, get_args
+
+from torch import Tensor
+
+from nsa_kernels import eager, reference
+from nsa_kernels.geometry import CompressionWeights, NSAConfig, NSAOutput
+from nsa_kernels.rotary import apply_rotary
+
+Backend = Literal["auto", "eager", "reference"]
+
+# T packed tokens, N documents, H query heads, H_kv KV heads, D_qk and D_v head dims, C rows of compressed blocks.
+
+
+def native_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: Tensor,
+    cu_seqlens: Tensor,
+    config: NSAConfig,
+    *,
+    sliding_k: Tensor | None = None,
+    sliding_v: Tensor | None = None,
+    compress_k: Tensor | None = None,
+    compress_v: Tensor | None = None,
+    k_weights: CompressionWeights | None = None,
+    v_weights: CompressionWeights | None = None,
+    compressed_rotary: tuple[Tensor, Tensor] | None = None,
+    block_indices: Tensor | None = None,
+    scale: float | None = None,
+    backend: Backend = "auto",
+) -> NSAOutput:
+    """Attend each query through the compressed, the selected and the sliding branch and sum them by their gates.
+
+    Documents are packed end to end and never see each other. Query head h reads KV head h // (H / H_kv).
+
+    Args:
+        q: queries with their position applied, [T, H, D_qk].
+        k: keys of the selected branch, [T, H_kv, D_qk].
+        v: values of the selected branch, [T, H_kv, D_v].
+        gates: branch weights in (0, 1), [T, H, 3]: compressed, selected, sliding.
+        cu_seqlens: document offsets, int32 [N + 1], from 0 to T.
+        config: block sizes, counts and window.
+        sliding_k: keys of the sliding branch, [T, H_kv, D_qk]; `k` if not given.
+        sliding_v: values of the sliding branch, [T, H_kv, D_v]; `v` if not given.
+        compress_k: keys that are summarised, [T, H_kv, D_qk]; `k` if not given.
+        compress_v: values that are summarised, [T, H_kv, D_v]; `v` if not given.
+        k_weights: the learned part of the key summaries; plain means if not given.
+        v_weights: the learned part of the value summaries; plain means if not given.
+        compressed_rotary: cosines and sines, each [C, R/2], that rotate the key summaries, for the positions of
+            `packing.compressed_block_centres`; no rotation if not given.
+        block_indices: int32 [T, H_kv, n], ascending then -1: attend to these blocks instead of ranking.
+        scale: multiplies the scores; D_qk ** -0.5 if not given.
+        backend: `auto` picks the fastest for the device.
+
+    Returns:
+        The output in q's dtype, [T, H, D_v], and the selected blocks.
+
+    Raises:
+        ValueError: shapes that disagree, or an unknown backend.
+
+    Source: arXiv:2502.11089, eq. 5-12.
+    """
+    if backend not in get_args(Backend):
+        raise ValueError(f"backend must be one of {', '.join(get_args(Backend))}, got {backend!r}")
+    sliding_k, sliding_v = (k if sliding_k is None else sliding_k), (v if sliding_v is None else sliding_v)
+    compress_k, compress_v = (k if compress_k is None else compress_k), (v if compress_v is None else compress_v)
+    _check_shapes(q, k, v, gates, sliding_k, sliding_v, compress_k, compress_v)
+    if backend == "reference":
+        return reference.native_sparse_attention(
+            q,
+            k,
+            v,
+            gates,
+            cu_seqlens,
+            config,
+            sliding_k=sliding_k,
+            sliding_v=sliding_v,
+            compress_k=compress_k,
+            compress_v=compress_v,
+            k_weights=k_weights,
+            v_weights=v_weights,
+            compressed_rotary=compressed_rotary,
+            block_indices=block_indices,
+            scale=scale,
+        )
+    stages = eager
+    summary_k = stages.compress(compress_k, cu_seqlens, config, k_weights)  # [C, H_kv, D_qk]
+    summary_v = stages.compress(compress_v, cu_seqlens, config, v_weights)  # [C, H_kv, D_v]
+    if compressed_rotary is not None:
+        summary_k = apply_rotary(summary_k, *compressed_rotary)
+    compressed_o, lse = stages.compressed_attention(q, summary_k, summary_v, cu_seqlens, config, scale)
+    if block_indices is None:
+        block_indices = stages.block_selection(q, summary_k, lse, cu_seqlens, config, scale)
+    selected_o, _ = stages.selected_attention(q, k, v, block_indices, cu_seqlens, config, scale)
+    sliding_o, _ = stages.sliding_attention(q, sliding_k, sliding_v, cu_seqlens, config.window_size, scale)
+    compressed_gate, selected_gate, sliding_gate = gates.to(q.dtype).unsqueeze(-1).unbind(2)  # 3 × [T, H, 1]
+    out = compressed_gate * compressed_o + selected_gate * selected_o + sliding_gate * sliding_o
+    return NSAOutput(out, block_indices)
+
+
+def _check_shapes(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: Tensor,
+    sliding_k: Tensor,
+    sliding_v: Tensor,
+    compress_k: Tensor,
+    compress_v: Tensor,
+) -> None:
+    if q.ndim != 3 or k.ndim != 3 or v.ndim != 3:
+        raise ValueError(f"q, k and v must be [T, heads, head_dim], got {q.shape}, {k.shape} and {v.shape}")
+    if q.shape[1] % k.shape[1]:
+        raise ValueError(f"the query heads must be a multiple of the KV heads, got {q.shape[1]} and {k.shape[1]}")
+    if k.shape[0] != q.shape[0] or k.shape[2] != q.shape[2]:
+        raise ValueError(f"k must be [T, H_kv, D_qk] with q's T and D_qk, got {k.shape} for q {q.shape}")
+    if v.shape[:2] != k.shape[:2]:
+        raise ValueError(f"v must be [T, H_kv, D_v] with k's T and H_kv, got {v.shape} for k {k.shape}")
+    if gates.shape != (*q.shape[:2], 3):
+        raise ValueError(f"gates must be [T, H, 3] with q's T and H, got {gates.shape} for q {q.shape}")
+    for name, x, like in (
+        ("sliding_k", sliding_k, k),
+        ("sliding_v", sliding_v, v),
+        ("compress_k", compress_k, k),
+        ("compress_v", compress_v, v),
+    ):
+        if x.shape != like.shape:
+            raise ValueError(f"{name} must have the shape of {name[-1]}, got {x.shape} and {like.shape}")

@@ -1,0 +1,215 @@
+"""The attention layers of the decoder: `nsa`, `full` and `sliding`, one choice a layer."""
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from nsa_kernels import CompressionWeights, NSAConfig, NSAOutput, native_sparse_attention
+from nsa_kernels.rotary import apply_rotary
+from torch import Tensor, nn
+
+from nsa_lightning.model.fused_attention import packed_causal_attention
+from nsa_lightning.model.statistics import BranchStatistics, branch_statistics
+
+AttentionKind = Literal["nsa", "full", "sliding"]
+Rotary = tuple[Tensor, Tensor]
+
+# T packed tokens, H query heads, H_kv KV heads, D_qk and D_v head dims, C rows of compressed blocks, l tokens in one.
+
+
+@dataclass(frozen=True, kw_only=True)
+class NSALayerConfig(NSAConfig):
+    """Geometry and learned parts of the NSA layers (arXiv:2502.11089).
+
+    Raises:
+        ValueError: as NSAConfig, or a hidden size is not positive.
+    """
+
+    compression: Literal["mean", "linear", "mlp"] = "mlp"
+    """Block summary: the mean alone, or the mean plus a learned map that starts at zero."""
+
+    compression_hidden_size: int | None = None
+    """Hidden units of the `mlp` summary; the head dimension if not given."""
+
+    compress_rope: Literal["after", "before", "none"] = "after"
+    """Rotate the key summary at its block's centre, rotate the keys before they are summarised, or neither."""
+
+    kv_sharing: Literal["separate", "shared"] = "separate"
+    """Own key and value projections for every branch (the paper), or one pair for all."""
+
+    gate_hidden_size: int | None = None
+    """Hidden units of the gate MLP; a single linear map if not given."""
+
+    backend: Literal["auto", "eager", "reference"] = "auto"
+    """Implementation of the attention operator; `auto` picks the fastest for the device."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("compression_hidden_size", "gate_hidden_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+class PackedContext(NamedTuple):
+    """What every layer needs to know of the packed batch."""
+
+    cu_seqlens: Tensor  # int32 [N + 1]
+    max_seqlen: int
+    rotary: Rotary  # cosines and sines of the token positions, [T, R/2] each
+    compressed_rotary: Rotary | None  # the same at the centres of compression blocks, [C, R/2] each
+
+
+class LayerShape(NamedTuple):
+    """Sizes of one attention layer."""
+
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    value_head_dim: int
+    qkv_bias: bool
+    qk_norm: bool
+    norm_eps: float
+
+
+class KeyValue(nn.Module):
+    """Keys and values of one branch: x [T, hidden_size] -> k [T, H_kv, D_qk], v [T, H_kv, D_v]."""
+
+    def __init__(self, shape: LayerShape) -> None:
+        super().__init__()
+        self.num_kv_heads = shape.num_kv_heads
+        self.k_proj = nn.Linear(shape.hidden_size, shape.num_kv_heads * shape.head_dim, bias=shape.qkv_bias)
+        self.v_proj = nn.Linear(shape.hidden_size, shape.num_kv_heads * shape.value_head_dim, bias=shape.qkv_bias)
+        self.k_norm = nn.RMSNorm(shape.head_dim, eps=shape.norm_eps) if shape.qk_norm else nn.Identity()
+
+    def key_value(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys before their rotation, and values."""
+        k = self.k_norm(self.k_proj(x).unflatten(-1, (self.num_kv_heads, -1)))
+        return k, self.v_proj(x).unflatten(-1, (self.num_kv_heads, -1))
+
+
+class DenseAttention(KeyValue):
+    """Grouped-query causal attention to the whole document (`full`) or its last tokens (`sliding`)."""
+
+    def __init__(self, shape: LayerShape, window_size: int | None = None) -> None:
+        super().__init__(shape)
+        self.num_heads, self.window_size = shape.num_heads, window_size
+        self.q_proj = nn.Linear(shape.hidden_size, shape.num_heads * shape.head_dim, bias=shape.qkv_bias)
+        self.q_norm = nn.RMSNorm(shape.head_dim, eps=shape.norm_eps) if shape.qk_norm else nn.Identity()
+        self.o_proj = nn.Linear(shape.num_heads * shape.value_head_dim, shape.hidden_size, bias=False)
+
+    def rotated_query(self, x: Tensor, rotary: Rotary) -> Tensor:
+        """Queries with their position applied, [T, H, D_qk]."""
+        return apply_rotary(self.q_norm(self.q_proj(x).unflatten(-1, (self.num_heads, -1))), *rotary)
+
+    def forward(self, x: Tensor, context: PackedContext, watch: bool = False) -> tuple[Tensor, BranchStatistics | None]:
+        """[T, hidden_size] -> [T, hidden_size]; a dense layer has no branches to watch."""
+        k, v = self.key_value(x)
+        out = packed_causal_attention(
+            self.rotated_query(x, context.rotary),
+            apply_rotary(k, *context.rotary),
+            v,
+            context.cu_seqlens,
+            context.max_seqlen,
+            self.window_size,
+        )
+        return self.o_proj(out.flatten(1)), None
+
+
+class BlockSummary(nn.Module):
+    """The learned part of φ(x) = mean(x) + f(x + e), one per KV head; it starts at zero."""
+
+    def __init__(self, num_kv_heads: int, head_dim: int, config: NSALayerConfig) -> None:
+        super().__init__()
+        block_size = config.compress_block_size
+        mlp = config.compression == "mlp"
+        hidden = (config.compression_hidden_size or head_dim) if mlp else head_dim
+        self.position_embedding = nn.Parameter(torch.zeros(num_kv_heads, block_size, head_dim))
+        self.in_weight = nn.Parameter(torch.zeros(num_kv_heads, block_size * head_dim, hidden))
+        self.in_bias = nn.Parameter(torch.zeros(num_kv_heads, hidden))
+        self.out_weight = nn.Parameter(torch.zeros(num_kv_heads, hidden, head_dim)) if mlp else None
+        self.out_bias = nn.Parameter(torch.zeros(num_kv_heads, head_dim)) if mlp else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Zero e and the last layer of f, so that the summary starts as the mean."""
+        for parameter in self.parameters():
+            nn.init.zeros_(parameter)
+        if self.out_weight is not None:
+            nn.init.normal_(self.in_weight, std=self.in_weight.shape[1] ** -0.5)
+
+    @property
+    def multiplied_weights(self) -> int:
+        """Weights that one block of tokens is multiplied with."""
+        return self.in_weight.numel() + (self.out_weight.numel() if self.out_weight is not None else 0)
+
+    def weights(self) -> CompressionWeights:
+        """The parameters as the operator takes them."""
+        return CompressionWeights(self.position_embedding, self.in_weight, self.in_bias, self.out_weight, self.out_bias)
+
+
+class NSAttention(DenseAttention):
+    """Native Sparse Attention: compressed, selected and sliding branch, summed by learned gates.
+
+    The inherited `k_proj` and `v_proj` serve the selected branch, and with `kv_sharing: shared` all of them.
+    """
+
+    def __init__(self, shape: LayerShape, config: NSALayerConfig) -> None:
+        super().__init__(shape)
+        self.config = config
+        separate = config.kv_sharing == "separate"
+        self.compressed = KeyValue(shape) if separate else None
+        self.sliding = KeyValue(shape) if separate else None
+        learned = config.compression != "mean"
+        self.k_summary = BlockSummary(shape.num_kv_heads, shape.head_dim, config) if learned else None
+        self.v_summary = BlockSummary(shape.num_kv_heads, shape.value_head_dim, config) if learned else None
+        gate_inputs = config.gate_hidden_size or shape.hidden_size
+        self.branch_gate = nn.Linear(gate_inputs, 3 * shape.num_heads)
+        self.branch_gate_hidden = (
+            nn.Sequential(nn.Linear(shape.hidden_size, gate_inputs), nn.SiLU())
+            if config.gate_hidden_size
+            else nn.Identity()
+        )
+
+    def gates(self, x: Tensor) -> Tensor:
+        """Weight of each branch, [T, H, 3] in (0, 1): compressed, selected, sliding."""
+        return self.branch_gate(self.branch_gate_hidden(x)).unflatten(-1, (self.num_heads, 3)).sigmoid()
+
+    def forward(self, x: Tensor, context: PackedContext, watch: bool = False) -> tuple[Tensor, BranchStatistics | None]:
+        """[T, hidden_size] -> [T, hidden_size], and what the gates and the selection did if `watch`."""
+        gates = self.gates(x)
+        result = self.attend(x, gates, context)
+        statistics = branch_statistics(gates, result.block_indices, context.cu_seqlens, self.config) if watch else None
+        return self.o_proj(result.out.flatten(1)), statistics
+
+    def attend(self, x: Tensor, gates: Tensor, context: PackedContext) -> NSAOutput:
+        """The gated sum of the branches before the output projection, [T, H, D_v], and the selected blocks."""
+        k, v = self.key_value(x)
+        compress_k, compress_v = self.compressed.key_value(x) if self.compressed is not None else (k, v)
+        sliding_k, sliding_v = self.sliding.key_value(x) if self.sliding is not None else (k, v)
+        if self.config.compress_rope == "before":
+            compress_k = apply_rotary(compress_k, *context.rotary)
+        return native_sparse_attention(
+            self.rotated_query(x, context.rotary),
+            apply_rotary(k, *context.rotary),
+            v,
+            gates,
+            context.cu_seqlens,
+            self.config,
+            sliding_k=apply_rotary(sliding_k, *context.rotary),
+            sliding_v=sliding_v,
+            compress_k=compress_k,
+            compress_v=compress_v,
+            k_weights=self.k_summary.weights() if self.k_summary is not None else None,
+            v_weights=self.v_summary.weights() if self.v_summary is not None else None,
+            compressed_rotary=context.compressed_rotary if self.config.compress_rope == "after" else None,
+            backend=self.config.backend,
+        )
+
+
+def build_attention(kind: AttentionKind, shape: LayerShape, nsa: NSALayerConfig, sliding_window: int) -> DenseAttention:
+    """The attention layer of that name."""
+    if kind == "nsa":
+        return NSAttention(shape, nsa)
+    return DenseAttention(shape, window_size=sliding_window if kind == "sliding" else None)

@@ -1,0 +1,112 @@
+"""Rotary position embedding and its scalings for longer contexts (arXiv:2104.09864, 2306.15595, 2309.00071)."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+# T packed tokens, R rotated dimensions of a head.
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeConfig:
+    """Frequencies of the rotary embedding and how they are scaled beyond the length they were trained at.
+
+    Raises:
+        ValueError: a value is out of range, or a scaling lacks its factor or original length.
+    """
+
+    theta: float = 10000.0
+    """Base of the frequencies."""
+
+    scaling: Literal["none", "linear", "llama3", "yarn"] = "none"
+    """`linear` divides every frequency by the factor, `llama3` and `yarn` only the slow ones."""
+
+    factor: float = 1.0
+    """How many times longer the context becomes."""
+
+    original_max_seq_len: int | None = None
+    """Context length before scaling, tokens; needed by `llama3` and `yarn`."""
+
+    low_freq_factor: float = 1.0
+    """llama3: wavelengths above original_max_seq_len / low_freq_factor are scaled by the whole factor."""
+
+    high_freq_factor: float = 4.0
+    """llama3: wavelengths below original_max_seq_len / high_freq_factor stay as they are."""
+
+    beta_fast: float = 32.0
+    """yarn: dimensions that turn more often than this over the original length stay as they are."""
+
+    beta_slow: float = 1.0
+    """yarn: dimensions that turn less often than this are scaled by the whole factor."""
+
+    attention_factor: float | None = None
+    """yarn: multiplies cosines and sines; 0.1 ln(factor) + 1 if not given."""
+
+    def __post_init__(self) -> None:
+        if self.theta <= 1:
+            raise ValueError(f"rope.theta must be above 1, got {self.theta}")
+        if self.factor < 1:
+            raise ValueError(f"rope.factor must be at least 1, got {self.factor}")
+        if self.scaling in ("llama3", "yarn") and not self.original_max_seq_len:
+            raise ValueError(
+                "rope.original_max_seq_len must be set with "
+                f"rope.scaling={self.scaling}, got {self.original_max_seq_len}"
+            )
+        if self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError(
+                "rope.high_freq_factor must be above rope.low_freq_factor, "
+                f"got {self.high_freq_factor} and {self.low_freq_factor}"
+            )
+        if self.beta_fast <= self.beta_slow:
+            raise ValueError(f"rope.beta_fast must be above rope.beta_slow, got {self.beta_fast} and {self.beta_slow}")
+
+
+def rotary_frequencies(config: RopeConfig, rotary_dim: int) -> Tensor:
+    """Radians a token for each pair of dimensions, float32 [R/2], fastest first."""
+    exponent = torch.arange(0, rotary_dim, 2, dtype=torch.float32) / rotary_dim
+    frequencies = 1.0 / config.theta**exponent
+    if config.scaling == "none":
+        return frequencies
+    scaled = frequencies / config.factor
+    if config.scaling == "linear":
+        return scaled
+    assert config.original_max_seq_len is not None
+    if config.scaling == "llama3":
+        turns = config.original_max_seq_len * frequencies / (2 * math.pi)  # over the original length
+        keep = (turns - config.low_freq_factor) / (config.high_freq_factor - config.low_freq_factor)
+    else:  # yarn: a ramp over dimensions, from the one that turns beta_fast times to the one that turns beta_slow times
+        fast, slow = (
+            rotary_dim * math.log(config.original_max_seq_len / (beta * 2 * math.pi)) / (2 * math.log(config.theta))
+            for beta in (config.beta_fast, config.beta_slow)
+        )
+        low, high = max(math.floor(fast), 0), min(math.ceil(slow), rotary_dim - 1)
+        keep = 1 - (torch.arange(rotary_dim // 2, dtype=torch.float32) - low) / max(high - low, 0.001)
+    keep = keep.clamp(0, 1)
+    return scaled * (1 - keep) + frequencies * keep
+
+
+class RotaryEmbedding(nn.Module):
+    """Cosines and sines of token positions, computed in float32 on demand: no table bounds the context length."""
+
+    frequencies: Tensor
+
+    def __init__(self, config: RopeConfig, rotary_dim: int) -> None:
+        super().__init__()
+        self.config, self.rotary_dim = config, rotary_dim
+        self.register_buffer("frequencies", rotary_frequencies(config, rotary_dim), persistent=False)
+        self.factor = 1.0
+        if config.scaling == "yarn":
+            default = 0.1 * math.log(config.factor) + 1.0
+            self.factor = default if config.attention_factor is None else config.attention_factor
+
+    def reset_parameters(self) -> None:
+        """Compute the frequencies again, after the module was created on the meta device."""
+        self.frequencies = rotary_frequencies(self.config, self.rotary_dim).to(self.frequencies.device)
+
+    def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines, float32 [T, R/2] each, of int64 positions [T]."""
+        angles = positions[:, None].float() * self.frequencies.float()
+        return angles.cos() * self.factor, angles.sin() * self.factor

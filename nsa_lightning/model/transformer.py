@@ -1,0 +1,216 @@
+"""The decoder: pre-norm blocks of attention and SwiGLU, as Llama 2/3, Mistral, Qwen2 and Qwen3 have them."""
+
+import math
+from dataclasses import dataclass, field
+from typing import NamedTuple, cast
+
+from nsa_kernels.packing import compressed_block_centres
+from torch import Tensor, nn
+
+from nsa_lightning.model.attention import (
+    AttentionKind,
+    LayerShape,
+    NSALayerConfig,
+    PackedContext,
+    build_attention,
+)
+from nsa_lightning.model.feed_forward import FeedForward
+from nsa_lightning.model.rope import RopeConfig, RotaryEmbedding
+from nsa_lightning.model.statistics import BranchStatistics
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerConfig:
+    """Sizes and choices of the decoder.
+
+    Raises:
+        ValueError: sizes that do not fit each other.
+    """
+
+    vocab_size: int = 4096
+    """Rows of the embedding; at least the tokenizer's vocabulary."""
+
+    hidden_size: int = 768
+    """Width of the residual stream."""
+
+    num_layers: int = 12
+    """Decoder blocks."""
+
+    num_heads: int = 12
+    """Query heads; a multiple of num_kv_heads."""
+
+    num_kv_heads: int = 4
+    """Key/value heads (GQA)."""
+
+    head_dim: int | None = None
+    """Dimensions of a query and key head; hidden_size / num_heads if not given."""
+
+    value_head_dim: int | None = None
+    """Dimensions of a value head; head_dim if not given."""
+
+    intermediate_size: int = 2048
+    """Hidden units of the feed-forward layer."""
+
+    attention: list[AttentionKind] = field(default_factory=lambda: cast("list[AttentionKind]", ["nsa"]))
+    """Attention by layer: `nsa`, `full` or `sliding`; a shorter list repeats over the layers."""
+
+    sliding_window: int = 4096
+    """Tokens that a `sliding` layer sees, the query's own included."""
+
+    nsa: NSALayerConfig = field(default_factory=NSALayerConfig)
+    """The `nsa` layers."""
+
+    rope: RopeConfig = field(default_factory=RopeConfig)
+    """Rotary position embedding."""
+
+    max_seq_len: int | None = None
+    """Longest training sequence, tokens; `nsa fit` takes it from data.seq_len."""
+
+    norm_eps: float = 1e-5
+    """Added to the mean square in RMSNorm."""
+
+    qk_norm: bool = False
+    """RMSNorm on every query and key head (Qwen3)."""
+
+    qkv_bias: bool = False
+    """Bias in the query, key and value projections (Qwen2)."""
+
+    tie_embeddings: bool = True
+    """Use the input embedding as output embedding."""
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "intermediate_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads must be a multiple of num_kv_heads, got {self.num_heads} and {self.num_kv_heads}"
+            )
+        if self.head_dim is None and self.hidden_size % self.num_heads:
+            raise ValueError(
+                "hidden_size must be a multiple of num_heads where head_dim is not set, "
+                f"got {self.hidden_size} and {self.num_heads}"
+            )
+        if self.query_head_dim % 2:
+            raise ValueError(f"head_dim must be even for rotary embedding, got {self.query_head_dim}")
+        if not self.attention or self.num_layers % len(self.attention):
+            raise ValueError(
+                "attention must have a length that divides num_layers, "
+                f"got {len(self.attention)} names for {self.num_layers} layers"
+            )
+        if self.sliding_window < 1:
+            raise ValueError(f"sliding_window must be at least 1, got {self.sliding_window}")
+        shortest = self.nsa.compress_block_size if "nsa" in self.attention else 1
+        if self.max_seq_len is not None and self.max_seq_len < shortest:
+            raise ValueError(
+                "max_seq_len (data.seq_len) must be at least nsa.compress_block_size, "
+                f"got {self.max_seq_len} and {shortest}"
+            )
+
+    @property
+    def query_head_dim(self) -> int:
+        """Dimensions of a query and key head (D_qk)."""
+        return self.hidden_size // self.num_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def layer_shape(self) -> LayerShape:
+        """Sizes of every attention layer."""
+        return LayerShape(
+            hidden_size=self.hidden_size,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.query_head_dim,
+            value_head_dim=self.query_head_dim if self.value_head_dim is None else self.value_head_dim,
+            qkv_bias=self.qkv_bias,
+            qk_norm=self.qk_norm,
+            norm_eps=self.norm_eps,
+        )
+
+    @property
+    def layer_attention(self) -> list[AttentionKind]:
+        """The attention of each layer, num_layers names."""
+        return self.attention * (self.num_layers // len(self.attention))
+
+
+class Block(nn.Module):
+    """One decoder layer: x + attention(norm(x)), then x + feed_forward(norm(x))."""
+
+    def __init__(self, config: TransformerConfig, attention: AttentionKind) -> None:
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.self_attn = build_attention(attention, config.layer_shape, config.nsa, config.sliding_window)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.mlp = FeedForward(config.hidden_size, config.intermediate_size)
+
+    def forward(self, x: Tensor, context: PackedContext, watch: bool) -> tuple[Tensor, BranchStatistics | None]:
+        """[T, hidden_size] -> [T, hidden_size], and the statistics of an NSA layer if `watch`."""
+        attended, statistics = self.self_attn(self.input_layernorm(x), context, watch)
+        x = x + attended
+        return x + self.mlp(self.post_attention_layernorm(x)), statistics
+
+
+class TransformerOutput(NamedTuple):
+    """Final hidden states; the logits are `hidden @ output_embedding.T`."""
+
+    hidden: Tensor  # [T, hidden_size]
+    statistics: dict[int, BranchStatistics]  # by layer, NSA layers only; empty unless watched
+
+
+class Transformer(nn.Module):
+    """The decoder without its loss. Parameters carry the names of Hugging Face checkpoints."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, kind) for kind in config.layer_attention)
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.rotary = RotaryEmbedding(config.rope, config.query_head_dim)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Normal weights of deviation 1 / sqrt(inputs), those that write to the residual stream smaller.
+
+        Their deviation is divided by sqrt(2 · layers); embeddings have 0.02.
+        """
+        residual = 1 / math.sqrt(2 * self.config.num_layers)
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Embedding) or name == "lm_head":
+                nn.init.normal_(module.weight, std=0.02)
+            elif isinstance(module, nn.Linear):
+                scale = residual if name.endswith(("o_proj", "down_proj")) else 1.0
+                nn.init.normal_(module.weight, std=scale * module.in_features**-0.5)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    @property
+    def output_embedding(self) -> Tensor:
+        """Weight of the output layer, [vocab_size, hidden_size]."""
+        return self.lm_head.weight
+
+    def forward(
+        self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor, max_seqlen: int, watch: bool = False
+    ) -> TransformerOutput:
+        """Final hidden states of packed documents.
+
+        Args:
+            tokens: int64 [T].
+            positions: position of each token in its document, int64 [T].
+            cu_seqlens: document offsets, int32 [N + 1].
+            max_seqlen: an upper bound on the longest document.
+            watch: gather what gates and selection do.
+        """
+        compressed_rotary = None
+        if "nsa" in self.config.attention and self.config.nsa.compress_rope == "after":
+            compressed_rotary = self.rotary(compressed_block_centres(cu_seqlens, len(tokens), self.config.nsa))
+        context = PackedContext(cu_seqlens, max_seqlen, self.rotary(positions), compressed_rotary)
+        x = self.embed_tokens(tokens)  # [T, hidden_size]
+        statistics = {}
+        for index, layer in enumerate(self.layers):
+            x, layer_statistics = layer(x, context, watch)
+            if layer_statistics is not None:
+                statistics[index] = layer_statistics
+        return TransformerOutput(self.norm(x), statistics)

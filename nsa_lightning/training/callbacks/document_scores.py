@@ -1,0 +1,72 @@
+"""`nsa predict`: how well the model predicts each document of the validation split."""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from nsa_kernels.packing import document_index
+from torch import Tensor
+
+from nsa_lightning.data.batch import IGNORE_INDEX, PackedBatch
+from nsa_lightning.data.datamodule import PackedTextDataModule
+
+
+class DocumentScores(Callback):
+    """Write one JSON line a document piece: its beginning, tokens, bytes, loss in nats and bits per byte.
+
+    The lines stand in the order of the batches, in one file a rank, which appears when it is complete.
+
+    Args:
+        path: file to write; `document_scores.jsonl` in the log directory if not given.
+        preview_characters: characters of the document's beginning in each line.
+    """
+
+    def __init__(self, path: str | None = None, preview_characters: int = 60) -> None:
+        self.path, self.preview_characters = path, preview_characters
+        self._lines: list[str] = []
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Tensor,
+        batch: PackedBatch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Add up the loss of each document of the batch."""
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        assert isinstance(data, PackedTextDataModule)
+        byte_lengths = torch.as_tensor(data.tokenizer.byte_lengths, device=batch.targets.device)
+        scored = batch.targets != IGNORE_INDEX
+        document = document_index(batch.cu_seqlens, len(batch.tokens))
+        sums = torch.zeros(len(batch.cu_seqlens) - 1, 3, dtype=torch.float64, device=document.device)
+        token_bytes = byte_lengths[batch.targets.where(scored, 0)].where(scored, 0)
+        sums.index_add_(0, document, torch.stack([scored, token_bytes, outputs], dim=1).double())
+        for (tokens, num_bytes, nats), start in zip(sums.tolist(), batch.cu_seqlens.tolist(), strict=False):
+            if tokens:
+                beginning = batch.tokens[start : start + self.preview_characters].tolist()
+                line = {
+                    "beginning": data.tokenizer.decode(beginning)[: self.preview_characters],
+                    "tokens": int(tokens),
+                    "bytes": int(num_bytes),
+                    "nats": nats,
+                    "bits_per_byte": nats / math.log(2) / num_bytes if num_bytes else None,
+                }
+                self._lines.append(json.dumps(line, ensure_ascii=False))
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the file and say where it is."""
+        path = Path(self.path or Path(trainer.log_dir or trainer.default_root_dir, "document_scores.jsonl"))
+        if trainer.world_size > 1:
+            path = path.with_name(f"{path.stem}.rank{trainer.global_rank}{path.suffix}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text("\n".join([*self._lines, ""]), encoding="utf-8")
+        os.replace(temporary, path)  # noqa: PTH105 (says what it does)
+        print(f"{len(self._lines)} documents scored: {path}")
+        self._lines = []

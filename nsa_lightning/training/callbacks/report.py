@@ -1,0 +1,61 @@
+"""The last words of a fit: how good the model is, where it is, how to look at it and how to go on."""
+
+import shlex
+from pathlib import Path
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+from nsa_lightning.data.datamodule import PackedTextDataModule
+
+
+class FitReport(Callback):
+    """Print the validation result beside a unigram model's, the best checkpoint and two commands to copy."""
+
+    @rank_zero_only
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Print after the last checkpoint is written, and only if training got somewhere."""
+        if stage != "fit" or trainer.interrupted or trainer.global_step == 0:
+            return
+        print("\n" + "\n".join(f"{name:<18}{text}" for name, text in self._lines(trainer)), flush=True)
+
+    def _lines(self, trainer: Trainer) -> list[tuple[str, str]]:
+        lines = []
+        metrics = trainer.callback_metrics
+        if "val/bits_per_byte" in metrics:
+            lines.append(
+                (
+                    "validation",
+                    f"{float(metrics['val/bits_per_byte']):.3f} bits per byte "
+                    f"(loss {float(metrics['val/loss']):.3f} nats a token, "
+                    f"perplexity {float(metrics['val/perplexity']):.1f})",
+                )
+            )
+            data = getattr(trainer, "datamodule", None)
+            if isinstance(data, PackedTextDataModule):
+                lines.append(("unigram model", f"{data.unigram_bits_per_byte:.3f} bits per byte on the same text"))
+        checkpoint = trainer.checkpoint_callback
+        if isinstance(checkpoint, ModelCheckpoint) and checkpoint.best_model_path:
+            lines.append(("best checkpoint", _relative(checkpoint.best_model_path)))
+        if trainer.log_dir and any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers):
+            lines.append(("look at it", f"tensorboard --logdir {_relative(trainer.log_dir)}"))
+        if isinstance(checkpoint, ModelCheckpoint) and checkpoint.last_model_path and trainer.log_dir:
+            config = Path(trainer.log_dir, "config.yaml")
+            if config.exists():
+                lines.append(
+                    (
+                        "train on",
+                        f"nsa fit --config {_relative(config)} --ckpt_path {_relative(checkpoint.last_model_path)} "
+                        f"--trainer.max_steps {2 * trainer.global_step}",
+                    )
+                )
+        return lines
+
+
+def _relative(path: str | Path) -> str:
+    """The path as one would type it from here."""
+    path = Path(path)
+    here = Path.cwd()
+    return shlex.quote(str(path.relative_to(here) if path.is_relative_to(here) else path))

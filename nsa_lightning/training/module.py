@@ -1,0 +1,154 @@
+"""The LightningModule: it wires the decoder, its loss, optimizer and metrics together, and nothing more."""
+
+import dataclasses
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from nsa_lightning.data.batch import IGNORE_INDEX, PackedBatch
+from nsa_lightning.model.flops import training_flops
+from nsa_lightning.model.loss import summed_cross_entropy, token_cross_entropy
+from nsa_lightning.model.statistics import BranchStatistics
+from nsa_lightning.model.transformer import Transformer, TransformerConfig, TransformerOutput
+from nsa_lightning.training.metrics import LanguageModelingMetrics
+from nsa_lightning.training.optimizer import ADAMW_DEFAULTS, Schedule, WarmupCosine, parameter_groups
+
+
+class LanguageModel(LightningModule):
+    """A decoder trained on next-token prediction over packed documents.
+
+    Args:
+        transformer: sizes and choices of the decoder.
+        optimizer: any torch optimizer; weight decay goes to matrices only.
+        schedule: learning rate over the run, WarmupCosine or WarmupStableDecay; needs trainer.max_steps.
+        compile: compile every decoder block with torch.compile.
+    """
+
+    def __init__(
+        self,
+        transformer: TransformerConfig = TransformerConfig(),  # noqa: B008 (frozen)
+        optimizer: OptimizerCallable = lambda params: AdamW(params, **ADAMW_DEFAULTS),
+        schedule: Schedule = WarmupCosine(),  # noqa: B008 (not changed after its creation)
+        compile: bool = False,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters({"transformer": dataclasses.asdict(transformer)})
+        self.transformer_config = transformer
+        self.optimizer_callable = optimizer
+        self.schedule = schedule
+        self.compile_blocks = compile
+        self.model: Transformer | None = None
+        self.metrics = LanguageModelingMetrics()
+        self.watch_attention = False
+        self.attention_statistics: dict[int, BranchStatistics] = {}
+        self._cu_seqlens: Tensor | None = None
+
+    def configure_model(self) -> None:
+        """Build the decoder, once."""
+        if self.model is None:
+            self.model = Transformer(self.transformer_config)
+            if self.compile_blocks:
+                for block in self.model.layers:
+                    block.compile()
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """The optimizer over two parameter groups, and the schedule stepped after every optimizer step."""
+        optimizer = self.optimizer_callable(parameter_groups(self))
+        total_steps = self.trainer.max_steps
+        if total_steps < 1:
+            raise ValueError(f"trainer.max_steps must be set for the learning-rate schedule, got {total_steps}")
+        scheduler = LambdaLR(optimizer, lambda step: self.schedule.factor(step, total_steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def forward(self, batch: PackedBatch, watch: bool = False) -> TransformerOutput:
+        """Final hidden states of a packed batch."""
+        assert self.model is not None
+        return self.model(batch.tokens, batch.positions, batch.cu_seqlens, batch.max_seqlen, watch)
+
+    def summed_loss(self, batch: PackedBatch, watch: bool = False) -> tuple[Tensor, Tensor, TransformerOutput]:
+        """Summed loss in nats, number of scored tokens, and the decoder's output."""
+        assert self.model is not None
+        output = self(batch, watch)
+        nats = summed_cross_entropy(output.hidden, self.model.output_embedding, batch.targets, IGNORE_INDEX)
+        return nats, (batch.targets != IGNORE_INDEX).sum(), output
+
+    def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
+        """Mean loss over the scored tokens of the batch."""
+        nats, tokens, output = self.summed_loss(batch, self.watch_attention)
+        loss = nats / tokens.clamp(min=1)
+        self.log("train/loss", loss, prog_bar=True)
+        self.attention_statistics = output.statistics
+        self._cu_seqlens = batch.cu_seqlens
+        return loss
+
+    def validation_step(self, batch: PackedBatch, batch_idx: int) -> None:
+        """Add the batch to the metrics."""
+        nats, tokens, _ = self.summed_loss(batch)
+        self.metrics.update(nats, tokens, batch.target_bytes)
+
+    test_step = validation_step
+
+    def on_validation_epoch_end(self) -> None:
+        """Log val/loss, val/perplexity and val/bits_per_byte."""
+        self._log_metrics("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log test/loss, test/perplexity and test/bits_per_byte."""
+        self._log_metrics("test")
+
+    def _log_metrics(self, stage: str) -> None:
+        values = {f"{stage}/{name}": value for name, value in self.metrics.compute().items()}
+        self.log_dict(values, prog_bar=True)
+        self.metrics.reset()
+
+    def predict_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
+        """Loss of every token in nats, float32 [T]; 0 where the target is not scored."""
+        assert self.model is not None
+        hidden = self(batch).hidden
+        return token_cross_entropy(hidden, self.model.output_embedding, batch.targets, IGNORE_INDEX)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip as the trainer is told to, and log the norm before it."""
+        parameters = [p for p in self.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        self.log("train/grad_norm", norm)
+        if gradient_clip_algorithm == "value":
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif gradient_clip_val:
+            torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another model, naming what differs."""
+        own, loaded = self.state_dict(), checkpoint["state_dict"]
+        differing = [
+            f"{name} is {_shape(loaded, name)} in the checkpoint and {_shape(own, name)} in the model"
+            for name in sorted(own.keys() | loaded.keys())
+            if _shape(own, name) != _shape(loaded, name)
+        ]
+        if differing:
+            raise ValueError(
+                f"ckpt_path must hold a model of the configured sizes; {len(differing)} parameters differ, "
+                f"first: {'; '.join(differing[:3])}. Check model.transformer and data.tokenizer"
+            )
+
+    @property
+    def flops_per_batch(self) -> int:
+        """FLOPs of the last training batch on this rank, from the lengths of its documents."""
+        if self.model is None or self._cu_seqlens is None:
+            return 0
+        return training_flops(self.model, self._cu_seqlens.diff().long().cpu().numpy())
+
+
+def _shape(state: dict[str, Any], name: str) -> str:
+    return str(tuple(state[name].shape)) if name in state else "missing"

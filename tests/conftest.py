@@ -1,0 +1,25 @@
+"""Settings that every test runs under."""
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread_a_worker():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _uninitialised_memory_is_nan(monkeypatch):
+    """`torch.empty` and its kin hand out NaN, so that a value nobody wrote is seen."""
+
+    def poisoned(create):
+        def call(*args, **kwargs):
+            out = create(*args, **kwargs)
+            return out.fill_(float("nan")) if out.is_floating_point() and not out.is_meta else out
+
+        return call
+
+    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))

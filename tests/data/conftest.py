@@ -1,0 +1,61 @@
+"""Small corpora, tokenizers and stores that the data tests share."""
+
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nsa_lightning.data.documents import Document
+from nsa_lightning.data.token_store import TokenStore, build_token_store
+from nsa_lightning.data.tokenizer import Tokenizer, train_tokenizer
+
+WORDS = ["def", "return", "import", "self", "été", "文字", "🙂", "0x7f", "\t", "\n\n", "    "]
+
+
+class NumberingTokenizer:
+    """Gives a text of n characters n tokens that no other document has, so that a batch tells where it came from."""
+
+    vocab_size = 4096
+    fingerprint = "numbering"
+
+    def __init__(self) -> None:
+        self.next = 1
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        stops = self.next + np.cumsum([len(text) for text in texts])
+        encoded = [np.arange(stop - len(text), stop) for text, stop in zip(texts, stops, strict=True)]
+        self.next = int(stops[-1])
+        assert self.next <= self.vocab_size
+        return encoded
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    rng = random.Random(0)
+    return train_tokenizer([" ".join(rng.choices(WORDS, k=200)) for _ in range(20)], 320)
+
+
+@pytest.fixture
+def make_store(tmp_path: Path) -> Callable[..., TokenStore]:
+    """Store documents of given lengths, all for training; tokens are numbered from 1 through the whole store."""
+
+    def make(lengths: Sequence[int], **fractions: float) -> TokenStore:
+        documents = [Document(str(i), chr(97 + i % 26) * length) for i, length in enumerate(lengths)]
+        path = tmp_path / f"store-{len(list(tmp_path.iterdir()))}"
+        options = {"val_fraction": 0.0, "test_fraction": 0.0, **fractions}
+        return build_token_store(path, documents, NumberingTokenizer(), **options)
+
+    return make
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    """A directory of 60 short texts, no two alike."""
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    rng = random.Random(1)
+    for i in range(60):
+        (folder / f"{i:02}.txt").write_text(f"text {i} " + " ".join(rng.choices(WORDS, k=rng.randint(3, 60))))
+    return folder

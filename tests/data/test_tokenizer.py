@@ -1,0 +1,217 @@
+import json
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
+
+from nsa_lightning.data import tokenizer as module
+from nsa_lightning.data.tokenizer import (
+    Tokenizer,
+    TokenizerConfig,
+    load_tokenizer,
+    train_tokenizer,
+    training_sample,
+    vocab_size_of,
+)
+
+HARD_TEXTS = [
+    "🙂👩‍👩‍👧‍👦",
+    "文字化け",
+    "naïve\u0301",
+    "\r\n\t \x00\x7f",
+    "\ufeff\u200b\uffff",
+    "<|endoftext|>",
+    "a" * 1000,
+    " ",
+]
+
+
+def sentencepiece_bpe(**vocab: int) -> tokenizers.Tokenizer:
+    """A BPE as Llama 2 has it: ▁ for a space, <0xNN> for bytes without a token, BOS before and EOS after."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "é", "▁a", "▁▁"]
+    library = tokenizers.Tokenizer(
+        models.BPE({piece: i for i, piece in enumerate(pieces)}, [("▁", "a"), ("▁", "▁")], byte_fallback=True)
+    )
+    library.normalizer = normalizers.Replace(" ", "▁")
+    library.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    library.add_special_tokens(["<unk>", "<s>", "</s>"])
+    library.add_tokens(["wörd"])
+    library.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    return library
+
+
+@given(st.text(max_size=200))
+def test_byte_level_tokens_add_up_to_the_bytes_of_any_text(tokenizer: Tokenizer, text: str) -> None:
+    (tokens,) = tokenizer.encode_batch([text])
+    assert tokenizer.byte_lengths[tokens].sum() == len(text.encode())
+    assert tokenizer.decode(tokens) == text
+
+
+@pytest.mark.parametrize("text", HARD_TEXTS)
+def test_byte_level_tokens_add_up_to_the_bytes_of_hard_text(tokenizer: Tokenizer, text: str) -> None:
+    (tokens,) = tokenizer.encode_batch([text])
+    assert tokenizer.byte_lengths[tokens].sum() == len(text.encode())
+    assert tokenizer.decode(tokens) == text
+
+
+def test_a_token_of_half_a_character_counts_its_own_bytes(tokenizer: Tokenizer) -> None:
+    (tokens,) = tokenizer.encode_batch(["\U0001f9ff"])  # training saw only the first two of its four bytes together
+    assert tokenizer.byte_lengths[tokens].tolist() == [0, 2, 1, 1, 0]
+    assert tokenizer.decode(tokens[1:3]) == "\ufffd"
+
+
+def test_sentencepiece_tokens_count_spaces_bytes_and_added_words() -> None:
+    tokenizer = Tokenizer(sentencepiece_bpe().to_str())
+    text = "a  aé wörd\U0001f9ff"
+    (tokens,) = tokenizer.encode_batch([text])
+    assert tokenizer.byte_lengths[tokens].sum() == len(text.encode())
+    assert tokenizer.decode(tokens) == text
+    assert tokenizer.byte_lengths[:3].tolist() == [0, 0, 0]
+
+
+def test_a_trained_tokenizer_puts_end_of_text_at_both_ends(tokenizer: Tokenizer) -> None:
+    first, second = tokenizer.encode_batch(["def", ""])
+    assert first[0] == first[-1] == tokenizer.end_of_text_id
+    assert tokenizer.end_of_text_id not in first[1:-1]
+    assert second.tolist() == [tokenizer.end_of_text_id] * 2
+
+
+def test_a_documents_start_is_the_tokenizers_own_and_its_end_comes_once() -> None:
+    tokenizer = Tokenizer(sentencepiece_bpe().to_str())
+    (tokens,) = tokenizer.encode_batch(["a"])
+    assert [tokenizer.decode([token], skip_special_tokens=False) for token in tokens] == ["<s>", "a", "</s>"]
+
+
+def test_text_that_spells_a_special_token_is_text(tokenizer: Tokenizer) -> None:
+    (tokens,) = tokenizer.encode_batch(["x<|endoftext|>y"])
+    assert (tokens == tokenizer.end_of_text_id).sum() == 2
+    assert tokenizer.decode(tokens) == "x<|endoftext|>y"
+
+
+def test_truncation_and_padding_of_the_file_are_ignored() -> None:
+    library = sentencepiece_bpe()
+    library.enable_truncation(4)
+    library.enable_padding(length=16)
+    lengths = [len(tokens) for tokens in Tokenizer(library.to_str()).encode_batch(["a" * 10, "a"])]
+    assert lengths == [12, 3]
+
+
+def test_a_long_text_is_encoded_in_chunks_without_loss(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "".join(random.Random(0).choices(["def f(self):\n", "    return été\n", "文字" * 30], k=300))
+    monkeypatch.setattr(module, "CHUNK", 100)
+    monkeypatch.setattr(module, "GROUP", 1000)
+    first, second, third = tokenizer.encode_batch(["short", text, ""])
+    assert tokenizer.decode(first) == "short"
+    assert tokenizer.decode(second) == text
+    assert tokenizer.byte_lengths[second].sum() == len(text.encode())
+    assert (second == tokenizer.end_of_text_id).sum() == len(third) == 2
+
+
+def test_training_depends_on_the_texts_alone() -> None:
+    texts = [
+        f"{word} number {i % 7} " * 5 for i, word in enumerate(["alpha", "beta", "gamma", "delta", "one", "two"] * 20)
+    ]
+    script = (
+        "import sys, json; from nsa_lightning.data.tokenizer import train_tokenizer; "
+        "print(train_tokenizer(json.load(sys.stdin), 280).fingerprint)"
+    )
+    other = subprocess.run(
+        [sys.executable, "-c", script], input=json.dumps(texts[::-1]), capture_output=True, check=True, text=True
+    )
+    assert other.stdout.strip() == train_tokenizer(texts, 280).fingerprint
+    assert train_tokenizer(texts, 270).fingerprint != train_tokenizer(texts, 280).fingerprint
+
+
+def test_training_fills_at_most_the_vocabulary_asked_for() -> None:
+    assert train_tokenizer(["a few words " * 9, "of text"], 270).vocab_size == 270
+    assert train_tokenizer(["ab"], 4096).vocab_size == 258
+
+
+def test_the_sample_is_bounded_and_the_first_in_hash_order() -> None:
+    texts = [f"{i} " * 40 for i in range(300)]
+    sample = training_sample(texts, 2000)
+    assert sample == training_sample(reversed(texts), 2000)
+    assert sample == training_sample(texts, 50_000)[: len(sample)]
+    assert 2000 <= sum(map(len, sample)) < 2000 + max(map(len, texts))
+    assert sorted(training_sample(texts, 10**6)) == sorted(texts)
+    assert sum(map(len, training_sample(["x" * 10_000, "y" * 10_000], 2000))) == 2000
+
+
+@pytest.mark.parametrize("name", ["<|endoftext|>", "<|end_of_text|>", "</s>", "<|im_end|>", "<eos>"])
+def test_the_end_of_text_is_found_by_its_usual_names(name: str) -> None:
+    library = tokenizers.Tokenizer(models.BPE())
+    library.pre_tokenizer = pre_tokenizers.ByteLevel()
+    library.add_special_tokens(["<pad>", name])
+    assert Tokenizer(library.to_str()).end_of_text == name
+
+
+def test_the_end_of_text_can_be_chosen_and_must_be_known() -> None:
+    state = sentencepiece_bpe().to_str()
+    assert Tokenizer(state, "<unk>").end_of_text_id == 0
+    assert Tokenizer(state, "<unk>").fingerprint != Tokenizer(state).fingerprint
+    with pytest.raises(
+        ValueError, match=re.escape("data.tokenizer.end_of_text must name one of the tokenizer's tokens")
+    ):
+        Tokenizer(state, "<|endoftext|>")
+    with pytest.raises(ValueError, match=re.escape("it has none of ('<|endoftext|>', '<|end_of_text|>', '</s>'")):
+        Tokenizer(tokenizers.Tokenizer(models.BPE()).to_str())
+
+
+def test_a_saved_tokenizer_is_the_same_from_its_file_and_its_directory(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    tokenizer.save(tmp_path / "tokenizer.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["tokenizer.json"]
+    for path in tmp_path, tmp_path / "tokenizer.json":
+        again = load_tokenizer(str(path))
+        assert again.fingerprint == tokenizer.fingerprint
+        assert np.array_equal(again.encode_batch(["def été"])[0], tokenizer.encode_batch(["def été"])[0])
+
+
+def test_the_vocabulary_size_counts_to_the_largest_id(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    library = sentencepiece_bpe()
+    state = json.loads(library.to_str())
+    state["added_tokens"][-1]["id"] = 999
+    for text, size in (tokenizer._state, 320), (library.to_str(), 265), (json.dumps(state), 1000):
+        (tmp_path / "tokenizer.json").write_text(text)
+        assert vocab_size_of(str(tmp_path)) == size
+    assert Tokenizer(tokenizer._state).vocab_size == len(tokenizer.byte_lengths) == 320
+    assert Tokenizer(library.to_str()).vocab_size == 265
+
+
+def test_the_vocabulary_size_is_read_without_heavy_libraries(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    tokenizer.save(tmp_path / "tokenizer.json")
+    script = (
+        "import sys; from nsa_lightning.data.tokenizer import vocab_size_of; "
+        f"print(vocab_size_of({str(tmp_path)!r}), {{'torch', 'tokenizers', 'pyarrow', 'tqdm'}} & set(sys.modules))"
+    )
+    printed = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True, text=True).stdout
+    assert printed.strip() == "320 set()"
+
+
+def test_a_missing_or_broken_tokenizer_is_named(tmp_path: Path) -> None:
+    for read in load_tokenizer, vocab_size_of:
+        with pytest.raises(
+            ValueError, match=r"data.tokenizer.path='.*' must be a tokenizer.json or its directory: .*No"
+        ):
+            read(str(tmp_path))
+        for content in "{}", "no json", '{"model": {"vocab": 3}}':
+            (tmp_path / "other.json").write_text(content)
+            with pytest.raises(ValueError, match=r"data.tokenizer.path='.*other.json': not a tokenizer.json"):
+                read(str(tmp_path / "other.json"))
+
+
+def test_the_config_refuses_what_cannot_be_trained() -> None:
+    with pytest.raises(ValueError, match=r"data.tokenizer.vocab_size must be at least 257, got 256"):
+        TokenizerConfig(vocab_size=256)
+    with pytest.raises(ValueError, match=r"data.tokenizer.end_of_text='</s>' needs data.tokenizer.path"):
+        TokenizerConfig(end_of_text="</s>")
+    assert TokenizerConfig(path="x", end_of_text="</s>").end_of_text == "</s>"

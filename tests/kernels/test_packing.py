@@ -1,0 +1,107 @@
+"""The layouts of a packed batch against plain Python loops."""
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from nsa_kernels.geometry import NSAConfig
+from nsa_kernels.packing import (
+    compressed_block_centres,
+    compressed_layout,
+    document_index,
+    document_positions,
+    selection_layout,
+)
+from support.packings import PACKINGS, SMALL, cu_seqlens
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+
+@st.composite
+def geometries(draw):
+    stride = draw(st.integers(1, 4))
+    return NSAConfig(
+        compress_block_size=stride * draw(st.integers(1, 4)),
+        compress_stride=stride,
+        select_block_size=stride * draw(st.integers(1, 5)),
+    )
+
+
+lengths_of_documents = st.lists(st.integers(0, 30), min_size=1, max_size=7)
+ragged = settings(max_examples=150, deadline=None, database=None)
+
+
+def rows(layout):
+    """The layout's real rows as (document, block)."""
+    return list(zip(layout.document[layout.is_block].tolist(), layout.block[layout.is_block].tolist(), strict=True))
+
+
+def assert_unused_rows_come_last_and_hold_zeros(layout):
+    used = int(layout.is_block.sum())
+    assert layout.is_block[:used].all()
+    assert not layout.document[used:].any()
+    assert not layout.block[used:].any()
+
+
+@given(lengths_of_documents)
+@example([0, 0, 3, 0])
+@example([0])
+@ragged
+def test_every_token_knows_its_document_and_position(lengths):
+    offsets, T = cu_seqlens(lengths), sum(lengths)
+    assert document_index(offsets, T).tolist() == [n for n, length in enumerate(lengths) for _ in range(length)]
+    assert document_positions(offsets, T).tolist() == [t for length in lengths for t in range(length)]
+
+
+@given(lengths_of_documents, geometries())
+@example([0, 3, 0, 5, 0], SMALL)
+@example([], SMALL)
+@ragged
+def test_compressed_rows_are_the_complete_blocks_in_order(lengths, config):
+    l, d, T = config.compress_block_size, config.compress_stride, sum(lengths)  # noqa: E741
+    expected = [(n, i) for n, length in enumerate(lengths) for i in range(length) if i * d + l <= length]
+    layout = compressed_layout(cu_seqlens(lengths), T, config)
+    assert rows(layout) == expected
+    assert layout.cu_blocks.tolist() == [sum(n < document for n, _ in expected) for document in range(len(lengths) + 1)]
+    assert len(layout.block) == len(layout.document) == len(layout.is_block) == max(T // d, 1)
+    assert_unused_rows_come_last_and_hold_zeros(layout)
+    centres = compressed_block_centres(cu_seqlens(lengths), T, config)
+    assert centres.tolist() == [i * d + l // 2 for _, i in expected] + [l // 2] * (len(centres) - len(expected))
+
+
+@given(lengths_of_documents, geometries())
+@example([0, 3, 0, 5, 0], SMALL)
+@example([], SMALL)
+@ragged
+def test_selection_rows_are_all_blocks_the_last_shorter_one_included(lengths, config):
+    size, T = config.select_block_size, sum(lengths)
+    expected = [(n, j) for n, length in enumerate(lengths) for j in range(length) if j * size < length]
+    layout = selection_layout(cu_seqlens(lengths), T, config)
+    assert rows(layout) == expected
+    assert layout.cu_blocks.tolist() == [sum(n < document for n, _ in expected) for document in range(len(lengths) + 1)]
+    assert len(layout.block) == len(layout.document) == len(layout.is_block) == T // size + len(lengths)
+    assert_unused_rows_come_last_and_hold_zeros(layout)
+
+
+def test_a_document_shorter_than_a_block_has_no_compressed_row():
+    layout = compressed_layout(cu_seqlens([3, 1, 4, 3]), 11, SMALL)
+    assert rows(layout) == [(2, 0)]
+    assert layout.cu_blocks.tolist() == [0, 0, 0, 1, 1]
+
+
+def test_batch_mixing_all_lengths_covers_what_it_should():
+    """The packing other tests rely on has an empty document within, short ones, long ones and an odd total."""
+    lengths = PACKINGS["mixed"]
+    assert 0 in lengths[1:-1]
+    assert {1, 3, 4, 5, 7, 8, 9, 6, 31, 32, 33} <= set(lengths)
+    assert max(lengths) > 2 * SMALL.selected_tokens
+    assert all(sum(lengths) % size for size in (2, 3, 4, 6, 8))
+
+
+@pytest.mark.parametrize("layout", [compressed_layout, selection_layout, compressed_block_centres])
+def test_layouts_read_no_value_back_to_the_host(layout):
+    with FakeTensorMode(allow_non_fake_inputs=False) as mode:
+        offsets = mode.from_tensor(torch.empty(4, dtype=torch.int32))
+        parts = layout(offsets, 100, SMALL)
+        with pytest.raises(Exception, match=r"item|data-dependent|_local_scalar_dense"):
+            int(offsets.sum())  # what the mode would say of a read
+    assert parts is not None
