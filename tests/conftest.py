@@ -16,7 +16,9 @@ def _uninitialised_memory_is_nan(monkeypatch):
     def poisoned(create):
         def call(*args, **kwargs):
             out = create(*args, **kwargs)
-            return out.fill_(float("nan")) if out.is_floating_point() and not out.is_meta else out
+            if out.is_floating_point() and not out.is_meta:
+                out.detach().fill_(float("nan"))
+            return out
 
         return call
 

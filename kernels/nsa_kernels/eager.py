@@ -24,7 +24,7 @@ from nsa_kernels.packing import (
 # T packed tokens, H query heads, H_kv KV heads, G = H / H_kv, D head dim, C rows of compressed blocks, n selected
 # blocks, l' tokens in one of them. Inside a chunk: B independent problems of M query rows and N keys each.
 
-_CHUNK_BYTES = {"cpu": 2**20}
+_CHUNK_BYTES = {"cpu": 2**21}
 _OTHER_CHUNK_BYTES = 2**28
 """Size of a chunk's largest buffer: what a CPU core caches, and what keeps an accelerator busy."""
 
@@ -32,14 +32,14 @@ _OTHER_CHUNK_BYTES = 2**28
 # --- one chunk ---------------------------------------------------------------------------------------------------
 
 
-def _scores(q: Tensor, k: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """Scaled scores [B, M, N], -inf where `mask` (broadcast) is False."""
-    return torch.bmm(q, k.mT).mul_(scale).masked_fill_(~mask, float("-inf"))
+def _scores(q: Tensor, k: Tensor, hidden: Tensor) -> Tensor:
+    """q @ k of scaled queries, [B, M, N], -inf where `hidden` (broadcast) is True."""
+    return torch.bmm(q, k.mT).masked_fill_(hidden, float("-inf"))
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _attend(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
     """Softmax attention: q [B, M, D], k [B, N, D], v [B, N, D_v] -> o [B, M, D_v], lse [B, M]; no key gives 0, 0."""
-    scores = _scores(q, k, mask, scale)
+    scores = _scores(q, k, hidden)
     row_max = scores.amax(-1, keepdim=True)
     row_max = row_max.masked_fill(row_max == float("-inf"), 0.0)
     p = scores.sub_(row_max).exp_()
@@ -51,12 +51,12 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> tupl
 
 
 def _attend_backward(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, lse: Tensor, delta: Tensor, grad_o: Tensor
+    q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, lse: Tensor, delta: Tensor, grad_o: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v from the saved lse [B, M] and delta = sum(o * grad_o) [B, M]."""
-    p = _scores(q, k, mask, scale).sub_(lse.unsqueeze(-1)).exp_()
+    """Gradients of q, k and v from the saved lse [B, M, 1] and delta = sum(o * grad_o) [B, M, 1]."""
+    p = _scores(q, k, hidden).sub_(lse).exp_()
     grad_v = torch.bmm(p.mT, grad_o)
-    grad_scores = torch.bmm(grad_o, v.mT).sub_(delta.unsqueeze(-1)).mul_(p).mul_(scale)
+    grad_scores = torch.bmm(grad_o, v.mT).sub_(delta).mul_(p)
     return torch.bmm(grad_scores, k), torch.bmm(grad_scores.mT, q), grad_v
 
 
@@ -74,8 +74,8 @@ class _KeyRuns:
     def __iter__(self) -> Iterator[tuple[slice, slice, Tensor]]:
         for queries, keys in self.chunks:
             rows = torch.arange(keys.start, keys.stop, device=self.first.device)
-            mask = (rows >= self.first[queries, None]) & (rows < self.end[queries, None])  # [c, N]
-            yield queries, keys, mask
+            hidden = (rows < self.first[queries, None]) | (rows >= self.end[queries, None])  # [c, N]
+            yield queries, keys, hidden
 
     def query_rows(self, x: Tensor, num_kv_heads: int) -> Tensor:
         """[c, H, D] -> [H_kv, c * G, D]."""
@@ -85,8 +85,8 @@ class _KeyRuns:
         """[H_kv, c * G, ...] -> [c, H, ...]."""
         return x.unflatten(1, (num_queries, -1)).transpose(0, 1).flatten(1, 2)
 
-    def row_mask(self, mask: Tensor, group_size: int) -> Tensor:
-        return mask.repeat_interleave(group_size, dim=0)  # [c * G, N]
+    def for_rows(self, hidden: Tensor, group_size: int) -> Tensor:
+        return hidden.repeat_interleave(group_size, dim=0)  # [c * G, N]
 
     def take(self, x: Tensor, keys: Any) -> Tensor:
         return x[keys].transpose(0, 1)  # [H_kv, N, D]
@@ -108,8 +108,8 @@ class _KeyBlocks:
         slots = torch.arange(self.block_size, device=self.rows.device)
         for start in range(0, len(self.rows), self.chunk):
             queries = slice(start, min(start + self.chunk, len(self.rows)))
-            mask = slots < self.visible[queries, ..., None]  # [c, H_kv, n, l']
-            yield queries, self.rows[queries].flatten(), mask.flatten(2).flatten(0, 1)
+            hidden = slots >= self.visible[queries, ..., None]  # [c, H_kv, n, l']
+            yield queries, self.rows[queries].flatten(), hidden.flatten(2).flatten(0, 1)
 
     def query_rows(self, x: Tensor, num_kv_heads: int) -> Tensor:
         """[c, H, D] -> [c * H_kv, G, D]."""
@@ -119,8 +119,8 @@ class _KeyBlocks:
         """[c * H_kv, G, ...] -> [c, H, ...]."""
         return x.unflatten(0, (num_queries, -1)).flatten(1, 2)
 
-    def row_mask(self, mask: Tensor, group_size: int) -> Tensor:
-        return mask.unsqueeze(1)  # [c * H_kv, 1, n * l']
+    def for_rows(self, hidden: Tensor, group_size: int) -> Tensor:
+        return hidden.unsqueeze(1)  # [c * H_kv, 1, n * l']
 
     def take(self, x: Tensor, keys: Any) -> Tensor:
         blocks = x.index_select(0, keys)  # [c * H_kv * n, l', D]
@@ -140,14 +140,13 @@ class _ChunkedAttention(torch.autograd.Function):
         dtype = torch.promote_types(q.dtype, torch.float32)
         o = q.new_empty(*q.shape[:2], v.shape[-1])
         lse = q.new_empty(q.shape[:2], dtype=dtype)
-        for queries, keys, mask in chunks:
+        for queries, keys, hidden in chunks:
             num_queries = queries.stop - queries.start
             o_rows, lse_rows = _attend(
-                chunks.query_rows(q[queries], num_kv_heads).to(dtype),
+                chunks.query_rows(q[queries], num_kv_heads).to(dtype) * scale,
                 chunks.take(k, keys).to(dtype),
                 chunks.take(v, keys).to(dtype),
-                chunks.row_mask(mask, q.shape[1] // num_kv_heads),
-                scale,
+                chunks.for_rows(hidden, q.shape[1] // num_kv_heads),
             )
             o[queries] = chunks.from_query_rows(o_rows, num_queries).to(o.dtype)
             lse[queries] = chunks.from_query_rows(lse_rows, num_queries)
@@ -165,19 +164,18 @@ class _ChunkedAttention(torch.autograd.Function):
         grad_q = torch.empty_like(q)
         grad_k, grad_v = torch.zeros_like(k, dtype=dtype), torch.zeros_like(v, dtype=dtype)
         delta = (o.to(dtype) * grad_o.to(dtype)).sum(-1)  # [T, H]
-        for queries, keys, mask in chunks:
+        for queries, keys, hidden in chunks:
             num_queries = queries.stop - queries.start
             q_part, k_part, v_part = _attend_backward(
-                chunks.query_rows(q[queries], num_kv_heads).to(dtype),
+                chunks.query_rows(q[queries], num_kv_heads).to(dtype) * scale,
                 chunks.take(k, keys).to(dtype),
                 chunks.take(v, keys).to(dtype),
-                chunks.row_mask(mask, q.shape[1] // num_kv_heads),
-                scale,
-                chunks.query_rows(lse[queries, :, None], num_kv_heads).squeeze(-1),
-                chunks.query_rows(delta[queries, :, None], num_kv_heads).squeeze(-1),
+                chunks.for_rows(hidden, q.shape[1] // num_kv_heads),
+                chunks.query_rows(lse[queries, :, None], num_kv_heads),
+                chunks.query_rows(delta[queries, :, None], num_kv_heads),
                 chunks.query_rows(grad_o[queries], num_kv_heads).to(dtype),
             )
-            grad_q[queries] = chunks.from_query_rows(q_part, num_queries).to(q.dtype)
+            grad_q[queries] = (chunks.from_query_rows(q_part, num_queries) * scale).to(q.dtype)
             chunks.add(grad_k, keys, k_part)
             chunks.add(grad_v, keys, v_part)
         return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), None, None, None
@@ -313,14 +311,13 @@ def block_selection(
     first = layout.cu_blocks[document_index(cu_seqlens, num_tokens)]
     own = document_positions(cu_seqlens, num_tokens) // config.select_block_size
     block_indices = first.new_empty(num_tokens, num_kv_heads, config.num_selected_blocks, dtype=torch.int32)
-    for queries, keys, mask in runs:
+    for queries, keys, hidden in runs:
         scores = _scores(
-            runs.query_rows(q[queries], num_kv_heads).to(lse.dtype),
+            runs.query_rows(q[queries], num_kv_heads).to(lse.dtype) * _default_scale(q, scale),
             runs.take(compressed_k, keys).to(lse.dtype),
-            runs.row_mask(mask, q.shape[1] // num_kv_heads),
-            _default_scale(q, scale),
+            runs.for_rows(hidden, q.shape[1] // num_kv_heads),
         )
-        p = (scores - runs.query_rows(lse[queries, :, None], num_kv_heads)).exp_()
+        p = scores.sub_(runs.query_rows(lse[queries, :, None], num_kv_heads)).exp_()
         p = p.unflatten(1, (queries.stop - queries.start, -1)).sum(2)  # [H_kv, c, N]
         if cu_seqlens.device.type == "cpu":
             low, high = int(first[queries].min()), int((first + own)[queries].max()) + 1

@@ -5,6 +5,7 @@ o_t = g^cmp · o^cmp + g^slc · o^slc + g^win · o^win
 
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor
 
 from nsa_kernels import eager, reference
@@ -16,6 +17,7 @@ Backend = Literal["auto", "eager", "reference"]
 # T packed tokens, N documents, H query heads, H_kv KV heads, D_qk and D_v head dims, C rows of compressed blocks.
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # the eager backend's chunks are plain Python loops
 def native_sparse_attention(
     q: Tensor,
     k: Tensor,

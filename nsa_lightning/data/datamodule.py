@@ -9,13 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 import lightning as L
 import numpy as np
 
-from nsa_lightning.data.documents import (
-    fingerprint_files,
-    iter_documents,
-    resolve_files,
-    split_of,
-    text_bytes,
-)
+from nsa_lightning.data.documents import fingerprint_files, iter_documents, resolve_files, split_of, text_bytes
 from nsa_lightning.data.loader import PackedLoader, ResumableLoader
 from nsa_lightning.data.packing import PackedDataset
 from nsa_lightning.data.token_store import FORMAT_VERSION, TokenStore, build_token_store
@@ -60,8 +54,8 @@ class PackedTextDataModule(L.LightningDataModule):
     def __init__(
         self,
         *,
-        sources: Sequence[str],
-        exclude: Sequence[str] = (),
+        sources: Sequence[str] | str,
+        exclude: Sequence[str] | str = (),
         text_field: str = "text",
         tokenizer: TokenizerConfig = TokenizerConfig(),  # noqa: B008  (frozen)
         seq_len: int = 8192,
@@ -73,8 +67,8 @@ class PackedTextDataModule(L.LightningDataModule):
         cache_dir: str | None = None,
     ) -> None:
         super().__init__()
-        self.sources = sources
-        self.exclude = exclude
+        self.sources = [sources] if isinstance(sources, str) else list(sources)
+        self.exclude = [exclude] if isinstance(exclude, str) else list(exclude)
         self.text_field = text_field
         self.tokenizer_config = tokenizer
         self.seq_len = seq_len
@@ -131,7 +125,7 @@ class PackedTextDataModule(L.LightningDataModule):
         except OSError as error:
             raise ValueError(f"data.cache_dir={str(self.cache_dir)!r} cannot be made: {error.strerror}") from error
         path = self.tokenizer_config.path or str(self._trained_tokenizer(files, corpus))
-        tokenizer = load_tokenizer(path, self.tokenizer_config.end_of_text)
+        tokenizer = self._open_tokenizer(path)
         name = _digest(FORMAT_VERSION, corpus, tokenizer.fingerprint, self.val_fraction, self.test_fraction)
         store = build_token_store(
             self.cache_dir / f"tokens-{name}",
@@ -150,7 +144,7 @@ class PackedTextDataModule(L.LightningDataModule):
         if self._prepared is None:
             self.prepare_data()
         assert self._prepared is not None
-        self._tokenizer = load_tokenizer(self._prepared.tokenizer, self.tokenizer_config.end_of_text)
+        self._tokenizer = self._open_tokenizer(self._prepared.tokenizer)
         self._store = TokenStore(self._prepared.store)
         for split in {"fit": ("train", "val"), "test": ("test",)}.get(stage, ("val",)):
             if not (stage == "fit" and split == "val" and self.val_fraction == 0):
@@ -208,17 +202,16 @@ class PackedTextDataModule(L.LightningDataModule):
         old = state_dict["tokenizer"], state_dict["vocab_size"]
         new = self.tokenizer.fingerprint, self.vocab_size
         if old != new:
+            origin = "" if self.tokenizer_config.path else ", trained on what data.sources hold now"
             raise ValueError(
                 f"the checkpoint was trained with tokenizer {old[0]} (vocabulary {old[1]}), "
-                f"data.tokenizer gives {new[0]} (vocabulary {new[1]})"
+                f"data.tokenizer gives {new[0]} (vocabulary {new[1]}){origin}"
             )
         self._train_state = state_dict["train"]
 
     def _check_settings(self) -> None:
-        if isinstance(self.sources, str) or not self.sources:
-            raise ValueError(f"data.sources must be a list of files, directories or globs, got {self.sources!r}")
-        if isinstance(self.exclude, str):
-            raise ValueError(f"data.exclude must be a list of globs, got {self.exclude!r}")
+        if not self.sources:
+            raise ValueError("data.sources must name files, directories or globs, got none")
         for name, least in {"seq_len": 2, "batch_size": 1, "seed": 0, "num_workers": 0}.items():
             if getattr(self, name) < least:
                 raise ValueError(f"data.{name} must be at least {least}, got {getattr(self, name)}")
@@ -252,6 +245,14 @@ class PackedTextDataModule(L.LightningDataModule):
             train = (text for text in texts if split_of(text, *fractions) == "train")
             train_tokenizer(training_sample(train), vocab_size).save(path)
         return path
+
+    def _open_tokenizer(self, path: str) -> Tokenizer:
+        if self.tokenizer_config.path is not None:
+            return load_tokenizer(path, self.tokenizer_config.end_of_text)
+        try:
+            return load_tokenizer(path)
+        except ValueError as error:
+            raise ValueError(f"{error}; delete it and run again") from error
 
     def _fingerprint(self) -> dict[str, str | int | float]:
         """What the order of the training data depends on, by the name of its setting."""

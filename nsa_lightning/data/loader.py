@@ -92,7 +92,7 @@ class ResumableLoader(PackedLoader):
         self.epoch = epoch
         self.consumed = 0  # sequences of this epoch that all ranks together were handed
         self.batches = 0  # that this pass has handed out, before a stop included
-        self._handed_out = False  # anything since this pass began or its place was loaded
+        self._handed_out = False  # anything since its place was loaded
 
     def __len__(self) -> int:
         """Batches of this pass, as Lightning counts them: those before a stop and those that are left."""
@@ -105,7 +105,6 @@ class ResumableLoader(PackedLoader):
             self.epoch, self.consumed, self.batches = self.epoch + 1, 0, 0
         elif self._handed_out:
             self.batches = 0
-        self._handed_out = False
         return self._count()
 
     def state_dict(self) -> dict[str, Any]:

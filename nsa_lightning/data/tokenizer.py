@@ -71,7 +71,7 @@ class Tokenizer:
     """
 
     def __init__(self, state: str, end_of_text: str | None = None) -> None:
-        # Left unset, the library warns in every process that is forked after it has encoded anything.
+        # Left unset, tokenizers 0.22 warns in every process that is forked after it has encoded anything.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
         import tokenizers
 

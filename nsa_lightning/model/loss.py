@@ -41,7 +41,7 @@ def chunked_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignor
 
     chunk = max(1, _CHUNK_LOGITS // len(weight))
     losses = [
-        checkpoint(chunk_loss, h, weight, y, use_reentrant=False)
+        checkpoint(chunk_loss, h, weight, y, use_reentrant=False, preserve_rng_state=False)
         for h, y in zip(hidden.split(chunk), targets.split(chunk), strict=True)
     ]
     return torch.stack(losses).sum()

@@ -3,13 +3,15 @@
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from nsa_lightning.data.datamodule import PackedTextDataModule
 from nsa_lightning.data.documents import Document
 from nsa_lightning.data.token_store import TokenStore, build_token_store
-from nsa_lightning.data.tokenizer import Tokenizer, train_tokenizer
+from nsa_lightning.data.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
 
 WORDS = ["def", "return", "import", "self", "été", "文字", "🙂", "0x7f", "\t", "\n\n", "    "]
 
@@ -59,3 +61,21 @@ def corpus(tmp_path: Path) -> Path:
     for i in range(60):
         (folder / f"{i:02}.txt").write_text(f"text {i} " + " ".join(rng.choices(WORDS, k=rng.randint(3, 60))))
     return folder
+
+
+@pytest.fixture
+def make_data(corpus: Path, tmp_path: Path) -> Callable[..., PackedTextDataModule]:
+    def make(**settings: Any) -> PackedTextDataModule:
+        defaults = {
+            "sources": [str(corpus)],
+            "tokenizer": TokenizerConfig(vocab_size=300),
+            "seq_len": 128,
+            "batch_size": 2,
+            "val_fraction": 0.2,
+            "test_fraction": 0.1,
+            "num_workers": 0,
+            "cache_dir": str(tmp_path / "cache"),
+        }
+        return PackedTextDataModule(**{**defaults, **settings})
+
+    return make

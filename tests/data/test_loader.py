@@ -16,6 +16,7 @@ from nsa_lightning.data.token_store import TokenStore
 BYTE_LENGTHS = np.ones(4096, dtype=np.int64)
 FINGERPRINT: dict[str, str | int | float] = {"data.seq_len": 8, "data.seed": 3}
 SIZES = st.integers(1, 4)
+SHAPES = st.tuples(SIZES, SIZES)  # ranks, sequences in a batch
 
 
 @pytest.fixture
@@ -47,6 +48,7 @@ def take_passes(loaders: list[ResumableLoader], count: int) -> list[tuple[int, .
     taken: list[tuple[int, ...]] = []
     while count > 0:
         steps = list(islice(zip(*loaders, strict=True), count))
+        assert steps, "a pass without a batch"
         taken += [sequence for ranks in steps for sequence in sequences(ranks)]
         count -= len(steps)
     return taken
@@ -85,9 +87,7 @@ def test_ranks_share_an_epoch_and_have_as_many_batches(
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    first=st.tuples(SIZES, SIZES), second=st.tuples(SIZES, SIZES), before=st.integers(0, 60), after=st.integers(1, 45)
-)
+@given(first=SHAPES, second=SHAPES, before=st.integers(0, 60), after=st.integers(1, 45))
 def test_a_stream_goes_on_where_it_stopped_on_any_number_of_ranks(
     dataset: PackedDataset, first: tuple[int, int], second: tuple[int, int], before: int, after: int
 ) -> None:

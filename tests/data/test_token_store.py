@@ -158,7 +158,7 @@ def replace_version(path: Path) -> None:
         (
             "splits.npy",
             lambda path: np.save(path, np.zeros(3, np.uint8)),
-            r"splits.npy must have shape \(100,\), it has",
+            r"splits.npy must have shape \(100,\)",
         ),
         ("counts.npy", Path.unlink, "No such file or directory: .*counts.npy"),
         ("manifest.json", truncate, "manifest.json is not a store's manifest: JSONDecodeError"),

@@ -159,9 +159,7 @@ def test_the_end_of_text_can_be_chosen_and_must_be_known() -> None:
     state = sentencepiece_bpe().to_str()
     assert Tokenizer(state, "<unk>").end_of_text_id == 0
     assert Tokenizer(state, "<unk>").fingerprint != Tokenizer(state).fingerprint
-    with pytest.raises(
-        ValueError, match=re.escape("data.tokenizer.end_of_text must name one of the tokenizer's tokens")
-    ):
+    with pytest.raises(ValueError, match=r"data.tokenizer.end_of_text must name one of the tokenizer's tokens, it has"):
         Tokenizer(state, "<|endoftext|>")
     with pytest.raises(ValueError, match=re.escape("it has none of ('<|endoftext|>', '<|end_of_text|>', '</s>'")):
         Tokenizer(tokenizers.Tokenizer(models.BPE()).to_str())
@@ -199,9 +197,7 @@ def test_the_vocabulary_size_is_read_without_heavy_libraries(tokenizer: Tokenize
 
 def test_a_missing_or_broken_tokenizer_is_named(tmp_path: Path) -> None:
     for read in load_tokenizer, vocab_size_of:
-        with pytest.raises(
-            ValueError, match=r"data.tokenizer.path='.*' must be a tokenizer.json or its directory: .*No"
-        ):
+        with pytest.raises(ValueError, match=r"data.tokenizer.path='.*' must be a tokenizer.json or its directory: "):
             read(str(tmp_path))
         for content in "{}", "no json", '{"model": {"vocab": 3}}':
             (tmp_path / "other.json").write_text(content)

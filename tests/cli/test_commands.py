@@ -1,0 +1,185 @@
+"""The `nsa` command as a user types it; every mistake ends in one line that names it."""
+
+import logging
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from nsa_cli.main import main
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+SMALL = """
+trainer:
+  accelerator: cpu
+  devices: 1
+  max_steps: 3
+  enable_progress_bar: false
+  enable_model_summary: false
+  limit_val_batches: 1
+  val_check_interval: 3
+  check_val_every_n_epoch: null
+  num_sanity_val_steps: 0
+model:
+  transformer:
+    hidden_size: 16
+    num_layers: 1
+    num_heads: 2
+    num_kv_heads: 1
+    intermediate_size: 16
+    nsa: {compress_block_size: 8, compress_stride: 4, select_block_size: 8, num_selected_blocks: 4, window_size: 8}
+data:
+  tokenizer: {vocab_size: 300}
+  seq_len: 64
+  val_fraction: 0.2
+  num_workers: 0
+"""
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """An empty directory to work in, with a small config and some texts."""
+    monkeypatch.setattr(logging, "raiseExceptions", False)  # Lightning logs to the stderr of the first test, closed now
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "texts").mkdir()
+    for index in range(12):
+        (tmp_path / "texts" / f"{index}.txt").write_text(f"document {index} counts: " + " ".join(map(str, range(90))))
+    (tmp_path / "small.yaml").write_text(SMALL)
+    return tmp_path
+
+
+def run(monkeypatch, *arguments):
+    """Exit status of `nsa *arguments`."""
+    monkeypatch.setattr(sys, "argv", ["nsa", *arguments])
+    try:
+        return main()
+    except SystemExit as stop:
+        return stop.code
+
+
+def run_small(monkeypatch, command, *arguments):
+    return run(monkeypatch, command, "--config", "small.yaml", "--data.sources", '["texts"]', *arguments)
+
+
+def test_fit_writes_checkpoints_and_a_config_that_goes_on(workplace, monkeypatch, capsys):
+    assert run_small(monkeypatch, "fit", "--trainer.logger", "TensorBoardLogger", "--trainer.logger.save_dir", "runs") == 0
+    report = capsys.readouterr().out
+    (line,) = [line for line in report.splitlines() if line.startswith("train on")]
+    _, *arguments = line.removeprefix("train on").split()
+    assert arguments[0] == "fit"
+    assert run(monkeypatch, *arguments) == 0
+    assert "bits per byte" in capsys.readouterr().out
+    assert list(workplace.glob("runs/**/last.ckpt"))
+    assert not list(workplace.rglob("*.tmp"))
+
+
+def test_validate_and_predict_read_what_fit_wrote(workplace, monkeypatch, capsys):
+    assert run_small(monkeypatch, "fit", "--trainer.logger", "TensorBoardLogger", "--trainer.logger.save_dir", "runs") == 0
+    (config,) = workplace.glob("runs/**/config.yaml")
+    (checkpoint,) = workplace.glob("runs/**/last.ckpt")
+    assert run(monkeypatch, "validate", "--config", str(config), "--ckpt_path", str(checkpoint)) == 0
+    assert "val/bits_per_byte" in capsys.readouterr().out
+    assert run(monkeypatch, "predict", "--config", str(config), "--ckpt_path", str(checkpoint)) == 0
+    assert list(workplace.rglob("document_scores.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model.transformer.hiden_size", "8"], "hiden_size"),
+        (["--model.transformer.num_heads", "3", "--model.transformer.num_kv_heads", "2"],
+         "num_heads must be a multiple of num_kv_heads, got 3 and 2"),
+        (["--model.transformer.nsa.compress_stride", "3"],
+         "compress_stride must divide compress_block_size, got 3 and 8"),
+        (["--data.seq_len", "7"], "nsa.compress_block_size, got 7 and 8"),
+        (["--data.sources", '["nowhere/*.txt"]'], "nowhere/*.txt"),
+        (["--data.sources", '["picture.bin"]'], "picture.bin"),
+        (["--data.sources", '["empty.txt"]'], "data.sources"),
+        (["--ckpt_path", "missing.ckpt"], "ckpt_path must be an existing checkpoint, got missing.ckpt"),
+        (["--trainer.accelerator", "gpu"], "trainer.accelerator must name hardware that PyTorch can use, got gpu"),
+        (["--model.schedule", "WarmupCosine", "--model.schedule.final_ratio", "2"], "final_ratio must be from 0 to 1"),
+        (["--data.tokenizer.path", "missing.json"], "missing.json"),
+    ],
+    ids=lambda value: value[0] + value[1] if isinstance(value, list) else "",
+)  # fmt: skip
+def test_a_mistake_ends_in_one_line_that_names_it(workplace, monkeypatch, capsys, arguments, message):
+    (workplace / "picture.bin").write_bytes(b"\x89PNG\r\n\x1a\n\x00\x00\xff\xfe")
+    (workplace / "empty.txt").write_text("")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert run_small(monkeypatch, "fit", *arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+    assert not (workplace / "lightning_logs" / "version_0" / "checkpoints").exists()
+
+
+def test_a_key_that_does_not_exist_in_a_config_is_named(workplace, monkeypatch, capsys):
+    (workplace / "small.yaml").write_text(SMALL.replace("window_size", "windows_size"))
+    assert run_small(monkeypatch, "fit") == 2
+    assert "windows_size" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_another_tokenizer_is_refused(workplace, monkeypatch, capsys):
+    assert run_small(monkeypatch, "fit") == 0
+    (checkpoint,) = workplace.glob("lightning_logs/**/last.ckpt")
+    capsys.readouterr()
+    status = run_small(
+        monkeypatch, "validate", "--ckpt_path", str(checkpoint), "--data.tokenizer.vocab_size", "310"
+    )
+    assert status == 2
+    error = capsys.readouterr().err
+    assert "vocab" in error or "embed_tokens" in error
+    assert "Traceback" not in error
+
+
+def test_an_unknown_command_lists_the_commands(monkeypatch, capsys):
+    assert run(monkeypatch, "train") == 2
+    assert "no command 'train'; the commands are fit, validate" in capsys.readouterr().err
+
+
+def test_help_names_every_command_without_importing_torch():
+    code = "import sys; sys.argv = ['nsa', '--help']; from nsa_cli.main import main; main(); assert 'torch' not in sys.modules"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    for command in ("fit", "validate", "test", "predict"):
+        assert f"  {command}" in result.stdout
+
+
+def test_the_help_of_fit_explains_every_setting_of_ours(monkeypatch, capsys):
+    assert run(monkeypatch, "fit", "--help") == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for flag, words in {
+        "--model.transformer.nsa.num_selected_blocks": "Blocks that a query attends to",
+        "--model.transformer.nsa.kv_sharing": "Own key and value projections for every branch",
+        "--model.transformer.rope.scaling": "divides every frequency by the factor",
+        "--model.transformer.attention": "Attention by layer",
+        "--model.compile": "torch.compile",
+        "--data.seq_len": "tokens in a sequence",
+        "--data.tokenizer.vocab_size": "",
+        "--gate_monitor.every_n_steps": "optimizer steps between two logs",
+    }.items():
+        assert flag in text
+        assert words in text
+
+
+@pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
+def test_every_shipped_config_is_accepted(config, monkeypatch, capsys):
+    assert run(monkeypatch, "fit", "--config", str(config), "--print_config") == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    written = yaml.safe_load(config.read_text())
+    assert printed["data"]["seq_len"] == written["data"]["seq_len"]
+    assert printed["model"]["transformer"]["hidden_size"] == written["model"]["transformer"]["hidden_size"]
+
+
+@pytest.mark.skipif(os.environ.get("CI") == "true", reason="a shared machine's clock is no measure")
+@pytest.mark.parametrize(("arguments", "seconds"), [(["--help"], 2), (["fit", "--print_config"], 12)])
+def test_the_command_line_answers_quickly(arguments, seconds):
+    """`nsa fit --print_config` is meant to take under 6 s on an idle machine; twice that is allowed beside others."""
+    start = time.perf_counter()
+    command = [sys.executable, "-m", "nsa_cli.main", *arguments]
+    subprocess.run(command, capture_output=True, check=False)
+    assert time.perf_counter() - start < seconds

@@ -1,0 +1,77 @@
+"""The decoder on a GPU: fused attention, bf16 training, and no wait for the device inside a step."""
+
+import dataclasses
+
+import pytest
+import torch
+from nsa_lightning.model import Transformer, TransformerConfig
+from nsa_lightning.model.attention import NSALayerConfig
+from nsa_lightning.model.fused_attention import packed_causal_attention
+from nsa_lightning.model.loss import summed_cross_entropy
+from support.packings import cu_seqlens
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+
+LENGTHS = [1, 700, 33, 290]
+CONFIG = TransformerConfig(
+    vocab_size=512, hidden_size=128, num_layers=2, num_heads=8, num_kv_heads=2, head_dim=64, intermediate_size=256,
+    nsa=NSALayerConfig(select_block_size=32, num_selected_blocks=8, window_size=64),
+)  # fmt: skip
+
+
+def packed_batch():
+    tokens = torch.randint(0, 512, (sum(LENGTHS),), generator=torch.Generator().manual_seed(0)).cuda()
+    positions = torch.cat([torch.arange(length) for length in LENGTHS]).cuda()
+    return tokens, positions, cu_seqlens(LENGTHS).cuda(), max(LENGTHS)
+
+
+@pytest.mark.parametrize("window_size", [None, 64])
+@pytest.mark.parametrize(("heads", "head_dim"), [((8, 2), 64), ((6, 6), 128)])
+def test_varlen_attention_equals_attention_document_by_document(heads, head_dim, window_size):
+    H, H_kv = heads
+    inputs = [torch.randn(sum(LENGTHS), h, head_dim, device="cuda").bfloat16() for h in (H, H_kv, H_kv)]
+    offsets = cu_seqlens(LENGTHS).cuda()
+    fused = packed_causal_attention(*inputs, offsets, max(LENGTHS), window_size)
+    exact = packed_causal_attention(*(x.double() for x in inputs), offsets, max(LENGTHS), window_size)
+    assert (fused.double() - exact).norm() / exact.norm() < 5e-3
+    assert fused.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("attention", ["nsa", "full", "sliding"])
+def test_a_bf16_step_is_close_to_float64_and_never_waits_for_the_device(attention):
+    torch.manual_seed(0)
+    model = Transformer(dataclasses.replace(CONFIG, attention=[attention], sliding_window=64)).cuda()
+    batch = packed_batch()
+
+    def step():
+        with torch.autocast("cuda", torch.bfloat16):
+            hidden = model(*batch).hidden
+        loss = summed_cross_entropy(hidden, model.output_embedding, batch[0], -100)
+        loss.backward()
+        return loss
+
+    step()
+    model.zero_grad()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss = step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    gradients = {name: p.grad.double() for name, p in model.named_parameters() if p.grad is not None}
+    model.double().zero_grad()
+    exact = summed_cross_entropy(model(*batch).hidden, model.output_embedding, batch[0], -100)
+    exact.backward()
+    assert abs(loss.item() - exact.item()) / exact.item() < 5e-3
+    error = sum((gradients[name] - p.grad).norm() ** 2 for name, p in model.named_parameters() if name in gradients)
+    scale = sum(p.grad.norm() ** 2 for name, p in model.named_parameters() if name in gradients)
+    assert (error / scale).sqrt() < 0.1
+    assert len(gradients) > 20
+
+
+def test_compiled_blocks_equal_the_plain_ones():
+    torch.manual_seed(0)
+    model = Transformer(CONFIG).cuda()
+    plain = model(*packed_batch()).hidden
+    for block in model.layers:
+        block.compile()
+    torch.testing.assert_close(model(*packed_batch()).hidden, plain, rtol=1e-4, atol=1e-4)

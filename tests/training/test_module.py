@@ -1,0 +1,227 @@
+"""Training through Lightning's Trainer on a small corpus of real files."""
+
+import json
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+from nsa_lightning.data.batch import IGNORE_INDEX
+from nsa_lightning.data.datamodule import PackedTextDataModule
+from nsa_lightning.data.tokenizer import TokenizerConfig
+from nsa_lightning.model.attention import NSALayerConfig
+from nsa_lightning.model.transformer import TransformerConfig
+from nsa_lightning.training.callbacks import DocumentScores, FitReport, GateMonitor, TokenThroughput
+from nsa_lightning.training.module import LanguageModel
+from nsa_lightning.training.optimizer import WarmupCosine
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+NSA = NSALayerConfig(
+    compress_block_size=8, compress_stride=4, select_block_size=8, num_selected_blocks=4, window_size=16
+)
+CONFIG = TransformerConfig(
+    vocab_size=300, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=48, nsa=NSA
+)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """Twelve small source files and a cache beside them."""
+    root = tmp_path_factory.mktemp("corpus")
+    for index in range(12):
+        lines = [f"def function_{index}_{i}(x):\n    return x * {i} + {index}\n" for i in range(12)]
+        (root / f"file_{index}.py").write_text("\n".join(lines))
+    return root
+
+
+def data_module(corpus, **changes):
+    settings = {
+        "sources": [str(corpus / "*.py")],
+        "tokenizer": TokenizerConfig(vocab_size=300),
+        "seq_len": 128,
+        "batch_size": 2,
+        "val_fraction": 0.2,
+        "test_fraction": 0.2,
+        "num_workers": 0,
+        "cache_dir": str(corpus / "cache"),
+    }
+    return PackedTextDataModule(**(settings | changes))
+
+
+def language_model(**changes):
+    return LanguageModel(CONFIG, schedule=WarmupCosine(warmup_steps=2), **changes)
+
+
+class Losses(Callback):
+    """Remember every training loss and learning rate."""
+
+    def __init__(self):
+        self.losses, self.rates = [], []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.losses.append(outputs["loss"].item())
+        self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+
+def trainer(root, *callbacks, **changes):
+    settings = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "max_steps": 8,
+        "log_every_n_steps": 2,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "use_distributed_sampler": False,
+        "default_root_dir": root,
+        "logger": False,
+        "enable_checkpointing": False,
+        "num_sanity_val_steps": 0,
+        "callbacks": list(callbacks),
+    }
+    return Trainer(**(settings | changes))
+
+
+def fit(root, corpus, max_steps=8, ckpt_path=None, stop_after=None, model=None):
+    """Losses, learning rates and final weights of a run that may stop early and write a checkpoint."""
+    seed_everything(0)
+    losses = Losses()
+    checkpoint = ModelCheckpoint(root, filename="stopped", every_n_train_steps=stop_after or 10**6)
+    module = model or language_model()
+
+    class Stop(Callback):
+        def on_train_batch_end(self, trainer, *_):
+            trainer.should_stop = trainer.global_step == stop_after
+
+    run = trainer(
+        root, losses, checkpoint, Stop(), max_steps=max_steps, enable_checkpointing=True, limit_val_batches=0
+    )
+    run.fit(module, data_module(corpus), ckpt_path=ckpt_path)
+    return losses, {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one_bit_by_bit(tmp_path, corpus):
+    whole, whole_weights = fit(tmp_path / "whole", corpus)
+    first, _ = fit(tmp_path / "parts", corpus, stop_after=3)
+    second, weights = fit(tmp_path / "parts", corpus, ckpt_path=tmp_path / "parts" / "stopped.ckpt")
+    assert len(first.losses) == 3
+    assert first.losses + second.losses == whole.losses
+    assert first.rates + second.rates == whole.rates
+    assert all(torch.equal(weights[name], whole_weights[name]) for name in whole_weights)
+    assert len(set(whole.losses)) == len(whole.losses)
+
+
+def test_the_loss_is_the_mean_over_scored_targets_counted_once(corpus):
+    data = data_module(corpus)
+    data.prepare_data()
+    data.setup("fit")
+    module = language_model()
+    module.configure_model()
+    batch = next(iter(data.val_dataloader() if not isinstance(data.val_dataloader(), list) else []))
+    nats, tokens, output = module.summed_loss(batch)
+    logits = output.hidden @ module.model.output_embedding.T
+    scored = batch.targets != IGNORE_INDEX
+    expected = torch.nn.functional.cross_entropy(logits[scored], batch.targets[scored], reduction="sum")
+    torch.testing.assert_close(nats, expected, rtol=1e-4, atol=1e-3)
+    assert tokens == scored.sum()
+    torch.testing.assert_close(module.predict_step(batch, 0).sum(), expected, rtol=1e-4, atol=1e-3)
+
+
+def test_training_logs_losses_gates_and_pictures(tmp_path, corpus, capsys):
+    logger = TensorBoardLogger(tmp_path, name="run", version="")
+    callbacks = [
+        GateMonitor(picture_every=2),
+        TokenThroughput(window_size=2),
+        FitReport(),
+        ModelCheckpoint(monitor="val/loss", save_last=True),
+    ]
+    run = trainer(tmp_path, *callbacks, logger=logger, enable_checkpointing=True, val_check_interval=4, max_steps=8,
+                  check_val_every_n_epoch=None)  # fmt: skip
+    run.fit(language_model(), data_module(corpus))
+    events = EventAccumulator(logger.log_dir, size_guidance={"images": 0, "histograms": 0}).Reload()
+    scalars = set(events.Tags()["scalars"])
+    branches = ("compressed", "selected", "sliding")
+    expected = {"train/loss", "train/grad_norm", "val/loss", "val/perplexity", "val/bits_per_byte"}
+    expected |= {
+        f"gate_{name}/layer_{layer:02d}/{branch}"
+        for name in ("mean", "std", "near_zero", "near_one")
+        for layer in range(2)
+        for branch in branches
+    }
+    expected |= {"selection_distance_tokens/layer_00", "train/device/items_per_sec"}
+    assert expected <= scalars
+    assert [event.step for event in events.Scalars("gate_mean/layer_00/compressed")] == [2, 4, 6, 8]
+    assert all(0 < event.value < 1 for event in events.Scalars("gate_mean/layer_01/selected"))
+    assert {f"gate/layer_00/{branch}" for branch in branches} <= set(events.Tags()["histograms"])
+    counts = sum(events.Histograms("gate/layer_00/selected")[0].histogram_value.bucket)
+    assert counts == 2 * 128 * CONFIG.num_heads
+    assert [event.step for event in events.Images("gates")] == [2, 6]
+    layout = events.Tags()["tensors"]
+    assert any("custom_scalars" in tag for tag in layout)
+    report = capsys.readouterr().out
+    for word in ("bits per byte", "unigram model", "best checkpoint", "tensorboard --logdir"):
+        assert word in report
+
+
+def test_watching_gates_changes_no_loss(tmp_path, corpus):
+    plain, _ = fit(tmp_path / "plain", corpus, max_steps=4)
+    seed_everything(0)
+    losses = Losses()
+    logger = TensorBoardLogger(tmp_path, name="watched", version="")
+    run = trainer(tmp_path, losses, GateMonitor(every_n_steps=1), logger=logger, max_steps=4, limit_val_batches=0)
+    run.fit(language_model(), data_module(corpus))
+    assert losses.losses == plain.losses
+
+
+def test_gradient_clipping_bounds_the_norm_and_logs_the_norm_before(tmp_path, corpus):
+    norms = []
+
+    class Norms(Callback):
+        def on_before_zero_grad(self, trainer, pl_module, optimizer):
+            grads = [p.grad for p in pl_module.parameters() if p.grad is not None]
+            if grads:
+                norms.append((torch.nn.utils.get_total_norm(grads).item(), trainer.callback_metrics["train/grad_norm"]))
+
+    run = trainer(tmp_path, Norms(), max_steps=3, gradient_clip_val=0.01, limit_val_batches=0)
+    run.fit(language_model(), data_module(corpus))
+    assert norms
+    for clipped, logged in norms:
+        assert clipped == pytest.approx(0.01, rel=1e-3)
+        assert logged > 0.1
+
+
+def test_validate_test_and_predict_work_from_a_checkpoint(tmp_path, corpus):
+    checkpoint = ModelCheckpoint(tmp_path, filename="model", every_n_train_steps=4)
+    run = trainer(tmp_path, checkpoint, max_steps=4, enable_checkpointing=True, limit_val_batches=0)
+    run.fit(language_model(), data_module(corpus))
+    path = tmp_path / "model.ckpt"
+    (validated,) = trainer(tmp_path).validate(language_model(), data_module(corpus), ckpt_path=path)
+    (tested,) = trainer(tmp_path).test(language_model(), data_module(corpus), ckpt_path=path)
+    assert set(validated) == {"val/loss", "val/perplexity", "val/bits_per_byte"}
+    assert set(tested) == {"test/loss", "test/perplexity", "test/bits_per_byte"}
+    assert validated["val/loss"] != tested["test/loss"]
+    scores = DocumentScores(str(tmp_path / "scores.jsonl"))
+    trainer(tmp_path, scores).predict(language_model(), data_module(corpus), ckpt_path=path, return_predictions=False)
+    rows = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
+    total = sum(row["nats"] for row in rows) / sum(row["tokens"] for row in rows)
+    assert total == pytest.approx(validated["val/loss"], rel=1e-4)
+    assert all(row["beginning"].startswith("def function_") for row in rows if row["beginning"].startswith("def"))
+
+
+def test_a_checkpoint_of_other_sizes_is_refused_by_name(tmp_path, corpus):
+    checkpoint = ModelCheckpoint(tmp_path, filename="model", every_n_train_steps=1)
+    run = trainer(tmp_path, checkpoint, max_steps=1, enable_checkpointing=True, limit_val_batches=0)
+    run.fit(language_model(), data_module(corpus))
+    wider = LanguageModel(TransformerConfig(**(vars(CONFIG) | {"hidden_size": 48, "head_dim": 8})))
+    with pytest.raises(ValueError, match=r"ckpt_path must hold a model .* is \(300, 32\) in the checkpoint and \(300, 48\)"):
+        trainer(tmp_path).validate(wider, data_module(corpus), ckpt_path=tmp_path / "model.ckpt")
+
+
+def test_max_steps_is_needed(tmp_path, corpus):
+    with pytest.raises(ValueError, match=r"trainer.max_steps must be set for the learning-rate schedule, got -1"):
+        trainer(tmp_path, max_steps=-1, max_epochs=1).fit(language_model(), data_module(corpus))
+
+
+def test_a_nested_model_is_rebuilt_from_a_checkpoints_hyperparameters():
+    module = language_model()
+    assert module.hparams["transformer"]["nsa"]["window_size"] == 16
