@@ -174,12 +174,12 @@ class Transformer(nn.Module):
     def init_weights(self) -> None:
         """Normal weights of deviation 1 / sqrt(inputs), those that write to the residual stream smaller.
 
-        Their deviation is divided by sqrt(2 · layers); embeddings have 0.02.
+        Their deviation is divided by sqrt(2 · layers).
         """
         residual = 1 / math.sqrt(2 * self.config.num_layers)
         for name, module in self.named_modules():
-            if isinstance(module, nn.Embedding) or name == "lm_head":
-                nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Embedding):  # its width counts as inputs: tied, it is the output layer too
+                nn.init.normal_(module.weight, std=module.embedding_dim**-0.5)
             elif isinstance(module, nn.Linear):
                 scale = residual if name.endswith(("o_proj", "down_proj")) else 1.0
                 nn.init.normal_(module.weight, std=scale * module.in_features**-0.5)

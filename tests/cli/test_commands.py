@@ -39,6 +39,8 @@ data:
   num_workers: 0
 """
 
+LOGGED = ("--trainer.logger", "TensorBoardLogger", "--trainer.logger.save_dir", "runs")
+
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch):
@@ -67,7 +69,7 @@ def run_small(monkeypatch, command, *arguments):
 
 
 def test_fit_writes_checkpoints_and_a_config_that_goes_on(workplace, monkeypatch, capsys):
-    assert run_small(monkeypatch, "fit", "--trainer.logger", "TensorBoardLogger", "--trainer.logger.save_dir", "runs") == 0
+    assert run_small(monkeypatch, "fit", *LOGGED) == 0
     report = capsys.readouterr().out
     (line,) = [line for line in report.splitlines() if line.startswith("train on")]
     _, *arguments = line.removeprefix("train on").split()
@@ -79,7 +81,7 @@ def test_fit_writes_checkpoints_and_a_config_that_goes_on(workplace, monkeypatch
 
 
 def test_validate_and_predict_read_what_fit_wrote(workplace, monkeypatch, capsys):
-    assert run_small(monkeypatch, "fit", "--trainer.logger", "TensorBoardLogger", "--trainer.logger.save_dir", "runs") == 0
+    assert run_small(monkeypatch, "fit", *LOGGED) == 0
     (config,) = workplace.glob("runs/**/config.yaml")
     (checkpoint,) = workplace.glob("runs/**/last.ckpt")
     assert run(monkeypatch, "validate", "--config", str(config), "--ckpt_path", str(checkpoint)) == 0
@@ -128,9 +130,7 @@ def test_a_checkpoint_of_another_tokenizer_is_refused(workplace, monkeypatch, ca
     assert run_small(monkeypatch, "fit") == 0
     (checkpoint,) = workplace.glob("lightning_logs/**/last.ckpt")
     capsys.readouterr()
-    status = run_small(
-        monkeypatch, "validate", "--ckpt_path", str(checkpoint), "--data.tokenizer.vocab_size", "310"
-    )
+    status = run_small(monkeypatch, "validate", "--ckpt_path", str(checkpoint), "--data.tokenizer.vocab_size", "310")
     assert status == 2
     error = capsys.readouterr().err
     assert "vocab" in error or "embed_tokens" in error
@@ -143,7 +143,8 @@ def test_an_unknown_command_lists_the_commands(monkeypatch, capsys):
 
 
 def test_help_names_every_command_without_importing_torch():
-    code = "import sys; sys.argv = ['nsa', '--help']; from nsa_cli.main import main; main(); assert 'torch' not in sys.modules"
+    code = "import sys; sys.argv = ['nsa', '--help']; from nsa_cli.main import main; main()"
+    code += "; assert 'torch' not in sys.modules"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     for command in ("fit", "validate", "test", "predict"):
         assert f"  {command}" in result.stdout

@@ -19,9 +19,9 @@ def test_eager_on_a_gpu_equals_the_reference(name):
     expected.out.sum().backward()
     actual.out.sum().backward()
     compared = 0
-    for name, leaf in inputs.leaves().items():
+    for part, leaf in inputs.leaves().items():
         if leaf.grad is not None:
-            torch.testing.assert_close(on_gpu.leaves()[name].grad.cpu(), leaf.grad, rtol=1e-8, atol=1e-8)
+            torch.testing.assert_close(on_gpu.leaves()[part].grad.cpu(), leaf.grad, rtol=1e-8, atol=1e-8)
             compared += 1
     assert compared >= 7
 

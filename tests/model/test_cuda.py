@@ -4,11 +4,12 @@ import dataclasses
 
 import pytest
 import torch
+from support.packings import cu_seqlens
+
 from nsa_lightning.model import Transformer, TransformerConfig
 from nsa_lightning.model.attention import NSALayerConfig
 from nsa_lightning.model.fused_attention import packed_causal_attention
 from nsa_lightning.model.loss import summed_cross_entropy
-from support.packings import cu_seqlens
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+
 from nsa_lightning.model import Transformer, TransformerConfig
 from nsa_lightning.model.attention import NSALayerConfig
 from nsa_lightning.model.flops import num_summaries, training_flops, visible_pairs

@@ -1,7 +1,8 @@
 import pytest
 import torch
-from nsa_lightning.model.fused_attention import packed_causal_attention
 from support.packings import cu_seqlens
+
+from nsa_lightning.model.fused_attention import packed_causal_attention
 
 
 def masked_attention(q, k, v, offsets, window_size):

@@ -1,6 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+
 from nsa_lightning.model import loss as loss_module
 from nsa_lightning.model.loss import chunked_cross_entropy, summed_cross_entropy, token_cross_entropy
 

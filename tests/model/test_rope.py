@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 from nsa_kernels.rotary import apply_rotary
+
 from nsa_lightning.model.rope import RopeConfig, RotaryEmbedding, rotary_frequencies
 
 

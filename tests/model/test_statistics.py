@@ -1,7 +1,8 @@
 import torch
 from nsa_kernels import NSAConfig
-from nsa_lightning.model.statistics import NUM_GATE_BINS, branch_statistics
 from support.packings import cu_seqlens
+
+from nsa_lightning.model.statistics import NUM_GATE_BINS, branch_statistics
 
 CONFIG = NSAConfig(compress_block_size=4, compress_stride=2, select_block_size=8, num_selected_blocks=4, window_size=6)
 

@@ -2,10 +2,11 @@ import dataclasses
 
 import pytest
 import torch
+from support.packings import cu_seqlens
+
 from nsa_lightning.model import Transformer, TransformerConfig
 from nsa_lightning.model.attention import NSALayerConfig, NSAttention
 from nsa_lightning.model.rope import RopeConfig
-from support.packings import cu_seqlens
 
 NSA = NSALayerConfig(
     compress_block_size=4, compress_stride=2, select_block_size=8, num_selected_blocks=4, window_size=6
@@ -64,8 +65,8 @@ def test_packing_is_invisible_in_outputs_and_gradients(name):
         (document * weights[start:end]).sum().backward()
         alone.append(document)
     torch.testing.assert_close(hidden, torch.cat(alone), rtol=1e-8, atol=1e-8)
-    for name, gradient in gradients.items():
-        torch.testing.assert_close(gradient, dict(model.named_parameters())[name].grad, rtol=1e-7, atol=1e-7)
+    for part, gradient in gradients.items():
+        torch.testing.assert_close(gradient, dict(model.named_parameters())[part].grad, rtol=1e-7, atol=1e-7)
     assert hidden.std() > 0.1
 
 

@@ -4,10 +4,11 @@ import math
 
 import torch
 from nsa_kernels.packing import document_positions
+from support.packings import cu_seqlens
+
 from nsa_lightning.model import Transformer, TransformerConfig
 from nsa_lightning.model.attention import NSALayerConfig
 from nsa_lightning.model.loss import summed_cross_entropy
-from support.packings import cu_seqlens
 
 LENGTH, NUM_DOCUMENTS, NUM_VALUES = 96, 16, 8
 FILLER, QUESTION = 0, NUM_VALUES + 1  # token ids: the filler, the values, the question

@@ -1,6 +1,7 @@
 import math
 
 import torch
+
 from nsa_lightning.training.metrics import LanguageModelingMetrics
 
 

@@ -7,6 +7,8 @@ import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
 from nsa_lightning.data.batch import IGNORE_INDEX
 from nsa_lightning.data.datamodule import PackedTextDataModule
 from nsa_lightning.data.tokenizer import TokenizerConfig
@@ -15,7 +17,6 @@ from nsa_lightning.model.transformer import TransformerConfig
 from nsa_lightning.training.callbacks import DocumentScores, FitReport, GateMonitor, TokenThroughput
 from nsa_lightning.training.module import LanguageModel
 from nsa_lightning.training.optimizer import WarmupCosine
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 NSA = NSALayerConfig(
     compress_block_size=8, compress_stride=4, select_block_size=8, num_selected_blocks=4, window_size=16
@@ -93,9 +94,7 @@ def fit(root, corpus, max_steps=8, ckpt_path=None, stop_after=None, model=None):
         def on_train_batch_end(self, trainer, *_):
             trainer.should_stop = trainer.global_step == stop_after
 
-    run = trainer(
-        root, losses, checkpoint, Stop(), max_steps=max_steps, enable_checkpointing=True, limit_val_batches=0
-    )
+    run = trainer(root, losses, checkpoint, Stop(), max_steps=max_steps, enable_checkpointing=True, limit_val_batches=0)
     run.fit(module, data_module(corpus), ckpt_path=ckpt_path)
     return losses, {name: value.clone() for name, value in module.state_dict().items()}
 
@@ -117,7 +116,7 @@ def test_the_loss_is_the_mean_over_scored_targets_counted_once(corpus):
     data.setup("fit")
     module = language_model()
     module.configure_model()
-    batch = next(iter(data.val_dataloader() if not isinstance(data.val_dataloader(), list) else []))
+    batch = next(iter(data.val_dataloader()))
     nats, tokens, output = module.summed_loss(batch)
     logits = output.hidden @ module.model.output_embedding.T
     scored = batch.targets != IGNORE_INDEX
@@ -213,15 +212,12 @@ def test_a_checkpoint_of_other_sizes_is_refused_by_name(tmp_path, corpus):
     run = trainer(tmp_path, checkpoint, max_steps=1, enable_checkpointing=True, limit_val_batches=0)
     run.fit(language_model(), data_module(corpus))
     wider = LanguageModel(TransformerConfig(**(vars(CONFIG) | {"hidden_size": 48, "head_dim": 8})))
-    with pytest.raises(ValueError, match=r"ckpt_path must hold a model .* is \(300, 32\) in the checkpoint and \(300, 48\)"):
+    with pytest.raises(
+        ValueError, match=r"ckpt_path must hold a model .* is \(300, 32\) in the checkpoint and \(300, 48\)"
+    ):
         trainer(tmp_path).validate(wider, data_module(corpus), ckpt_path=tmp_path / "model.ckpt")
 
 
 def test_max_steps_is_needed(tmp_path, corpus):
     with pytest.raises(ValueError, match=r"trainer.max_steps must be set for the learning-rate schedule, got -1"):
         trainer(tmp_path, max_steps=-1, max_epochs=1).fit(language_model(), data_module(corpus))
-
-
-def test_a_nested_model_is_rebuilt_from_a_checkpoints_hyperparameters():
-    module = language_model()
-    assert module.hparams["transformer"]["nsa"]["window_size"] == 16
