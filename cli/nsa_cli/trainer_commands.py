@@ -61,6 +61,11 @@ class NSACommandLine(LightningCLI):
                 f"trainer.accelerator must name hardware that PyTorch can use, got {config.trainer.accelerator}: "
                 f"torch {torch.__version__} sees no GPU. Use --trainer.accelerator cpu or auto"
             )
+        if self.subcommand == "fit" and config.trainer.max_steps < 1:
+            raise ValueError(
+                f"trainer.max_steps must be at least 1, got {config.trainer.max_steps}: "
+                "the learning-rate schedule ends there. Set --trainer.max_steps"
+            )
         path = config.get("ckpt_path")
         if path and path not in _CHECKPOINT_WORDS and not Path(path).exists():
             raise ValueError(f"ckpt_path must be an existing checkpoint, got {path}")

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 from nsa_kernels.packing import compressed_block_centres
 from torch import Tensor, nn
@@ -106,6 +106,12 @@ class TransformerConfig:
                 "max_seq_len (data.seq_len) must be at least nsa.compress_block_size, "
                 f"got {self.max_seq_len} and {shortest}"
             )
+
+    @classmethod
+    def from_dict(cls, settings: dict[str, Any]) -> "TransformerConfig":
+        """The config whose `dataclasses.asdict` is `settings`, as checkpoints hold it."""
+        nested = {"nsa": NSALayerConfig(**settings["nsa"]), "rope": RopeConfig(**settings["rope"])}
+        return cls(**(settings | nested))
 
     @property
     def query_head_dim(self) -> int:

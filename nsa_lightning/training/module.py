@@ -38,6 +38,8 @@ class LanguageModel(LightningModule):
         compile: bool = False,
     ) -> None:
         super().__init__()
+        if isinstance(transformer, dict):  # load_from_checkpoint hands over the saved settings
+            transformer = TransformerConfig.from_dict(transformer)
         self.save_hyperparameters({"transformer": dataclasses.asdict(transformer)})
         self.transformer_config = transformer
         self.optimizer_callable = optimizer
@@ -62,7 +64,7 @@ class LanguageModel(LightningModule):
         optimizer = self.optimizer_callable(parameter_groups(self))
         total_steps = self.trainer.max_steps
         if total_steps < 1:
-            raise ValueError(f"trainer.max_steps must be set for the learning-rate schedule, got {total_steps}")
+            raise ValueError(f"trainer.max_steps must be at least 1 for the learning-rate schedule, got {total_steps}")
         scheduler = LambdaLR(optimizer, lambda step: self.schedule.factor(step, total_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

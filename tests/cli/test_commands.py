@@ -106,6 +106,7 @@ def test_validate_and_predict_read_what_fit_wrote(workplace, monkeypatch, capsys
         (["--trainer.accelerator", "gpu"], "trainer.accelerator must name hardware that PyTorch can use, got gpu"),
         (["--model.schedule", "WarmupCosine", "--model.schedule.final_ratio", "2"], "final_ratio must be from 0 to 1"),
         (["--data.tokenizer.path", "missing.json"], "missing.json"),
+        (["--trainer.max_steps", "-1", "--trainer.max_epochs", "1"], "trainer.max_steps must be at least 1, got -1"),
     ],
     ids=lambda value: value[0] + value[1] if isinstance(value, list) else "",
 )  # fmt: skip

@@ -66,7 +66,7 @@ def test_a_bf16_step_is_close_to_float64_and_never_waits_for_the_device(attentio
     error = sum((gradients[name] - p.grad).norm() ** 2 for name, p in model.named_parameters() if name in gradients)
     scale = sum(p.grad.norm() ** 2 for name, p in model.named_parameters() if name in gradients)
     assert (error / scale).sqrt() < 0.1
-    assert len(gradients) > 20
+    assert len(gradients) >= 20
 
 
 def test_compiled_blocks_equal_the_plain_ones():

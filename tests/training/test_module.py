@@ -219,5 +219,15 @@ def test_a_checkpoint_of_other_sizes_is_refused_by_name(tmp_path, corpus):
 
 
 def test_max_steps_is_needed(tmp_path, corpus):
-    with pytest.raises(ValueError, match=r"trainer.max_steps must be set for the learning-rate schedule, got -1"):
+    with pytest.raises(ValueError, match=r"trainer.max_steps must be at least 1 .*, got -1"):
         trainer(tmp_path, max_steps=-1, max_epochs=1).fit(language_model(), data_module(corpus))
+
+
+def test_a_model_is_rebuilt_from_its_checkpoint_alone(tmp_path, corpus):
+    checkpoint = ModelCheckpoint(tmp_path, filename="model", every_n_train_steps=2)
+    module = language_model()
+    run = trainer(tmp_path, checkpoint, max_steps=2, enable_checkpointing=True, limit_val_batches=0)
+    run.fit(module, data_module(corpus))
+    loaded = LanguageModel.load_from_checkpoint(tmp_path / "model.ckpt", weights_only=True)
+    assert loaded.transformer_config == CONFIG
+    assert all(torch.equal(value, module.state_dict()[name]) for name, value in loaded.state_dict().items())
