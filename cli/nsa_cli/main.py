@@ -6,7 +6,7 @@ _TRAINER_COMMANDS = {
     "fit": "train a model",
     "validate": "measure a checkpoint on the validation split",
     "test": "measure a checkpoint on the test split",
-    "predict": "score each validation document with a checkpoint",
+    "predict": "score each piece of a validation document with a checkpoint",
 }
 
 _HELP = """usage: nsa COMMAND [options]

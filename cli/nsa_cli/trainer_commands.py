@@ -1,23 +1,53 @@
 """`nsa fit | validate | test | predict`: LightningCLI with our model, data and callbacks."""
 
+import signal
 import sys
 import traceback
 from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 from jsonargparse import set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from nsa_lightning.data.datamodule import PackedTextDataModule
 from nsa_lightning.data.tokenizer import vocab_size_of
-from nsa_lightning.training.callbacks import DocumentScores, FitReport, GateMonitor, TokenThroughput
+from nsa_lightning.training.callbacks import (
+    DocumentScores,
+    FitReport,
+    GateMonitor,
+    RunCheckpoint,
+    TokenThroughput,
+)
 from nsa_lightning.training.module import LanguageModel
 from nsa_lightning.training.optimizer import ADAMW_DEFAULTS
 
 _OWN_PACKAGES = ("nsa_kernels", "nsa_lightning", "nsa_cli")
 _CHECKPOINT_WORDS = ("best", "last", "hpc", "registry")
+
+
+class NSAParser(LightningArgumentParser):
+    """Lightning's parser that says a mistake in one line instead of below all its options."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print the message and exit with status 2."""
+        _print_error(message.strip())
+        sys.exit(2)
+
+
+class SaveRun(SaveConfigCallback):
+    """Keep beside the checkpoints what is needed to use them: the config and the tokenizer."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write `config.yaml`, and `tokenizer.json` beside it."""
+        super().setup(trainer, pl_module, stage)
+        log_dir = trainer.log_dir  # asks the other ranks, so on every rank
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        if trainer.is_global_zero and log_dir is not None:
+            data.tokenizer.save(Path(log_dir, "tokenizer.json"))
 
 
 class NSACommandLine(LightningCLI):
@@ -31,7 +61,7 @@ class NSACommandLine(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the callbacks that every run has, and tie settings that must agree."""
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.add_lightning_class_args(GateMonitor, "gate_monitor")
         parser.add_lightning_class_args(TokenThroughput, "throughput")
         parser.add_lightning_class_args(LearningRateMonitor, "learning_rate_monitor")
@@ -67,32 +97,69 @@ class NSACommandLine(LightningCLI):
                 "the learning-rate schedule ends there. Set --trainer.max_steps"
             )
         path = config.get("ckpt_path")
-        if path and path not in _CHECKPOINT_WORDS and not Path(path).exists():
-            raise ValueError(f"ckpt_path must be an existing checkpoint, got {path}")
+        if path:
+            _check_checkpoint(Path(path))
+        elif self.subcommand != "fit":
+            raise ValueError("ckpt_path must name the checkpoint to measure, got none. Set --ckpt_path")
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+        """Leave out the callbacks that the trainer's own switches turn off."""
+        if config.get("logger") is False:
+            callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]
+        if config.get("enable_checkpointing") is False:
+            callbacks = [callback for callback in callbacks if not isinstance(callback, ModelCheckpoint)]
+        return super()._instantiate_trainer(config, callbacks)
 
     def _parse_ckpt_path(self) -> None:
-        """Settings come from the config and the flags alone, never from a checkpoint."""
+        """Model settings come from the config and the flags, never from a checkpoint."""
 
 
 def run() -> int:
-    """Run the trainer command of `sys.argv`; a mistake of the user's ends in one clear line and status 2."""
+    """Run the trainer command of `sys.argv` and return its exit status.
+
+    A mistake of the user's ends in one clear line and status 2, a run stopped by SIGTERM in status 143.
+    """
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     try:
-        NSACommandLine(
+        command_line = NSACommandLine(
             LanguageModel,
             PackedTextDataModule,
             auto_configure_optimizers=False,
             trainer_defaults={"use_distributed_sampler": False, "callbacks": [FitReport()]},
+            save_config_callback=SaveRun,
             save_config_kwargs={"overwrite": True},
+            parser_class=NSAParser,
             seed_everything_default=0,
             parser_kwargs={"description": "Train and measure language models with Native Sparse Attention."},
         )
     except (ValueError, MisconfigurationException) as error:
         if not _is_deliberate(error):
             raise
-        print(f"nsa {sys.argv[1]}: error: {error}", file=sys.stderr)
+        _print_error(str(error))
         return 2
-    return 0
+    return 128 + signal.SIGTERM if command_line.trainer.received_sigterm else 0
+
+
+def _print_error(message: str) -> None:
+    print(f"nsa {sys.argv[1]}: error: {message}", file=sys.stderr)
+
+
+def _check_checkpoint(path: Path) -> None:
+    """Refuse what is no checkpoint of `nsa fit`, before anything is read that takes long."""
+    if path.name in _CHECKPOINT_WORDS:
+        raise ValueError(f"ckpt_path must be the path of a checkpoint, got the word {path}")
+    if not path.exists():
+        raise ValueError(f"ckpt_path must be an existing checkpoint, got {path}")
+    if path.is_dir():
+        raise ValueError(f"ckpt_path must be a file, got the directory {path}")
+    try:
+        keys = set(torch.load(path, mmap=True, weights_only=True, map_location="meta"))
+    except Exception as error:  # anything may stand in a file: what went wrong is said, and the file is named
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise ValueError(f"ckpt_path must be a checkpoint of nsa fit, got {path}: {reason}") from error
+    missing = {"state_dict", "pytorch-lightning_version"} - keys
+    if missing:
+        raise ValueError(f"ckpt_path must be a checkpoint of nsa fit, got {path}, which lacks {sorted(missing)}")
 
 
 def _is_deliberate(error: Exception) -> bool:

@@ -64,7 +64,8 @@ def native_sparse_attention(
         The output in q's dtype, [T, H, D_v], and the selected blocks.
 
     Raises:
-        ValueError: shapes that disagree, or an unknown backend.
+        ValueError: shapes that disagree, or an unknown backend; for `cu_seqlens` on the CPU also offsets that do not
+            rise from 0 to T (on other devices they are not read).
 
     Source: arXiv:2502.11089, eq. 5-12.
     """
@@ -73,6 +74,10 @@ def native_sparse_attention(
     sliding_k, sliding_v = (k if sliding_k is None else sliding_k), (v if sliding_v is None else sliding_v)
     compress_k, compress_v = (k if compress_k is None else compress_k), (v if compress_v is None else compress_v)
     _check_shapes(q, k, v, gates, sliding_k, sliding_v, compress_k, compress_v)
+    _check_documents(cu_seqlens, len(q))
+    slots = (len(q), k.shape[1], config.num_selected_blocks)
+    if block_indices is not None and block_indices.shape != slots:
+        raise ValueError(f"block_indices must be [T, H_kv, n], {slots} here, got {tuple(block_indices.shape)}")
     if backend == "reference":
         return reference.native_sparse_attention(
             q,
@@ -104,6 +109,17 @@ def native_sparse_attention(
     compressed_gate, selected_gate, sliding_gate = gates.to(q.dtype).unsqueeze(-1).unbind(2)  # 3 × [T, H, 1]
     out = compressed_gate * compressed_o + selected_gate * selected_o + sliding_gate * sliding_o
     return NSAOutput(out, block_indices)
+
+
+def _check_documents(cu_seqlens: Tensor, num_tokens: int) -> None:
+    if cu_seqlens.ndim != 1 or len(cu_seqlens) < 2 or cu_seqlens.is_floating_point():
+        raise ValueError(f"cu_seqlens must be integers [N + 1], got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}")
+    if num_tokens < 1:
+        raise ValueError(f"q must hold at least one token, got {num_tokens}")
+    if cu_seqlens.device.type == "cpu":
+        first, last, falls = int(cu_seqlens[0]), int(cu_seqlens[-1]), bool((cu_seqlens.diff() < 0).any())
+        if first != 0 or last != num_tokens or falls:
+            raise ValueError(f"cu_seqlens must rise from 0 to {num_tokens} tokens, got {cu_seqlens.tolist()}")
 
 
 def _check_shapes(

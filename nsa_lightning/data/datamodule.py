@@ -205,7 +205,8 @@ class PackedTextDataModule(L.LightningDataModule):
             origin = "" if self.tokenizer_config.path else ", trained on what data.sources hold now"
             raise ValueError(
                 f"the checkpoint was trained with tokenizer {old[0]} (vocabulary {old[1]}), "
-                f"data.tokenizer gives {new[0]} (vocabulary {new[1]}){origin}"
+                f"data.tokenizer gives {new[0]} (vocabulary {new[1]}){origin}; "
+                "set data.tokenizer.path to the tokenizer.json beside that run's config.yaml"
             )
         self._train_state = state_dict["train"]
 
@@ -234,7 +235,10 @@ class PackedTextDataModule(L.LightningDataModule):
             raise ValueError(f"{settings} leave no training document among {total}; lower them")
         word = {"val": "validation", "test": "test"}[split]
         fraction = {"val": self.val_fraction, "test": self.test_fraction}[split]
-        raise ValueError(f"data.{split}_fraction={fraction} leaves no {word} document among {total}; raise it")
+        raise ValueError(
+            f"data.{split}_fraction={fraction} leaves no {word} document among {total}; "
+            "raise it, set it to 0 or add documents"
+        )
 
     def _trained_tokenizer(self, files: list[Path], corpus: str) -> Path:
         """The path of a tokenizer trained on the training split."""

@@ -3,6 +3,7 @@
 import glob
 import gzip
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -29,17 +30,24 @@ def resolve_files(sources: Sequence[str], exclude: Sequence[str] = ()) -> list[P
     Args:
         sources: files, directories (every regular file below that is not hidden) and globs with `**`. `~` is expanded,
             and `{stdlib}` stands for the directory of Python's standard library.
-        exclude: globs of files, and of directories with all that is below. A relative one matches at any depth.
+        exclude: globs of files, and of directories with all that is below. A relative one matches at any depth below
+            the source: below the directory that it names, or that stands before a glob's first wildcard.
 
     Raises:
         ValueError: a source matches no file, a directory cannot be read, or nothing is left.
     """
-    found = sorted({path for source in sources for path in _files_of(source)})
-    unwanted = re.compile("|".join(_path_regex(_expand(pattern)) for pattern in exclude) or "(?!)")
-    kept = [path for path in found if not unwanted.fullmatch(str(path))]
+    patterns = [_expand(pattern) for pattern in exclude]
+    unwanted = re.compile("|".join(_path_regex(p) for p in patterns if p.startswith("/")) or "(?!)")
+    unwanted_below = re.compile("|".join(_path_regex(p) for p in patterns if not p.startswith("/")) or "(?!)")
+    found: set[Path] = set()
+    kept: set[Path] = set()
+    for root, path in (match for source in sources for match in _files_of(source)):
+        found.add(path)
+        if not unwanted.fullmatch(str(path)) and not unwanted_below.fullmatch(f"/{path.relative_to(root)}"):
+            kept.add(path)
     if not kept:
         raise ValueError(f"data.exclude={list(exclude)} leaves none of the {len(found)} files of {list(sources)}")
-    return kept
+    return sorted(kept)
 
 
 def iter_documents(files: Iterable[Path], text_field: str) -> Iterator[Document]:
@@ -105,7 +113,8 @@ def _path_regex(pattern: str) -> str:
     return f"{'' if pattern.startswith('/') else '.*/'}{body}(?:/.*)?"
 
 
-def _files_of(source: str) -> list[Path]:
+def _files_of(source: str) -> list[tuple[Path, Path]]:
+    """The files of a source, each behind the directory that relative patterns of `exclude` start from."""
     path = Path(os.path.abspath(_expand(source)))  # noqa: PTH100  (links stay: a link's name may tell the file's kind)
     with _readable(path):
         if not source:
@@ -118,7 +127,9 @@ def _files_of(source: str) -> list[Path]:
             files = [match for match in map(Path, glob.glob(str(path), recursive=True)) if match.is_file()]  # noqa: PTH207
     if not files:
         raise ValueError(f"data.sources must match files, {source!r} matches none")
-    return files
+    fixed = list(itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
+    root = path if path.is_dir() else path.parent if len(fixed) == len(path.parts) else Path(*fixed)
+    return [(root, file) for file in files]
 
 
 def _walk(directory: Path) -> Iterator[Path]:

@@ -13,7 +13,7 @@ def summed_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignore
     """Sum of -log softmax(hidden @ weight.T)[target] over the targets that are not ignored, in nats.
 
     Args:
-        hidden: final hidden states, [T, hidden_size].
+        hidden: final hidden states, [T, hidden_size]; under autocast they are cast to its dtype.
         weight: output embedding, [vocab_size, hidden_size]; cast to the dtype of `hidden`.
         targets: int64 [T].
         ignore_index: the target that is not scored.
@@ -21,6 +21,8 @@ def summed_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignore
     Returns:
         A float32 scalar; 0 where every target is ignored.
     """
+    if torch.is_autocast_enabled(hidden.device.type):  # the norm before it leaves float32
+        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
     weight = weight.to(hidden.dtype)
     if hasattr(F, "linear_cross_entropy"):  # torch 2.13 or newer
         options = torch.nn.LinearCrossEntropyOptions()

@@ -55,6 +55,10 @@ class RopeConfig:
                 "rope.original_max_seq_len must be set with "
                 f"rope.scaling={self.scaling}, got {self.original_max_seq_len}"
             )
+        if self.scaling == "none" and self.factor != 1:
+            raise ValueError(f"rope.factor must be 1 with rope.scaling=none, got {self.factor}")
+        if self.original_max_seq_len is not None and self.original_max_seq_len < 1:
+            raise ValueError(f"rope.original_max_seq_len must be at least 1, got {self.original_max_seq_len}")
         if self.high_freq_factor <= self.low_freq_factor:
             raise ValueError(
                 "rope.high_freq_factor must be above rope.low_freq_factor, "
@@ -64,9 +68,9 @@ class RopeConfig:
             raise ValueError(f"rope.beta_fast must be above rope.beta_slow, got {self.beta_fast} and {self.beta_slow}")
 
 
-def rotary_frequencies(config: RopeConfig, rotary_dim: int) -> Tensor:
+def rotary_frequencies(config: RopeConfig, rotary_dim: int, device: torch.device | None = None) -> Tensor:
     """Radians a token for each pair of dimensions, float32 [R/2], fastest first."""
-    exponent = torch.arange(0, rotary_dim, 2, dtype=torch.float32) / rotary_dim
+    exponent = torch.arange(0, rotary_dim, 2, dtype=torch.float32, device=device) / rotary_dim
     frequencies = 1.0 / config.theta**exponent
     if config.scaling == "none":
         return frequencies
@@ -83,30 +87,27 @@ def rotary_frequencies(config: RopeConfig, rotary_dim: int) -> Tensor:
             for beta in (config.beta_fast, config.beta_slow)
         )
         low, high = max(math.floor(fast), 0), min(math.ceil(slow), rotary_dim - 1)
-        keep = 1 - (torch.arange(rotary_dim // 2, dtype=torch.float32) - low) / max(high - low, 0.001)
+        pair = torch.arange(rotary_dim // 2, dtype=torch.float32, device=device)
+        keep = 1 - (pair - low) / max(high - low, 0.001)
     keep = keep.clamp(0, 1)
     return scaled * (1 - keep) + frequencies * keep
 
 
 class RotaryEmbedding(nn.Module):
-    """Cosines and sines of token positions, computed in float32 on demand: no table bounds the context length."""
+    """Cosines and sines of token positions, computed in float32 on demand.
 
-    frequencies: Tensor
+    No table bounds the context length, and no buffer can be cast down: bf16 frequencies turn the wrong way.
+    """
 
     def __init__(self, config: RopeConfig, rotary_dim: int) -> None:
         super().__init__()
         self.config, self.rotary_dim = config, rotary_dim
-        self.register_buffer("frequencies", rotary_frequencies(config, rotary_dim), persistent=False)
         self.factor = 1.0
         if config.scaling == "yarn":
             default = 0.1 * math.log(config.factor) + 1.0
             self.factor = default if config.attention_factor is None else config.attention_factor
 
-    def reset_parameters(self) -> None:
-        """Compute the frequencies again, after the module was created on the meta device."""
-        self.frequencies = rotary_frequencies(self.config, self.rotary_dim).to(self.frequencies.device)
-
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines, float32 [T, R/2] each, of int64 positions [T]."""
-        angles = positions[:, None].float() * self.frequencies.float()
+        angles = positions[:, None].float() * rotary_frequencies(self.config, self.rotary_dim, positions.device)
         return angles.cos() * self.factor, angles.sin() * self.factor

@@ -37,13 +37,14 @@ def branch_statistics(gates: Tensor, block_indices: Tensor, cu_seqlens: Tensor, 
     scores = gates.detach().float()
     bins = (scores * NUM_GATE_BINS).long().clamp_(0, NUM_GATE_BINS - 1)  # [T, H, 3]
     bins = bins + torch.arange(3, device=bins.device) * NUM_GATE_BINS
-    gate_histogram = _count(bins.flatten(), None, 3 * NUM_GATE_BINS).unflatten(0, (3, -1))
+    ones = torch.ones_like(bins)
+    gate_histogram = _count(bins.flatten(), ones.flatten(), 3 * NUM_GATE_BINS).unflatten(0, (3, -1))
 
     positions = document_positions(cu_seqlens, len(scores))[:, None, None]
     first_token = block_indices.long() * config.select_block_size  # [T, H_kv, n]
     own_block = positions // config.select_block_size
     forced = (block_indices < config.num_init_blocks) | (block_indices > own_block - config.num_local_blocks)
-    free = (~forced).float()  # an empty slot is -1: below num_init_blocks, so counted as forced
+    free = ~forced  # an empty slot is -1: below num_init_blocks, so counted as forced
     distance = (positions - first_token).clamp(min=1)
     distance_bins = distance.float().log2().long().clamp_(0, NUM_DISTANCE_BINS - 1)
     beyond = first_token + config.select_block_size <= positions + 1 - config.window_size
@@ -51,14 +52,13 @@ def branch_statistics(gates: Tensor, block_indices: Tensor, cu_seqlens: Tensor, 
         gate_sum=scores.sum(0),
         gate_square_sum=scores.square().sum(0),
         gate_histogram=gate_histogram,
-        distance_sum=(distance * free).sum(),
-        distance_histogram=_count(distance_bins.flatten(), free.flatten(), NUM_DISTANCE_BINS),
-        beyond_window=(beyond * free).sum(),
+        distance_sum=(distance * free).sum().float(),
+        distance_histogram=_count(distance_bins.flatten(), free.flatten().long(), NUM_DISTANCE_BINS),
+        beyond_window=(beyond & free).sum().float(),
         num_tokens=torch.full((), float(len(scores)), device=scores.device),
     )
 
 
-def _count(bins: Tensor, weights: Tensor | None, num_bins: int) -> Tensor:
-    """How often each bin occurs, float32 [num_bins]; unlike torch.bincount, without reading back to the host."""
-    weights = torch.ones_like(bins, dtype=torch.float32) if weights is None else weights
-    return weights.new_zeros(num_bins).index_add_(0, bins, weights)
+def _count(bins: Tensor, counts: Tensor, num_bins: int) -> Tensor:
+    """Integer counts added up by bin, float32 [num_bins]; unlike torch.bincount, without reading back to the host."""
+    return counts.new_zeros(num_bins).index_add_(0, bins, counts).float()

@@ -91,6 +91,12 @@ class TransformerConfig:
                 "hidden_size must be a multiple of num_heads where head_dim is not set, "
                 f"got {self.hidden_size} and {self.num_heads}"
             )
+        for name in ("head_dim", "value_head_dim"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.norm_eps < 0:
+            raise ValueError(f"norm_eps must be at least 0, got {self.norm_eps}")
         if self.query_head_dim % 2:
             raise ValueError(f"head_dim must be even for rotary embedding, got {self.query_head_dim}")
         if not self.attention or self.num_layers % len(self.attention):

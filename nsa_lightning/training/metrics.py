@@ -1,10 +1,14 @@
 """Validation metrics of a language model, exact over batches and ranks."""
 
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 from torchmetrics import Metric
+
+_SUMS = ("nats", "tokens", "bytes")
 
 
 class LanguageModelingMetrics(Metric):
@@ -17,8 +21,21 @@ class LanguageModelingMetrics(Metric):
 
     def __init__(self) -> None:
         super().__init__()
-        for name in ("nats", "tokens", "bytes"):
+        for name in _SUMS:
             self.add_state(name, default=torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = ()) -> Module:
+        """Follow the model to its device but keep float64: a sum in a lower precision stops growing."""
+        module = super()._apply(fn, exclude_state)
+        for name in _SUMS:
+            setattr(self, name, getattr(self, name).double())
+        return module
+
+    def reset(self) -> None:
+        """Start the sums again."""
+        super().reset()
+        for name in _SUMS:
+            setattr(self, name, getattr(self, name).double())
 
     def update(self, nats: Tensor, tokens: Tensor, bytes: Tensor) -> None:
         """Add the summed loss of a batch, the number of scored tokens and the bytes they stand for."""

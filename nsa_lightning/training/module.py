@@ -4,8 +4,9 @@ import dataclasses
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
@@ -81,7 +82,7 @@ class LanguageModel(LightningModule):
         return nats, (batch.targets != IGNORE_INDEX).sum(), output
 
     def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
-        """Mean loss over the scored tokens of the batch."""
+        """Mean loss over the scored tokens of this rank's batch; 0 for a batch that is all padding."""
         nats, tokens, output = self.summed_loss(batch, self.watch_attention)
         loss = nats / tokens.clamp(min=1)
         self.log("train/loss", loss, prog_bar=True)
@@ -122,13 +123,10 @@ class LanguageModel(LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip as the trainer is told to, and log the norm before it."""
-        parameters = [p for p in self.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        self.log("train/grad_norm", norm)
-        if gradient_clip_algorithm == "value":
-            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
-        elif gradient_clip_val:
-            torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        if not _scales_gradients_itself(optimizer, self.trainer):
+            self.log("train/grad_norm", torch.nn.utils.get_total_norm(gradients))
+        self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another model, naming what differs."""
@@ -143,13 +141,35 @@ class LanguageModel(LightningModule):
                 f"ckpt_path must hold a model of the configured sizes; {len(differing)} parameters differ, "
                 f"first: {'; '.join(differing[:3])}. Check model.transformer and data.tokenizer"
             )
+        saved = checkpoint.get("hyper_parameters", {}).get("transformer", {})
+        changed = _differences(saved, dataclasses.asdict(self.transformer_config))
+        if changed:
+            rank_zero_warn(f"model.transformer differs from what the checkpoint was trained with: {'; '.join(changed)}")
 
     @property
-    def flops_per_batch(self) -> int:
-        """FLOPs of the last training batch on this rank, from the lengths of its documents."""
-        if self.model is None or self._cu_seqlens is None:
-            return 0
+    def flops_per_batch(self) -> int | None:
+        """FLOPs of the last training batch on this rank, from the lengths of its documents; None outside training."""
+        if not self.training or self.model is None or self._cu_seqlens is None:
+            return None
         return training_flops(self.model, self._cu_seqlens.diff().long().cpu().numpy())
+
+
+def _scales_gradients_itself(optimizer: Optimizer, trainer: Trainer) -> bool:
+    """Whether gradients are still multiplied by a loss scale here: a fused optimizer divides it out in its step."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False)
+
+
+def _differences(saved: dict[str, Any], current: dict[str, Any], prefix: str = "") -> list[str]:
+    """Settings whose value changed, as `name was …, is …`; length and backend may change freely."""
+    found = []
+    for name in sorted(saved.keys() & current.keys() - {"max_seq_len", "backend"}):
+        old, new = saved[name], current[name]
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += _differences(old, new, f"{prefix}{name}.")
+        elif old != new:
+            found.append(f"{prefix}{name} was {old}, is {new}")
+    return found
 
 
 def _shape(state: dict[str, Any], name: str) -> str:

@@ -23,8 +23,8 @@ class Schedule(ABC):
     """Learning rate over a run, as a multiple of the optimizer's.
 
     Args:
-        warmup_steps: steps of linear warm-up from 0.
-        final_ratio: multiple of the learning rate at the last step.
+        warmup_steps: steps of linear warm-up, the first at 1 / warmup_steps.
+        final_ratio: multiple of the learning rate that the run ends towards.
     """
 
     def __init__(self, warmup_steps: int = 100, final_ratio: float = 0.1) -> None:
@@ -55,8 +55,8 @@ class WarmupCosine(Schedule):
     """Linear warm-up, then half a cosine down to the final ratio.
 
     Args:
-        warmup_steps: steps of linear warm-up from 0.
-        final_ratio: multiple of the learning rate at the last step.
+        warmup_steps: steps of linear warm-up, the first at 1 / warmup_steps.
+        final_ratio: multiple of the learning rate that the run ends towards.
     """
 
     def after_warmup(self, step: int, total_steps: int) -> float:
@@ -68,9 +68,9 @@ class WarmupStableDecay(Schedule):
     """Linear warm-up, then constant, then linear decay over the last part of the run (WSD, arXiv:2404.06395).
 
     Args:
-        warmup_steps: steps of linear warm-up from 0.
+        warmup_steps: steps of linear warm-up, the first at 1 / warmup_steps.
         decay_ratio: share of the run's steps over which the learning rate decays.
-        final_ratio: multiple of the learning rate at the last step.
+        final_ratio: multiple of the learning rate that the run ends towards.
     """
 
     def __init__(self, warmup_steps: int = 100, decay_ratio: float = 0.2, final_ratio: float = 0.0) -> None:

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from nsa_cli.main import main
 
@@ -106,6 +107,9 @@ def test_validate_and_predict_read_what_fit_wrote(workplace, monkeypatch, capsys
         (["--trainer.accelerator", "gpu"], "trainer.accelerator must name hardware that PyTorch can use, got gpu"),
         (["--model.schedule", "WarmupCosine", "--model.schedule.final_ratio", "2"], "final_ratio must be from 0 to 1"),
         (["--data.tokenizer.path", "missing.json"], "missing.json"),
+        (["--ckpt_path", "last"], "ckpt_path must be the path of a checkpoint, got the word last"),
+        (["--ckpt_path", "texts"], "ckpt_path must be a file, got the directory texts"),
+        (["--ckpt_path", "small.yaml"], "ckpt_path must be a checkpoint of nsa fit, got small.yaml: "),
         (["--trainer.max_steps", "-1", "--trainer.max_epochs", "1"], "trainer.max_steps must be at least 1, got -1"),
     ],
     ids=lambda value: value[0] + value[1] if isinstance(value, list) else "",
@@ -119,6 +123,64 @@ def test_a_mistake_ends_in_one_line_that_names_it(workplace, monkeypatch, capsys
     assert message in error
     assert "Traceback" not in error
     assert not (workplace / "lightning_logs" / "version_0" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("command", ["validate", "test", "predict"])
+def test_an_untrained_model_is_not_measured(workplace, monkeypatch, capsys, command):
+    assert run_small(monkeypatch, command) == 2
+    assert "ckpt_path must name the checkpoint to measure" in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(workplace, monkeypatch, capsys):
+    class Stranger:
+        def __reduce__(self):
+            return Path.touch, (workplace / "touched",)
+
+    torch.save({"state_dict": Stranger(), "pytorch-lightning_version": "2"}, workplace / "stranger.ckpt")
+    assert run_small(monkeypatch, "validate", "--ckpt_path", "stranger.ckpt") == 2
+    assert "ckpt_path must be a checkpoint of nsa fit, got stranger.ckpt" in capsys.readouterr().err
+    assert not (workplace / "touched").exists()
+
+
+def test_last_is_the_last_step_although_validation_came_before(workplace, monkeypatch):
+    assert run_small(monkeypatch, "fit", *LOGGED, "--trainer.max_steps", "5") == 0
+    (path,) = workplace.glob("runs/**/last.ckpt")
+    assert torch.load(path, weights_only=True)["global_step"] == 5
+
+
+def test_a_checkpoint_can_be_used_after_its_corpus_has_changed(workplace, monkeypatch, capsys):
+    assert run_small(monkeypatch, "fit", *LOGGED) == 0
+    (path,) = workplace.glob("runs/**/last.ckpt")
+    (tokenizer,) = workplace.glob("runs/**/tokenizer.json")
+    (workplace / "texts" / "new.txt").write_text("words that were not there before " * 90)
+    capsys.readouterr()
+    assert run_small(monkeypatch, "validate", "--ckpt_path", str(path)) == 2
+    assert "set data.tokenizer.path to the tokenizer.json" in capsys.readouterr().err
+    arguments = ("--ckpt_path", str(path), "--data.tokenizer.path", str(tokenizer))
+    assert run_small(monkeypatch, "validate", *arguments) == 0
+
+
+def test_logger_and_checkpoints_can_be_switched_off(workplace, monkeypatch):
+    switches = ("--trainer.logger", "false", "--trainer.enable_checkpointing", "false")
+    assert run_small(monkeypatch, "fit", *switches) == 0
+    assert not list(workplace.rglob("*.ckpt"))
+
+
+def test_settings_that_differ_from_the_checkpoint_are_named(workplace, monkeypatch):
+    assert run_small(monkeypatch, "fit", *LOGGED) == 0
+    (path,) = workplace.glob("runs/**/last.ckpt")
+    with pytest.warns(UserWarning, match="nsa.window_size was 8, is 16"):
+        run_small(monkeypatch, "validate", "--ckpt_path", str(path), "--model.transformer.nsa.window_size", "16")
+
+
+def test_two_processes_train_and_report(workplace):
+    """In processes of their own, as Lightning starts them."""
+    command = [sys.executable, "-m", "nsa_cli.main", "fit", "--config", "small.yaml", "--data.sources", '["texts"]']
+    command += ["--trainer.devices", "2", "--trainer.strategy", "ddp", *LOGGED]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert result.stdout.count("best checkpoint") == 1
+    assert list(workplace.glob("runs/**/last.ckpt"))
 
 
 def test_a_key_that_does_not_exist_in_a_config_is_named(workplace, monkeypatch, capsys):

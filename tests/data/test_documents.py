@@ -87,6 +87,12 @@ def test_exclude_drops_files_and_whole_directories_at_any_depth(tmp_path: Path, 
     assert names(resolve_files([str(tmp_path)], [pattern.replace("{root}", str(tmp_path))]), tmp_path) == kept
 
 
+@pytest.mark.parametrize("source", ["test/corpus", "test/corpus/*.py", "test/corpus/a.py"])
+def test_exclude_looks_below_the_source_and_not_above_it(tmp_path: Path, source: str) -> None:
+    write(tmp_path / "test" / "corpus" / "a.py")
+    assert len(resolve_files([str(tmp_path / source)], ["**/test/**", "test"])) == 1
+
+
 @pytest.mark.parametrize("source", ["no/such/file", "no/such/**/*.py", ""])
 def test_a_source_without_files_is_named(tmp_path: Path, source: str) -> None:
     write(tmp_path / "a.txt")

@@ -181,6 +181,11 @@ def test_memory_for_backward_holds_no_scores():
         ({"k": torch.ones(9, 3, 6)}, "must be a multiple of the KV heads, got 4 and 3"),
         ({"v": torch.ones(8, 2, 5)}, "v must be .* with k's T and H_kv"),
         ({"k": torch.ones(9, 2, 7)}, "k must be .* with q's T and D_qk"),
+        ({"cu_seqlens": torch.tensor([0, 8])}, r"cu_seqlens must rise from 0 to 9 tokens, got \[0, 8\]"),
+        ({"cu_seqlens": torch.tensor([1, 9])}, "cu_seqlens must rise from 0 to 9 tokens"),
+        ({"cu_seqlens": torch.tensor([0, 7, 5, 9])}, "cu_seqlens must rise from 0 to 9 tokens"),
+        ({"cu_seqlens": torch.tensor([[0, 9]])}, r"cu_seqlens must be integers \[N \+ 1\]"),
+        ({"block_indices": torch.zeros(9, 2, 1, dtype=torch.int32)}, r"block_indices must be \[T, H_kv, n\]"),
         ({"sliding_k": torch.ones(9, 2, 7)}, "sliding_k must have the shape of k"),
     ],
 )

@@ -69,18 +69,20 @@ def test_yarn_scaling_ramps_between_fast_and_slow_dimensions_and_raises_the_scor
     torch.testing.assert_close(cos[0, 0].item(), 0.1 * math.log(4) + 1)
 
 
-def test_frequencies_come_back_after_creation_on_the_meta_device():
-    with torch.device("meta"):
-        rotary = RotaryEmbedding(RopeConfig(), 16)
-    rotary.to_empty(device="cpu")
-    rotary.reset_parameters()
-    torch.testing.assert_close(rotary.frequencies, rotary_frequencies(RopeConfig(), 16))
+def test_casting_the_model_down_leaves_positions_exact():
+    rotary = RotaryEmbedding(RopeConfig(), 16)
+    positions = torch.tensor([7, 8000])
+    exact = rotary(positions)
+    cast = rotary.to(torch.bfloat16)(positions)
+    assert all(torch.equal(a, b) for a, b in zip(exact, cast, strict=True))
+    assert cast[0].dtype == torch.float32
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"scaling": "yarn", "factor": 2.0}, "rope.original_max_seq_len must be set with rope.scaling=yarn, got None"),
+        ({"factor": 8.0}, "rope.factor must be 1 with rope.scaling=none, got 8.0"),
         ({"factor": 0.5}, "rope.factor must be at least 1, got 0.5"),
         ({"theta": 0.0}, "rope.theta must be above 1, got 0.0"),
         ({"low_freq_factor": 4.0}, "rope.high_freq_factor must be above rope.low_freq_factor, got 4.0 and 4.0"),

@@ -152,6 +152,8 @@ def test_dense_parameters_carry_hugging_face_names():
         ({"hidden_size": 50}, "hidden_size must be a multiple of num_heads where head_dim is not set, got 50 and 4"),
         ({"head_dim": 7}, "head_dim must be even for rotary embedding, got 7"),
         ({"attention": ["nsa", "nsa", "full"]}, "attention must have a length that divides num_layers, got 3 names"),
+        ({"head_dim": 0}, "head_dim must be at least 1, got 0"),
+        ({"norm_eps": -1.0}, "norm_eps must be at least 0, got -1.0"),
         ({"num_layers": 0}, "num_layers must be at least 1, got 0"),
         ({"sliding_window": 0}, "sliding_window must be at least 1, got 0"),
         ({"max_seq_len": 3}, r"max_seq_len \(data.seq_len\) must be at least nsa.compress_block_size, got 3 and 4"),

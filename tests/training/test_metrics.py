@@ -22,3 +22,13 @@ def test_a_million_small_additions_lose_nothing():
         metrics.update(torch.tensor(1.0), torch.tensor(1), torch.tensor(1))
     assert metrics.tokens == 2**24 + 10
     assert metrics.nats == 2**24 + 10
+
+
+def test_a_model_cast_to_bfloat16_keeps_exact_sums():
+    metrics = LanguageModelingMetrics().to(dtype=torch.bfloat16)
+    for _ in range(2):
+        for _ in range(201):
+            metrics.update(torch.tensor(8000.0), torch.tensor(2048), torch.tensor(7000))
+        assert metrics.nats == 201 * 8000
+        assert metrics.tokens == 201 * 2048
+        metrics.reset()

@@ -149,12 +149,12 @@ def test_training_logs_losses_gates_and_pictures(tmp_path, corpus, capsys):
     }
     expected |= {"selection_distance_tokens/layer_00", "train/device/items_per_sec"}
     assert expected <= scalars
-    assert [event.step for event in events.Scalars("gate_mean/layer_00/compressed")] == [2, 4, 6, 8]
+    assert [event.step for event in events.Scalars("gate_mean/layer_00/compressed")] == [1, 3, 5, 7]
     assert all(0 < event.value < 1 for event in events.Scalars("gate_mean/layer_01/selected"))
     assert {f"gate/layer_00/{branch}" for branch in branches} <= set(events.Tags()["histograms"])
     counts = sum(events.Histograms("gate/layer_00/selected")[0].histogram_value.bucket)
     assert counts == 2 * 128 * CONFIG.num_heads
-    assert [event.step for event in events.Images("gates")] == [2, 6]
+    assert [event.step for event in events.Images("gates")] == [1, 5]
     layout = events.Tags()["tensors"]
     assert any("custom_scalars" in tag for tag in layout)
     report = capsys.readouterr().out

@@ -1,8 +1,9 @@
 """Lightning callbacks of the toolkit."""
 
+from nsa_lightning.training.callbacks.checkpoint import RunCheckpoint
 from nsa_lightning.training.callbacks.document_scores import DocumentScores
 from nsa_lightning.training.callbacks.gates import GateMonitor
 from nsa_lightning.training.callbacks.report import FitReport
 from nsa_lightning.training.callbacks.throughput import TokenThroughput
 
-__all__ = ["DocumentScores", "FitReport", "GateMonitor", "TokenThroughput"]
+__all__ = ["DocumentScores", "FitReport", "GateMonitor", "RunCheckpoint", "TokenThroughput"]

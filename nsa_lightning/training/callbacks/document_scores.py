@@ -68,5 +68,5 @@ class DocumentScores(Callback):
         temporary = path.with_name(path.name + ".tmp")
         temporary.write_text("\n".join([*self._lines, ""]), encoding="utf-8")
         os.replace(temporary, path)  # noqa: PTH105 (says what it does)
-        print(f"{len(self._lines)} documents scored: {path}")
+        print(f"{len(self._lines)} document pieces scored: {path}")
         self._lines = []

@@ -120,7 +120,7 @@ class GateMonitor(Callback):
 
     @rank_zero_only
     def _log(self, trainer: Trainer, summaries: dict[int, GateSummary]) -> None:
-        step = trainer.global_step
+        step = trainer.global_step - 1  # the step that was watched, as train/loss counts it
         scalars: dict[str, float] = {}
         for index, summary in summaries.items():
             for name, values in (

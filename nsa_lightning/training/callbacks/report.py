@@ -6,7 +6,6 @@ from pathlib import Path
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_only
 
 from nsa_lightning.data.datamodule import PackedTextDataModule
 
@@ -14,14 +13,13 @@ from nsa_lightning.data.datamodule import PackedTextDataModule
 class FitReport(Callback):
     """Print the validation result beside a unigram model's, the best checkpoint and two commands to copy."""
 
-    @rank_zero_only
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Print after the last checkpoint is written, and only if training got somewhere."""
-        if stage != "fit" or trainer.interrupted or trainer.global_step == 0:
-            return
-        print("\n" + "\n".join(f"{name:<18}{text}" for name, text in self._lines(trainer)), flush=True)
+        log_dir = trainer.log_dir  # asks the other ranks, so on every rank
+        if stage == "fit" and trainer.global_step > 0 and trainer.is_global_zero:
+            print("\n" + "\n".join(f"{name:<18}{text}" for name, text in self._lines(trainer, log_dir)), flush=True)
 
-    def _lines(self, trainer: Trainer) -> list[tuple[str, str]]:
+    def _lines(self, trainer: Trainer, log_dir: str | None) -> list[tuple[str, str]]:
         lines = []
         metrics = trainer.callback_metrics
         if "val/bits_per_byte" in metrics:
@@ -35,14 +33,21 @@ class FitReport(Callback):
             )
             data = getattr(trainer, "datamodule", None)
             if isinstance(data, PackedTextDataModule):
-                lines.append(("unigram model", f"{data.unigram_bits_per_byte:.3f} bits per byte on the same text"))
+                whole = isinstance(trainer.limit_val_batches, float) and trainer.limit_val_batches == 1.0
+                text = "the same text" if whole else "the whole validation split, of which a part was measured"
+                lines.append(("unigram model", f"{data.unigram_bits_per_byte:.3f} bits per byte on {text}"))
         checkpoint = trainer.checkpoint_callback
         if isinstance(checkpoint, ModelCheckpoint) and checkpoint.best_model_path:
-            lines.append(("best checkpoint", _relative(checkpoint.best_model_path)))
-        if trainer.log_dir and any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers):
-            lines.append(("look at it", f"tensorboard --logdir {_relative(trainer.log_dir)}"))
-        if isinstance(checkpoint, ModelCheckpoint) and checkpoint.last_model_path and trainer.log_dir:
-            config = Path(trainer.log_dir, "config.yaml")
+            score = (
+                f" ({checkpoint.monitor} {float(checkpoint.best_model_score):.3f})"
+                if checkpoint.monitor and checkpoint.best_model_score is not None
+                else ""
+            )
+            lines.append(("best checkpoint", _relative(checkpoint.best_model_path) + score))
+        if log_dir and any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers):
+            lines.append(("look at it", f"tensorboard --logdir {_relative(log_dir)}"))
+        if isinstance(checkpoint, ModelCheckpoint) and checkpoint.last_model_path and log_dir:
+            config = Path(log_dir, "config.yaml")
             if config.exists():
                 lines.append(
                     (
