@@ -152,7 +152,8 @@ def test_a_checkpoint_can_be_used_after_its_corpus_has_changed(workplace, monkey
     assert run_small(monkeypatch, "fit", *LOGGED) == 0
     (path,) = workplace.glob("runs/**/last.ckpt")
     (tokenizer,) = workplace.glob("runs/**/tokenizer.json")
-    (workplace / "texts" / "new.txt").write_text("words that were not there before " * 90)
+    for index in range(8):  # some of them fall into the training split
+        (workplace / "texts" / f"new_{index}.txt").write_text(f"words {index} that were not there before " * 90)
     capsys.readouterr()
     assert run_small(monkeypatch, "validate", "--ckpt_path", str(path)) == 2
     assert "set data.tokenizer.path to the tokenizer.json" in capsys.readouterr().err
