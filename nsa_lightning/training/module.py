@@ -122,11 +122,25 @@ class LanguageModel(LightningModule):
         gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip as the trainer is told to, and log the norm before it."""
-        gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        if not _scales_gradients_itself(optimizer, self.trainer):
-            self.log("train/grad_norm", torch.nn.utils.get_total_norm(gradients))
-        self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        """Clip as the trainer is told to, and log the norm before it.
+
+        Lightning's own clipping refuses fused optimizers in every mixed precision; with bf16, which needs no loss
+        scale, nothing stands against it.
+        """
+        if _gradients_are_scaled(optimizer, self.trainer):
+            if gradient_clip_val:
+                raise ValueError(
+                    "trainer.gradient_clip_val must be unset with trainer.precision=16-mixed and a fused optimizer, "
+                    f"got {gradient_clip_val}; use bf16-mixed or set model.optimizer.init_args.fused to false"
+                )
+            return
+        parameters = [p for p in self.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        self.log("train/grad_norm", norm)
+        if gradient_clip_val and gradient_clip_algorithm == "value":
+            torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val)
+        elif gradient_clip_val:
+            torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another model, naming what differs."""
@@ -154,8 +168,8 @@ class LanguageModel(LightningModule):
         return training_flops(self.model, self._cu_seqlens.diff().long().cpu().numpy())
 
 
-def _scales_gradients_itself(optimizer: Optimizer, trainer: Trainer) -> bool:
-    """Whether gradients are still multiplied by a loss scale here: a fused optimizer divides it out in its step."""
+def _gradients_are_scaled(optimizer: Optimizer, trainer: Trainer) -> bool:
+    """Whether gradients still hold a loss scale before the step: a fused optimizer divides it out in its step."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     return scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False)
 

@@ -1,6 +1,7 @@
 """Training through Lightning's Trainer on a small corpus of real files."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -172,7 +173,8 @@ def test_watching_gates_changes_no_loss(tmp_path, corpus):
     assert losses.losses == plain.losses
 
 
-def test_gradient_clipping_bounds_the_norm_and_logs_the_norm_before(tmp_path, corpus):
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_gradient_clipping_bounds_the_norm_and_logs_the_norm_before(tmp_path, corpus, precision):
     norms = []
 
     class Norms(Callback):
@@ -181,12 +183,21 @@ def test_gradient_clipping_bounds_the_norm_and_logs_the_norm_before(tmp_path, co
             if grads:
                 norms.append((torch.nn.utils.get_total_norm(grads).item(), trainer.callback_metrics["train/grad_norm"]))
 
-    run = trainer(tmp_path, Norms(), max_steps=3, gradient_clip_val=0.01, limit_val_batches=0)
+    run = trainer(tmp_path, Norms(), max_steps=3, gradient_clip_val=0.01, limit_val_batches=0, precision=precision)
     run.fit(language_model(), data_module(corpus))
     assert norms
     for clipped, logged in norms:
         assert clipped == pytest.approx(0.01, rel=1e-3)
         assert logged > 0.1
+
+
+def test_clipping_of_scaled_gradients_is_refused(corpus):
+    module = language_model()
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))], fused=True)
+    optimizer._step_supports_amp_scaling = True
+    module.trainer = SimpleNamespace(precision_plugin=SimpleNamespace(scaler=object()))
+    with pytest.raises(ValueError, match=r"trainer.gradient_clip_val must be unset .* got 1.0"):
+        module.configure_gradient_clipping(optimizer, gradient_clip_val=1.0)
 
 
 def test_validate_test_and_predict_work_from_a_checkpoint(tmp_path, corpus):
