@@ -12,6 +12,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from nsa_lightning.data.datamodule import PackedTextDataModule
 from nsa_lightning.data.tokenizer import vocab_size_of
@@ -121,7 +122,7 @@ def run() -> int:
     """
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     try:
-        command_line = NSACommandLine(
+        NSACommandLine(
             LanguageModel,
             PackedTextDataModule,
             auto_configure_optimizers=False,
@@ -137,7 +138,9 @@ def run() -> int:
             raise
         _print_error(str(error))
         return 2
-    return 128 + signal.SIGTERM if command_line.trainer.received_sigterm else 0
+    except SIGTERMException:  # Lightning has ended the run after its batch
+        return 128 + signal.SIGTERM
+    return 0
 
 
 def _print_error(message: str) -> None:

@@ -184,6 +184,18 @@ def test_two_processes_train_and_report(workplace):
     assert list(workplace.glob("runs/**/last.ckpt"))
 
 
+def test_a_run_that_is_terminated_does_not_look_finished(workplace):
+    command = [sys.executable, "-m", "nsa_cli.main", "fit", "--config", "small.yaml", "--data.sources", '["texts"]']
+    run = subprocess.Popen([*command, *LOGGED, "--trainer.max_steps", "1000000"], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list(workplace.glob("runs/**/last.ckpt")) and run.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.2)
+    run.terminate()
+    assert run.wait(timeout=60) == 143
+    (path,) = workplace.glob("runs/**/last.ckpt")
+    assert torch.load(path, weights_only=True)["global_step"] >= 3
+
+
 def test_a_key_that_does_not_exist_in_a_config_is_named(workplace, monkeypatch, capsys):
     (workplace / "small.yaml").write_text(SMALL.replace("window_size", "windows_size"))
     assert run_small(monkeypatch, "fit") == 2

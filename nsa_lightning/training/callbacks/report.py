@@ -20,43 +20,34 @@ class FitReport(Callback):
             print("\n" + "\n".join(f"{name:<18}{text}" for name, text in self._lines(trainer, log_dir)), flush=True)
 
     def _lines(self, trainer: Trainer, log_dir: str | None) -> list[tuple[str, str]]:
-        lines = []
-        metrics = trainer.callback_metrics
-        if "val/bits_per_byte" in metrics:
-            lines.append(
-                (
-                    "validation",
-                    f"{float(metrics['val/bits_per_byte']):.3f} bits per byte "
-                    f"(loss {float(metrics['val/loss']):.3f} nats a token, "
-                    f"perplexity {float(metrics['val/perplexity']):.1f})",
-                )
-            )
-            data = getattr(trainer, "datamodule", None)
-            if isinstance(data, PackedTextDataModule):
-                whole = isinstance(trainer.limit_val_batches, float) and trainer.limit_val_batches == 1.0
-                text = "the same text" if whole else "the whole validation split, of which a part was measured"
-                lines.append(("unigram model", f"{data.unigram_bits_per_byte:.3f} bits per byte on {text}"))
+        lines = _validation(trainer)
         checkpoint = trainer.checkpoint_callback
-        if isinstance(checkpoint, ModelCheckpoint) and checkpoint.best_model_path:
-            score = (
-                f" ({checkpoint.monitor} {float(checkpoint.best_model_score):.3f})"
-                if checkpoint.monitor and checkpoint.best_model_score is not None
-                else ""
-            )
-            lines.append(("best checkpoint", _relative(checkpoint.best_model_path) + score))
+        best = checkpoint.best_model_path if isinstance(checkpoint, ModelCheckpoint) else ""
+        last = checkpoint.last_model_path if isinstance(checkpoint, ModelCheckpoint) else ""
+        if best:
+            lines.append(("best checkpoint", _relative(best)))
         if log_dir and any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers):
             lines.append(("look at it", f"tensorboard --logdir {_relative(log_dir)}"))
-        if isinstance(checkpoint, ModelCheckpoint) and checkpoint.last_model_path and log_dir:
-            config = Path(log_dir, "config.yaml")
-            if config.exists():
-                lines.append(
-                    (
-                        "train on",
-                        f"nsa fit --config {_relative(config)} --ckpt_path {_relative(checkpoint.last_model_path)} "
-                        f"--trainer.max_steps {2 * trainer.global_step}",
-                    )
-                )
+        if last and log_dir and Path(log_dir, "config.yaml").exists():
+            command = f"nsa fit --config {_relative(Path(log_dir, 'config.yaml'))} --ckpt_path {_relative(last)}"
+            lines.append(("train on", f"{command} --trainer.max_steps {2 * trainer.global_step}"))
         return lines
+
+
+def _validation(trainer: Trainer) -> list[tuple[str, str]]:
+    """The last validation, and what a model without context reaches."""
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    if "val/bits_per_byte" not in metrics:
+        return []
+    loss, perplexity = metrics["val/loss"], metrics["val/perplexity"]
+    measured = f"(loss {loss:.3f} nats a token, perplexity {perplexity:.1f})"
+    lines = [("validation", f"{metrics['val/bits_per_byte']:.3f} bits per byte {measured}")]
+    data = getattr(trainer, "datamodule", None)
+    if isinstance(data, PackedTextDataModule):
+        whole = trainer.limit_val_batches == 1.0 and isinstance(trainer.limit_val_batches, float)
+        text = "the same text" if whole else "the whole validation split, of which a part was measured"
+        lines.append(("unigram model", f"{data.unigram_bits_per_byte:.3f} bits per byte on {text}"))
+    return lines
 
 
 def _relative(path: str | Path) -> str:
