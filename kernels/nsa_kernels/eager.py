@@ -29,9 +29,6 @@ _OTHER_CHUNK_BYTES = 2**28
 """Size of a chunk's largest buffer: what a CPU core caches, and what keeps an accelerator busy."""
 
 
-# --- one chunk ---------------------------------------------------------------------------------------------------
-
-
 def _scores(q: Tensor, k: Tensor, hidden: Tensor) -> Tensor:
     """q @ k of scaled queries, [B, M, N], -inf where `hidden` (broadcast) is True."""
     return torch.bmm(q, k.mT).masked_fill_(hidden, float("-inf"))
@@ -58,9 +55,6 @@ def _attend_backward(
     grad_v = torch.bmm(p.mT, grad_o)
     grad_scores = torch.bmm(grad_o, v.mT).sub_(delta).mul_(p)
     return torch.bmm(grad_scores, k), torch.bmm(grad_scores.mT, q), grad_v
-
-
-# --- chunks of queries and the keys they see ---------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -188,9 +182,6 @@ def _chunk_size(device: torch.device, bytes_per_query: int) -> int:
 
 def _default_scale(q: Tensor, scale: float | None) -> float:
     return q.shape[-1] ** -0.5 if scale is None else scale
-
-
-# --- the stages --------------------------------------------------------------------------------------------------
 
 
 def compress(x: Tensor, cu_seqlens: Tensor, config: NSAConfig, weights: CompressionWeights | None = None) -> Tensor:

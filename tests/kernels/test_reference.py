@@ -78,9 +78,6 @@ def gradcheck(function, leaves: list[Tensor], fast_mode: bool = False) -> bool:
     return torch.autograd.gradcheck(function, leaves, fast_mode=fast_mode)
 
 
-# --- gradients ---
-
-
 @pytest.mark.parametrize("kind", ["mean", "linear", "mlp"])
 def test_gradients_of_compress_match_finite_differences(kind):
     config = replace(TINY, compress_block_size=2, compress_stride=1)
@@ -147,9 +144,6 @@ def test_no_gradient_passes_through_the_choice_of_blocks():
     assert not block_indices.requires_grad
     for name, grad in zip(leaves, grads, strict=True):
         assert bool(grad.count_nonzero()) == (name in {"q", "k", "v"}), name
-
-
-# --- compression ---
 
 
 def test_mean_kind_averages_each_complete_block():
@@ -219,9 +213,6 @@ def test_each_kv_head_has_its_own_compression():
         other = reference.compress(inputs.compress_k, inputs.cu_seqlens, SMALL, weights)
         assert torch.equal(other[:, 1], summaries[:, 1]), name
         assert not torch.allclose(other[:, 0], summaries[:, 0]), name
-
-
-# --- the branches against dense attention ---
 
 
 @pytest.mark.parametrize("name", [name for name in PACKINGS if len(PACKINGS[name]) == 1])
@@ -319,9 +310,6 @@ def test_selected_branch_attends_to_the_past_tokens_of_the_given_blocks():
     scores = torch.einsum("tkgd,skd->kgts", inputs.q[5:].unflatten(1, (2, 2)), inputs.k[5:]).flatten(0, 1) / 6**0.5
     torch.testing.assert_close(lse[5:].T, scores.masked_fill(~mask, float("-inf")).logsumexp(-1))
     assert not mask.sum(-1).eq(torch.arange(1, 44)).all()  # some block is left out
-
-
-# --- importance ---
 
 
 def coefficients(config: NSAConfig, lengths: list[int], token: int) -> list[list[int]]:
@@ -428,9 +416,6 @@ def test_importance_of_all_blocks_counts_every_visible_probability_once_a_chunk(
     torch.testing.assert_close(importance.sum(-1), total)
 
 
-# --- selection ---
-
-
 @pytest.mark.parametrize("config", RANKINGS)
 def test_forced_blocks_come_first_and_then_the_most_important(config):
     lengths = [*PACKINGS["twice_the_reach"], 1, 0, 9, 40]
@@ -509,9 +494,6 @@ def test_all_heads_of_a_group_share_their_blocks_and_groups_choose_alone():
     chosen = chosen_sets(attend(inputs, SMALL).block_indices)
     assert {len(query) for query in chosen} == {2}
     assert any(first != second for first, second in chosen)
-
-
-# --- the whole ---
 
 
 @pytest.mark.parametrize("name", [name for name in PACKINGS if len(PACKINGS[name]) > 1])
@@ -619,9 +601,6 @@ def test_query_heads_must_be_a_multiple_of_kv_heads():
     block_indices = torch.zeros(9, 2, 1, dtype=torch.int32)
     with pytest.raises(ValueError, match="multiple of key/value heads, got 3 and 2"):
         reference.selected_attention(inputs.q, inputs.k, inputs.v, block_indices, inputs.cu_seqlens, SMALL)
-
-
-# --- the comparison of choices itself ---
 
 
 def test_choices_may_differ_only_where_importance_ties():
