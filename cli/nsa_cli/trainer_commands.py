@@ -149,7 +149,7 @@ def _print_error(message: str) -> None:
 
 def _check_checkpoint(path: Path) -> None:
     """Refuse what is no checkpoint of `nsa fit`, before anything is read that takes long."""
-    if path.name in _CHECKPOINT_WORDS:
+    if str(path) in _CHECKPOINT_WORDS:
         raise ValueError(f"ckpt_path must be the path of a checkpoint, got the word {path}")
     if not path.exists():
         raise ValueError(f"ckpt_path must be an existing checkpoint, got {path}")

@@ -79,9 +79,20 @@ class TransformerConfig:
     """Use the input embedding as output embedding."""
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "intermediate_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+            "value_head_dim",
+            "intermediate_size",
+            "sliding_window",
+        ):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads must be a multiple of num_kv_heads, got {self.num_heads} and {self.num_kv_heads}"
@@ -91,10 +102,6 @@ class TransformerConfig:
                 "hidden_size must be a multiple of num_heads where head_dim is not set, "
                 f"got {self.hidden_size} and {self.num_heads}"
             )
-        for name in ("head_dim", "value_head_dim"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
         if self.norm_eps < 0:
             raise ValueError(f"norm_eps must be at least 0, got {self.norm_eps}")
         if self.query_head_dim % 2:
@@ -104,8 +111,6 @@ class TransformerConfig:
                 "attention must have a length that divides num_layers, "
                 f"got {len(self.attention)} names for {self.num_layers} layers"
             )
-        if self.sliding_window < 1:
-            raise ValueError(f"sliding_window must be at least 1, got {self.sliding_window}")
         shortest = self.nsa.compress_block_size if "nsa" in self.attention else 1
         if self.max_seq_len is not None and self.max_seq_len < shortest:
             raise ValueError(

@@ -27,13 +27,15 @@ class LanguageModelingMetrics(Metric):
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = ()) -> Module:
         """Follow the model to its device but keep float64: a sum in a lower precision stops growing."""
         module = super()._apply(fn, exclude_state)
-        for name in _SUMS:
-            setattr(self, name, getattr(self, name).double())
+        self._widen()
         return module
 
     def reset(self) -> None:
         """Start the sums again."""
         super().reset()
+        self._widen()
+
+    def _widen(self) -> None:
         for name in _SUMS:
             setattr(self, name, getattr(self, name).double())
 
