@@ -1,7 +1,12 @@
 """Settings that every test runs under."""
 
+import os
+
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read as Triton is imported, which no test has done yet
 
 
 @pytest.fixture(autouse=True, scope="session")

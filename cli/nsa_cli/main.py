@@ -9,6 +9,8 @@ _TRAINER_COMMANDS = {
     "predict": "score each piece of a validation document with a checkpoint",
 }
 
+_OTHER_COMMANDS = {"bench": "check and time the attention operator: nsa bench kernels"}
+
 _HELP = """usage: nsa COMMAND [options]
 
 Train long-context language models with Native Sparse Attention.
@@ -17,7 +19,7 @@ commands:
 {commands}
 
   nsa COMMAND --help           every setting of a command
-  nsa COMMAND --print_config   its settings as YAML, to start a config from
+  nsa COMMAND --print_config   the settings of fit, validate, test or predict as YAML, to start a config from
   nsa --version                the installed version
 
 example:
@@ -29,7 +31,8 @@ def main() -> int:
     """Run the command of `sys.argv`; returns the exit status."""
     command = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if command in ("-h", "--help"):
-        print(_HELP.format(commands="\n".join(f"  {name:<12}{text}" for name, text in _TRAINER_COMMANDS.items())))
+        commands = _TRAINER_COMMANDS | _OTHER_COMMANDS
+        print(_HELP.format(commands="\n".join(f"  {name:<12}{text}" for name, text in commands.items())))
         return 0
     if command == "--version":
         from importlib.metadata import version
@@ -40,7 +43,11 @@ def main() -> int:
         from nsa_cli.trainer_commands import run
 
         return run()
-    names = ", ".join(_TRAINER_COMMANDS)
+    if command == "bench":
+        from nsa_cli.bench import run as run_benchmark
+
+        return run_benchmark()
+    names = ", ".join(_TRAINER_COMMANDS | _OTHER_COMMANDS)
     print(f"nsa: error: no command {command!r}; the commands are {names}", file=sys.stderr)
     return 2
 

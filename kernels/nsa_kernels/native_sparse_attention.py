@@ -3,21 +3,23 @@
 o_t = g^cmp · o^cmp + g^slc · o^slc + g^win · o^win
 """
 
-from typing import Literal, get_args
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from nsa_kernels import eager, reference
 from nsa_kernels.geometry import CompressionWeights, NSAConfig, NSAOutput
+from nsa_kernels.packing import BatchLayout, batch_layout
 from nsa_kernels.rotary import apply_rotary
 
-Backend = Literal["auto", "eager", "reference"]
+Backend = Literal["auto", "triton", "eager", "reference"]
 
 # T packed tokens, N documents, H query heads, H_kv KV heads, D_qk and D_v head dims, C rows of compressed blocks.
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # the eager backend's chunks are plain Python loops
 def native_sparse_attention(
     q: Tensor,
     k: Tensor,
@@ -35,6 +37,7 @@ def native_sparse_attention(
     compressed_rotary: tuple[Tensor, Tensor] | None = None,
     block_indices: Tensor | None = None,
     scale: float | None = None,
+    layout: BatchLayout | None = None,
     backend: Backend = "auto",
 ) -> NSAOutput:
     """Attend each query through the compressed, the selected and the sliding branch and sum them by their gates.
@@ -57,20 +60,21 @@ def native_sparse_attention(
         compressed_rotary: cosines and sines, each [C, R/2], that rotate the key summaries, for the positions of
             `packing.compressed_block_centres`; no rotation if not given.
         block_indices: int32 [T, H_kv, n], ascending then -1: attend to these blocks instead of ranking.
-        scale: multiplies the scores; D_qk ** -0.5 if not given.
-        backend: `auto` picks the fastest for the device.
+        scale: multiplies the scores, positive; D_qk ** -0.5 if not given.
+        layout: `packing.batch_layout` of the batch, to share between layers; made here if not given. The Triton
+            kernels alone read it.
+        backend: `triton` needs a GPU, `eager` and `reference` are plain PyTorch; `auto` picks the fastest that takes
+            the inputs.
 
     Returns:
         The output in q's dtype, [T, H, D_v], and the selected blocks.
 
     Raises:
-        ValueError: shapes that disagree, or an unknown backend; for `cu_seqlens` on the CPU also offsets that do not
-            rise from 0 to T (on other devices they are not read).
+        ValueError: shapes that disagree, an unknown backend, inputs that the chosen backend does not take; for
+            `cu_seqlens` on the CPU also offsets that do not rise from 0 to T (on other devices they are not read).
 
     Source: arXiv:2502.11089, eq. 5-12.
     """
-    if backend not in get_args(Backend):
-        raise ValueError(f"backend must be one of {', '.join(get_args(Backend))}, got {backend!r}")
     sliding_k, sliding_v = (k if sliding_k is None else sliding_k), (v if sliding_v is None else sliding_v)
     compress_k, compress_v = (k if compress_k is None else compress_k), (v if compress_v is None else compress_v)
     _check_shapes(q, k, v, gates, sliding_k, sliding_v, compress_k, compress_v)
@@ -78,37 +82,106 @@ def native_sparse_attention(
     slots = (len(q), k.shape[1], config.num_selected_blocks)
     if block_indices is not None and block_indices.shape != slots:
         raise ValueError(f"block_indices must be [T, H_kv, n], {slots} here, got {tuple(block_indices.shape)}")
-    if backend == "reference":
-        return reference.native_sparse_attention(
-            q,
-            k,
-            v,
-            gates,
-            cu_seqlens,
-            config,
-            sliding_k=sliding_k,
-            sliding_v=sliding_v,
-            compress_k=compress_k,
-            compress_v=compress_v,
-            k_weights=k_weights,
-            v_weights=v_weights,
-            compressed_rotary=compressed_rotary,
-            block_indices=block_indices,
-            scale=scale,
-        )
-    stages = eager
-    summary_k = stages.compress(compress_k, cu_seqlens, config, k_weights)  # [C, H_kv, D_qk]
-    summary_v = stages.compress(compress_v, cu_seqlens, config, v_weights)  # [C, H_kv, D_v]
-    if compressed_rotary is not None:
-        summary_k = apply_rotary(summary_k, *compressed_rotary)
+    branches = _Branches(k, v, sliding_k, sliding_v, compress_k, compress_v, k_weights, v_weights, compressed_rotary)
+    stages = stages_of(backend, q, v, config)
+    if stages is reference or stages is eager:
+        return _separate_stages(stages, q, branches, gates, cu_seqlens, config, block_indices, scale)
+    layout = batch_layout(cu_seqlens, len(q), config) if layout is None else layout
+    block_indices = None if block_indices is None else block_indices.int()
+    return _joined_branches(stages, q, branches, gates, cu_seqlens, config, block_indices, scale, layout)
+
+
+class _Branches(NamedTuple):
+    """Keys and values of the three branches."""
+
+    k: Tensor
+    v: Tensor
+    sliding_k: Tensor
+    sliding_v: Tensor
+    compress_k: Tensor
+    compress_v: Tensor
+    k_weights: CompressionWeights | None
+    v_weights: CompressionWeights | None
+    compressed_rotary: tuple[Tensor, Tensor] | None
+
+
+def stages_of(backend: Backend, q: Tensor, v: Tensor, config: NSAConfig) -> ModuleType:
+    """The module with the stage functions of a backend for these queries, values and sizes.
+
+    Raises:
+        ValueError: the backend is unknown, or does not take the inputs.
+    """
+    if backend not in get_args(Backend):
+        raise ValueError(f"backend must be one of {', '.join(get_args(Backend))}, got {backend!r}")
+    if backend in ("auto", "triton") and (q.is_cuda or backend == "triton"):
+        if find_spec("triton") is not None:
+            from nsa_kernels import triton_backend
+
+            reason = triton_backend.reason_against(q, v, config)
+        else:
+            reason = "triton is not installed"
+        if reason is None:
+            return triton_backend
+        if backend == "triton":
+            raise ValueError(f"backend triton does not take these inputs: {reason}")
+    return reference if backend == "reference" else eager
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # chunks and documents are plain Python loops
+def _separate_stages(
+    stages: ModuleType,
+    q: Tensor,
+    branches: _Branches,
+    gates: Tensor,
+    cu_seqlens: Tensor,
+    config: NSAConfig,
+    block_indices: Tensor | None,
+    scale: float | None,
+) -> NSAOutput:
+    summary_k, summary_v = _summaries(stages, branches, cu_seqlens, config)
     compressed_o, lse = stages.compressed_attention(q, summary_k, summary_v, cu_seqlens, config, scale)
     if block_indices is None:
         block_indices = stages.block_selection(q, summary_k, lse, cu_seqlens, config, scale)
-    selected_o, _ = stages.selected_attention(q, k, v, block_indices, cu_seqlens, config, scale)
-    sliding_o, _ = stages.sliding_attention(q, sliding_k, sliding_v, cu_seqlens, config.window_size, scale)
+    selected_o, _ = stages.selected_attention(q, branches.k, branches.v, block_indices, cu_seqlens, config, scale)
+    sliding_o, _ = stages.sliding_attention(
+        q, branches.sliding_k, branches.sliding_v, cu_seqlens, config.window_size, scale
+    )
     compressed_gate, selected_gate, sliding_gate = gates.to(q.dtype).unsqueeze(-1).unbind(2)  # 3 × [T, H, 1]
     out = compressed_gate * compressed_o + selected_gate * selected_o + sliding_gate * sliding_o
     return NSAOutput(out, block_indices)
+
+
+def _joined_branches(
+    stages: ModuleType,
+    q: Tensor,
+    branches: _Branches,
+    gates: Tensor,
+    cu_seqlens: Tensor,
+    config: NSAConfig,
+    block_indices: Tensor | None,
+    scale: float | None,
+    layout: BatchLayout,
+) -> NSAOutput:
+    """The same with one backward for all branches: the compressed branch first, since the selection ranks by it."""
+    summary_k, summary_v = _summaries(stages, branches, cu_seqlens, config, layout=layout)
+    with torch.no_grad():
+        compressed = stages.compressed_attention(q, summary_k, summary_v, cu_seqlens, config, scale, layout)
+        if block_indices is None:
+            block_indices = stages.block_selection(q, summary_k, compressed[1], cu_seqlens, config, scale, layout)
+    pairs = (branches.k, branches.v, branches.sliding_k, branches.sliding_v, summary_k, summary_v)
+    out = stages.gated_sum(q, *pairs, gates, block_indices, *compressed, config, scale, layout)
+    return NSAOutput(out, block_indices)
+
+
+def _summaries(
+    stages: ModuleType, branches: _Branches, cu_seqlens: Tensor, config: NSAConfig, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """Keys [C, H_kv, D_qk], rotated, and values [C, H_kv, D_v] of the compressed branch."""
+    summary_k = stages.compress(branches.compress_k, cu_seqlens, config, branches.k_weights, **options)
+    summary_v = stages.compress(branches.compress_v, cu_seqlens, config, branches.v_weights, **options)
+    if branches.compressed_rotary is not None:
+        summary_k = apply_rotary(summary_k, *branches.compressed_rotary)
+    return summary_k, summary_v
 
 
 def _check_documents(cu_seqlens: Tensor, num_tokens: int) -> None:
@@ -116,7 +189,7 @@ def _check_documents(cu_seqlens: Tensor, num_tokens: int) -> None:
         raise ValueError(f"cu_seqlens must be integers [N + 1], got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}")
     if num_tokens < 1:
         raise ValueError(f"q must hold at least one token, got {num_tokens}")
-    if cu_seqlens.device.type == "cpu":
+    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
         first, last, falls = int(cu_seqlens[0]), int(cu_seqlens[-1]), bool((cu_seqlens.diff() < 0).any())
         if first != 0 or last != num_tokens or falls:
             raise ValueError(f"cu_seqlens must rise from 0 to {num_tokens} tokens, got {cu_seqlens.tolist()}")

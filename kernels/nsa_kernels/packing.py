@@ -85,3 +85,84 @@ def selection_layout(cu_seqlens: Tensor, num_tokens: int, config: NSAConfig) -> 
     document = torch.where(is_block, torch.searchsorted(cu_blocks[1:], rows, right=True), 0)
     block = torch.where(is_block, rows - cu_blocks[document], 0)
     return SelectionLayout(cu_blocks, document, block, is_block)
+
+
+class KeyRuns(NamedTuple):
+    """Which keys each query sees, one run of them, and which queries see each key; int32."""
+
+    first: Tensor  # [T]
+    end: Tensor  # [T]
+    seen_from: Tensor  # [S], T for a key that no query sees
+    seen_to: Tensor  # [S], 0 for a key that no query sees
+
+
+def sliding_runs(document_start: Tensor, document_end: Tensor, window_size: int) -> KeyRuns:
+    """The last `window_size` tokens of its document for each token, its own included."""
+    token = torch.arange(len(document_start), device=document_start.device, dtype=torch.int32)
+    first = torch.maximum(token - (window_size - 1), document_start)
+    return KeyRuns(first, token + 1, token, torch.minimum(token + window_size, document_end))
+
+
+class BatchLayout(NamedTuple):
+    """Where everything lies that the kernels read, int32; made once for all layers of a batch."""
+
+    document_start: Tensor  # [T], first token of each token's document
+    document_end: Tensor  # [T]
+    first_summary: Tensor  # [T], compressed row of its document's first block
+    end_summary: Tensor  # [T], end of the compressed rows that the token sees
+    summary_start: Tensor  # [C], first token that a compressed row summarises; T in unused rows
+    summary_from: Tensor  # [C], first token that sees the row; T in unused rows
+    summary_to: Tensor  # [C], end of the tokens that see it; 0 in unused rows
+    first_block: Tensor  # [T], selection row of its document's first block
+    block_start: Tensor  # [B], first token of a selection row; T in unused rows
+    block_end: Tensor  # [B], T in unused rows
+    window_first: Tensor  # [T], and so on: the runs of the sliding branch
+    window_end: Tensor  # [T]
+    window_from: Tensor  # [T]
+    window_to: Tensor  # [T]
+
+    @property
+    def compressed_runs(self) -> KeyRuns:
+        """The compressed rows that each token sees."""
+        return KeyRuns(self.first_summary, self.end_summary, self.summary_from, self.summary_to)
+
+    @property
+    def sliding_runs(self) -> KeyRuns:
+        """The tokens in each token's window."""
+        return KeyRuns(self.window_first, self.window_end, self.window_from, self.window_to)
+
+
+def batch_layout(cu_seqlens: Tensor, num_tokens: int, config: NSAConfig) -> BatchLayout:
+    """Lay out a packed batch of documents for the attention kernels.
+
+    Args:
+        cu_seqlens: document offsets, integers [N + 1].
+        num_tokens: T.
+        config: block sizes.
+    """
+    offsets = cu_seqlens.long()
+    document = document_index(cu_seqlens, num_tokens)
+    document_start, document_end = offsets[document], offsets[document + 1]
+    position = torch.arange(num_tokens, device=cu_seqlens.device) - document_start
+    block_size, stride = config.compress_block_size, config.compress_stride
+    summaries = compressed_layout(cu_seqlens, num_tokens, config)
+    first_summary = summaries.cu_blocks[document]
+    visible = torch.where(position >= block_size - 1, (position + 1 - block_size) // stride + 1, 0)
+    summary_start = offsets[summaries.document] + summaries.block * stride
+    blocks = selection_layout(cu_seqlens, num_tokens, config)
+    block_start = offsets[blocks.document] + blocks.block * config.select_block_size
+    block_end = torch.minimum(block_start + config.select_block_size, offsets[blocks.document + 1])
+    document_start, document_end = document_start.int(), document_end.int()
+    return BatchLayout(
+        document_start,
+        document_end,
+        first_summary.int(),
+        (first_summary + visible).int(),
+        summary_start.where(summaries.is_block, num_tokens).int(),
+        (summary_start + block_size - 1).where(summaries.is_block, num_tokens).int(),
+        offsets[summaries.document + 1].where(summaries.is_block, 0).int(),
+        blocks.cu_blocks[document].int(),
+        block_start.where(blocks.is_block, num_tokens).int(),
+        block_end.where(blocks.is_block, num_tokens).int(),
+        *sliding_runs(document_start, document_end, config.window_size),
+    )

@@ -5,6 +5,7 @@ from typing import Literal, NamedTuple
 
 import torch
 from nsa_kernels import CompressionWeights, NSAConfig, NSAOutput, native_sparse_attention
+from nsa_kernels.packing import BatchLayout
 from nsa_kernels.rotary import apply_rotary
 from torch import Tensor, nn
 
@@ -40,8 +41,8 @@ class NSALayerConfig(NSAConfig):
     gate_hidden_size: int | None = None
     """Hidden units of the gate MLP; a single linear map if not given."""
 
-    backend: Literal["auto", "eager", "reference"] = "auto"
-    """Implementation of the attention operator; `auto` picks the fastest for the device."""
+    backend: Literal["auto", "triton", "eager", "reference"] = "auto"
+    """Implementation of the attention operator; `auto` picks the fastest that takes the device and the sizes."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -58,6 +59,7 @@ class PackedContext(NamedTuple):
     max_seqlen: int
     rotary: Rotary  # cosines and sines of the token positions, [T, R/2] each
     compressed_rotary: Rotary | None  # the same at the centres of compression blocks, [C, R/2] each
+    layout: BatchLayout | None = None  # where documents and blocks lie, for the NSA layers
 
 
 class LayerShape(NamedTuple):
@@ -204,6 +206,7 @@ class NSAttention(DenseAttention):
             k_weights=self.k_summary.weights() if self.k_summary is not None else None,
             v_weights=self.v_summary.weights() if self.v_summary is not None else None,
             compressed_rotary=context.compressed_rotary if self.config.compress_rope == "after" else None,
+            layout=context.layout,
             backend=self.config.backend,
         )
 

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
-from nsa_kernels.packing import compressed_block_centres
+from nsa_kernels.packing import batch_layout, compressed_block_centres
 from torch import Tensor, nn
 
 from nsa_lightning.model.attention import (
@@ -223,7 +223,10 @@ class Transformer(nn.Module):
         compressed_rotary = None
         if "nsa" in self.config.attention and self.config.nsa.compress_rope == "after":
             compressed_rotary = self.rotary(compressed_block_centres(cu_seqlens, len(tokens), self.config.nsa))
-        context = PackedContext(cu_seqlens, max_seqlen, self.rotary(positions), compressed_rotary)
+        layout = None
+        if "nsa" in self.config.attention and tokens.is_cuda:
+            layout = batch_layout(cu_seqlens, len(tokens), self.config.nsa)
+        context = PackedContext(cu_seqlens, max_seqlen, self.rotary(positions), compressed_rotary, layout)
         x = self.embed_tokens(tokens)  # [T, hidden_size]
         statistics = {}
         for index, layer in enumerate(self.layers):

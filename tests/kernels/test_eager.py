@@ -176,7 +176,7 @@ def test_memory_for_backward_holds_no_scores():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"backend": "fast"}, "backend must be one of auto, eager, reference, got 'fast'"),
+        ({"backend": "fast"}, "backend must be one of auto, triton, eager, reference, got 'fast'"),
         ({"gates": torch.ones(9, 4, 2)}, r"gates must be \[T, H, 3\]"),
         ({"k": torch.ones(9, 3, 6)}, "must be a multiple of the KV heads, got 4 and 3"),
         ({"v": torch.ones(8, 2, 5)}, "v must be .* with k's T and H_kv"),

@@ -1,0 +1,285 @@
+"""Softmax attention over the tokens of chosen blocks: the kernels of the selected branch.
+
+    o[t] = sum(softmax(q[t] · k[s] · scale) · v[s])   over   s in the blocks chosen by t, s <= t
+
+Neighbouring queries choose mostly the same blocks. A tile of neighbours therefore walks the union of their choices
+once, with one bit a query that says who chose the block; dk and dv come from the inverse list, block by block. Nothing
+is added atomically: gradients are the same in every run.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nsa_kernels.block_lists import MAX_TILE_QUERIES, inverse_list, unite
+from nsa_kernels.primitives import (
+    HIDDEN,
+    LOG2_E,
+    LOWEST,
+    block_descriptor,
+    dot_precision,
+    load_block,
+    load_rows,
+    padded,
+    row_addresses,
+    softmax_end,
+    softmax_step,
+    store_rows,
+    tile_rows,
+    wide,
+)
+from nsa_kernels.tuning import Launch, launch
+
+# T packed tokens, H query heads, H_kv KV heads, G = H / H_kv (GROUP), D head dim, n slots a query, l' tokens a block
+
+
+@triton.jit
+def _union_part(start_ptr, mask_ptr, i, BLOCK_SIZE: tl.constexpr, KEYS: tl.constexpr):
+    """First token and mask of the i-th run of KEYS tokens of a union."""
+    block = i // (BLOCK_SIZE // KEYS)
+    return tl.load(start_ptr + block) + i % (BLOCK_SIZE // KEYS) * KEYS, tl.load(mask_ptr + block)
+
+
+@triton.jit
+def _forward_kernel(
+    q_ptr,  # [T, H, D_QK]
+    k_desc, v_desc,  # [T, H_KV, D]
+    start_ptr, mask_ptr,  # [tiles, H_KV, U]
+    size_ptr,  # [tiles, H_KV]
+    o_ptr,  # [T, H, D_V]
+    lse_ptr,  # [T, H]
+    num_tokens, scale_log2, U,
+    H_KV: tl.constexpr, GROUP: tl.constexpr, D_QK: tl.constexpr, D_V: tl.constexpr,
+    BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    KEYS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program attends the queries of one tile and one KV head to the union of their blocks."""
+    tile, kv_head = tl.program_id(0), tl.program_id(1)
+    token, head, exists = tile_rows(tile * QUERIES, num_tokens, GROUP, QUERIES, ROWS)
+    rows = row_addresses(token, kv_head * GROUP + head, H_KV * GROUP)
+    q = load_rows(q_ptr, rows, D_QK, BLOCK_QK)
+    row_max, row_sum = tl.full([ROWS], LOWEST, tl.float32), tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, BLOCK_V], tl.float32)
+    union = (tile.to(tl.int64) * H_KV + kv_head) * U
+    for i in tl.range(0, tl.load(size_ptr + tile * H_KV + kv_head) * (BLOCK_SIZE // KEYS)):
+        start, mask = _union_part(start_ptr + union, mask_ptr + union, i, BLOCK_SIZE, KEYS)
+        k = load_block(k_desc, start, kv_head, KEYS, BLOCK_QK)
+        v = load_block(v_desc, start, kv_head, KEYS, BLOCK_V)
+        last = tl.where((mask >> (token - tile * QUERIES)) & 1 != 0, token, -1)
+        s = start + tl.arange(0, KEYS)
+        products = tl.dot(q, k.T, input_precision=PRECISION)
+        products = tl.where(s[None, :] <= last[:, None], products, HIDDEN)
+        row_max, row_sum, acc = softmax_step(products, v, scale_log2, row_max, row_sum, acc, PRECISION)
+    o, lse = softmax_end(row_max, row_sum, acc)
+    store_rows(o_ptr, rows, exists, o, D_V, BLOCK_V)
+    tl.store(lse_ptr + rows, lse, mask=exists)
+
+
+@triton.jit
+def add_blocks_to_dq(
+    dq, q, do, lse, delta, k_desc, v_desc, start_ptr, mask_ptr, size, token, first_token, kv_head, scale_log2,
+    BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_SIZE: tl.constexpr, KEYS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add ds · k of the blocks of a tile's union to dq."""
+    for i in tl.range(0, size * (BLOCK_SIZE // KEYS)):
+        start, mask = _union_part(start_ptr, mask_ptr, i, BLOCK_SIZE, KEYS)
+        k = load_block(k_desc, start, kv_head, KEYS, BLOCK_QK)
+        v = load_block(v_desc, start, kv_head, KEYS, BLOCK_V)
+        last = tl.where((mask >> (token - first_token)) & 1 != 0, token, -1)
+        s = start + tl.arange(0, KEYS)
+        p = tl.exp2(tl.dot(q, k.T, input_precision=PRECISION) * scale_log2 - lse[:, None])
+        p = tl.where(s[None, :] <= last[:, None], p, 0.0)
+        ds = p * (tl.dot(do, v.T, input_precision=PRECISION) - delta[:, None])
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+    return dq
+
+
+@triton.jit
+def _dq_kernel(
+    q_ptr,  # [T, H, D_QK]
+    k_desc, v_desc,  # [T, H_KV, D]
+    do_ptr,  # [T, H, D_V]
+    lse_ptr, delta_ptr,  # [T, H]
+    start_ptr, mask_ptr,  # [tiles, H_KV, U]
+    size_ptr,  # [tiles, H_KV]
+    dq_ptr,  # [T, H, D_QK]
+    num_tokens, scale, U,
+    H_KV: tl.constexpr, GROUP: tl.constexpr, D_QK: tl.constexpr, D_V: tl.constexpr,
+    BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    KEYS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program computes dq of the queries of one tile and one KV head."""
+    tile, kv_head = tl.program_id(0), tl.program_id(1)
+    token, head, exists = tile_rows(tile * QUERIES, num_tokens, GROUP, QUERIES, ROWS)
+    rows = row_addresses(token, kv_head * GROUP + head, H_KV * GROUP)
+    q, do = load_rows(q_ptr, rows, D_QK, BLOCK_QK), load_rows(do_ptr, rows, D_V, BLOCK_V)
+    lse, delta = tl.load(lse_ptr + rows) * LOG2_E, tl.load(delta_ptr + rows)
+    dq = tl.zeros([ROWS, BLOCK_QK], tl.float32)
+    union = (tile.to(tl.int64) * H_KV + kv_head) * U
+    size = tl.load(size_ptr + tile * H_KV + kv_head)
+    dq = add_blocks_to_dq(
+        dq, q, do, lse, delta, k_desc, v_desc, start_ptr + union, mask_ptr + union, size, token, tile * QUERIES,
+        kv_head, scale * LOG2_E, BLOCK_QK, BLOCK_V, BLOCK_SIZE, KEYS, PRECISION)  # fmt: skip
+    store_rows(dq_ptr, rows, exists, dq * scale, D_QK, BLOCK_QK)
+
+
+@triton.jit
+def _dkv_kernel(
+    q_ptr,  # [T, H, D_QK]
+    k_ptr, v_ptr,  # [T, H_KV, D]
+    do_ptr,  # [T, H, D_V]
+    lse_ptr, delta_ptr,  # [T, H]
+    token_ptr,  # [T * H_KV * n]
+    item_row_ptr, item_begin_ptr, item_end_ptr, item_part_ptr,  # [I]
+    block_start_ptr, block_end_ptr,  # [B]
+    dk_ptr, dv_ptr,  # [T, H_KV, D]
+    dk_part_ptr, dv_part_ptr,  # float32 [parts, BLOCK_SIZE, D]
+    num_blocks, num_tokens, scale,
+    H_KV: tl.constexpr, GROUP: tl.constexpr, D_QK: tl.constexpr, D_V: tl.constexpr,
+    BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    KEYS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program computes what one item's queries give to dk and dv of their block, or of a run of its tokens."""
+    item = tl.program_id(0)
+    row = tl.load(item_row_ptr + item)
+    block_start = tl.load(block_start_ptr + tl.maximum(row, 0) % num_blocks)
+    block_end = tl.load(block_end_ptr + tl.maximum(row, 0) % num_blocks)
+    begin, end = tl.load(item_begin_ptr + item), tl.load(item_end_ptr + item)
+    if (row >= 0) & (block_start < block_end):
+        kv_head = row // num_blocks
+        slot = tl.program_id(1) * KEYS + tl.arange(0, KEYS)
+        s = block_start + slot
+        keys = row_addresses(tl.minimum(s, num_tokens - 1), kv_head, H_KV)
+        k, v = load_rows(k_ptr, keys, D_QK, BLOCK_QK), load_rows(v_ptr, keys, D_V, BLOCK_V)
+        dk, dv = tl.zeros([KEYS, BLOCK_QK], tl.float32), tl.zeros([KEYS, BLOCK_V], tl.float32)
+        r = tl.arange(0, ROWS)
+        head = kv_head * GROUP + r % GROUP
+        for first in tl.range(begin, end, QUERIES):
+            listed = first + r // GROUP
+            exists = (listed < end) & (r < QUERIES * GROUP)
+            token = tl.load(token_ptr + listed, mask=exists, other=0)
+            rows = row_addresses(token, head, H_KV * GROUP)
+            q, do = load_rows(q_ptr, rows, D_QK, BLOCK_QK), load_rows(do_ptr, rows, D_V, BLOCK_V)
+            lse = tl.load(lse_ptr + rows, mask=exists, other=-HIDDEN) * LOG2_E  # p = 0 in rows that do not exist
+            delta = tl.load(delta_ptr + rows)
+            p = tl.exp2(tl.dot(q, k.T, input_precision=PRECISION) * (scale * LOG2_E) - lse[:, None])
+            p = tl.where(s[None, :] <= token[:, None], p, 0.0)
+            dv = tl.dot(tl.trans(p.to(do.dtype)), do, dv, input_precision=PRECISION)
+            ds = p * (tl.dot(do, v.T, input_precision=PRECISION) - delta[:, None])
+            dk = tl.dot(tl.trans(ds.to(q.dtype)), q, dk, input_precision=PRECISION)
+        part = tl.load(item_part_ptr + item)
+        if part < 0:
+            out = s.to(tl.int64) * H_KV + kv_head
+            store_rows(dk_ptr, out, s < block_end, dk * scale, D_QK, BLOCK_QK)
+            store_rows(dv_ptr, out, s < block_end, dv, D_V, BLOCK_V)
+        else:
+            out = part.to(tl.int64) * BLOCK_SIZE + slot
+            store_rows(dk_part_ptr, out, s < block_end, dk * scale, D_QK, BLOCK_QK)
+            store_rows(dv_part_ptr, out, s < block_end, dv, D_V, BLOCK_V)
+
+
+@triton.jit
+def _sum_parts_kernel(
+    parts_ptr,  # float32 [parts, BLOCK_SIZE, D]
+    row_part_ptr, row_items_ptr,  # [H_KV * B]
+    block_start_ptr, block_end_ptr,  # [B]
+    out_ptr,  # [T, H_KV, D]
+    num_blocks,
+    H_KV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+):  # fmt: skip
+    """One program sums the parts of one block and KV head, in order, if it has more than one item."""
+    block, kv_head = tl.program_id(0), tl.program_id(1)
+    row = kv_head * num_blocks + block
+    items = tl.load(row_items_ptr + row)
+    if items > 1:
+        start, end, part = (
+            tl.load(block_start_ptr + block),
+            tl.load(block_end_ptr + block),
+            tl.load(row_part_ptr + row),
+        )
+        s = tl.arange(0, BLOCK_SIZE)
+        exists = start + s < end
+        mask = exists[:, None] & (tl.arange(0, BLOCK_D)[None, :] < D)
+        total = tl.zeros([BLOCK_SIZE, BLOCK_D], tl.float32)
+        for i in range(items):
+            rows = wide(part + i) * BLOCK_SIZE + s
+            total += tl.load(parts_ptr + rows[:, None] * D + tl.arange(0, BLOCK_D)[None, :], mask=mask, other=0.0)
+        store_rows(out_ptr, (start + s).to(tl.int64) * H_KV + kv_head, exists, total, D, BLOCK_D)
+
+
+def union_tile(kernel: str, q: Tensor, v: Tensor, block_size: int) -> Launch:
+    """The launch of a kernel that walks unions: no more queries than masks have bits, no more keys than a block."""
+    group_size = q.shape[1] // v.shape[1]
+    tile = launch(kernel, q, max(q.shape[-1], v.shape[-1]), group_size)
+    tile = tile._replace(keys=min(tile.keys, block_size))
+    if tile.queries > MAX_TILE_QUERIES:
+        tile = tile._replace(queries=MAX_TILE_QUERIES, rows=padded(MAX_TILE_QUERIES * group_size))
+    return tile
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, document_start: Tensor, block_size: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """o [T, H, D_v] in q's dtype and lse [T, H] of queries that see the blocks of `block_indices`."""
+    (T, H, D_QK), (_, H_KV, D_V) = q.shape, v.shape
+    o, lse = q.new_empty(T, H, D_V), q.new_empty(T, H, dtype=torch.float32)
+    tile = union_tile("selected_forward", q, v, block_size)
+    unions = unite(block_indices, document_start, block_size, tile.queries)
+    _forward_kernel[(triton.cdiv(T, tile.queries), H_KV)](
+        q, block_descriptor(k, tile.keys), block_descriptor(v, tile.keys), *unions, o, lse,
+        T, scale * LOG2_E.value, unions.start.shape[-1],
+        H_KV, H // H_KV, D_QK, D_V, padded(D_QK), padded(D_V), tile.queries, tile.rows, block_size, tile.keys,
+        dot_precision(q.dtype), num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    return o, lse
+
+
+def backward_q(
+    q: Tensor, k: Tensor, v: Tensor, do: Tensor, lse: Tensor, delta: Tensor,
+    block_indices: Tensor, document_start: Tensor, block_size: int, scale: float,
+) -> Tensor:  # fmt: skip
+    """dq [T, H, D_qk] in q's dtype."""
+    (T, H, D_QK), (_, H_KV, D_V) = q.shape, v.shape
+    dq = torch.empty_like(q)
+    tile = union_tile("selected_dq", q, v, block_size)
+    unions = unite(block_indices, document_start, block_size, tile.queries)
+    _dq_kernel[(triton.cdiv(T, tile.queries), H_KV)](
+        q, block_descriptor(k, tile.keys), block_descriptor(v, tile.keys), do, lse, delta, *unions,
+        dq, T, scale, unions.start.shape[-1],
+        H_KV, H // H_KV, D_QK, D_V, padded(D_QK), padded(D_V), tile.queries, tile.rows, block_size, tile.keys,
+        dot_precision(q.dtype), num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    return dq
+
+
+def backward_kv(
+    q: Tensor, k: Tensor, v: Tensor, do: Tensor, lse: Tensor, delta: Tensor, block_indices: Tensor,
+    first_block: Tensor, block_start: Tensor, block_end: Tensor, block_size: int, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """dk [T, H_kv, D_qk] and dv [T, H_kv, D_v]; blocks of many queries are summed part by part, in order."""
+    (T, H, D_QK), (_, H_KV, D_V) = q.shape, v.shape
+    tile = launch("selected_dkv", q, max(D_QK, D_V), H // H_KV)
+    tile = tile._replace(keys=min(tile.keys, block_size))
+    lists = inverse_list(block_indices, first_block, len(block_start), max(_ITEM_LENGTH, T // _ITEMS))
+    grads = torch.empty_like(k), torch.empty_like(v)
+    parts = [x.new_empty(lists.num_parts, block_size, x.shape[-1], dtype=torch.float32) for x in (k, v)]
+    _dkv_kernel[(len(lists.item_row), block_size // tile.keys)](
+        q, k, v, do, lse, delta,
+        lists.token, lists.item_row, lists.item_begin, lists.item_end, lists.item_part, block_start, block_end,
+        *grads, *parts, len(block_start), T, scale,
+        H_KV, H // H_KV, D_QK, D_V, padded(D_QK), padded(D_V), tile.queries, tile.rows, block_size, tile.keys,
+        dot_precision(q.dtype), num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    for part, out in zip(parts, grads, strict=True):
+        _sum_parts_kernel[(len(block_start), H_KV)](
+            part, lists.row_part, lists.row_items, block_start, block_end, out, len(block_start),
+            H_KV, out.shape[-1], padded(out.shape[-1]), block_size,
+        )  # fmt: skip
+    return grads
+
+
+_ITEMS, _ITEM_LENGTH = 16, 512
+"""A block that every query chose is cut into so many items, of at least so many queries: few sums, and none so long
+that the others wait for it."""

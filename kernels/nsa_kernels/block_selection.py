@@ -1,0 +1,270 @@
+"""Stage 3: choose for each query and group of heads the blocks it attends to (arXiv:2502.11089, eq. 8-11).
+
+    p[i] = sum over the heads of a group of exp(q · k̃_i · scale - lse)
+    importance[j] = Σ_i p[i] · |chunks of block j that compression block i covers|
+
+With R = l'/d chunks a block and S = l/d chunks a compression block, compression block i = j·R + r covers the chunks
+r ... r + S - 1 counted from the start of block j: w_0 of them lie in block j, w_1 in block j + 1, and so on. A tile of
+scores therefore gives plane m, A_m[j] = Σ_r w_m[r] · p[j·R + r], and importance[j] = Σ_m A_m[j - m]. Planes hold a
+chunk of queries at a time: their size is bounded, whatever the length.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nsa_kernels.geometry import NSAConfig
+from nsa_kernels.packing import BatchLayout, batch_layout
+from nsa_kernels.primitives import (
+    LOG2_E,
+    block_descriptor,
+    check_inputs,
+    dot_precision,
+    load_block,
+    padded,
+    row_addresses,
+    wide,
+)
+from nsa_kernels.tuning import launch
+
+# T packed tokens, H query heads, H_kv KV heads, G = H / H_kv (GROUP), D head dim, C rows of compressed blocks,
+# J selection blocks that a query may rank, n slots, R and S as above, Q queries of a chunk.
+
+FORCED = tl.constexpr(0x7F800000)
+"""Bits of the infinite importance of a forced block."""
+
+_SMALL_SEGMENT, _SEGMENT = 256, 1024
+"""Blocks of a query that a program ranks."""
+
+_PLANE_BYTES = 2**28
+"""Size of the planes of a chunk of queries."""
+
+
+@triton.jit
+def _importance_kernel(
+    q_desc,  # [T, H, D]
+    k_desc,  # [C, H_KV, D]
+    lse_ptr,  # [T, H]
+    document_start_ptr, first_ptr, end_ptr,  # [T]
+    planes_ptr,  # float32 [PLANES, H_KV, Q, J]
+    first_query, end_query, J, scale_log2, reach,
+    H_KV: tl.constexpr, GROUP: tl.constexpr, BLOCK_D: tl.constexpr,
+    R: tl.constexpr, S: tl.constexpr, PLANES: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program scores a tile of queries against one block of compressed keys, all heads of a group summed.
+
+    Queries within `reach` of their document's start choose every block and are not ranked. A tile is no longer than
+    that, so all the queries in it that are ranked belong to the document of its first.
+    """
+    key_block, tile, kv_head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    tile_start = first_query + tile * QUERIES
+    token = tile_start + tl.arange(0, QUERIES)
+    exists = token < end_query
+    document_start, first = tl.load(document_start_ptr + tile_start), tl.load(first_ptr + tile_start)
+    ranked = exists & (tl.load(document_start_ptr + token, mask=exists, other=-1) == document_start)
+    ranked &= token - document_start >= reach
+    visible = tl.where(ranked, tl.load(end_ptr + token, mask=exists, other=0) - first, 0)
+    if key_block * KEYS < tl.max(visible, 0):
+        k = load_block(k_desc, first + key_block * KEYS, kv_head, KEYS, BLOCK_D)
+        p = tl.zeros([QUERIES, KEYS], tl.float32)
+        rows = row_addresses(tl.minimum(token, end_query - 1), kv_head * GROUP, H_KV * GROUP)
+        for head in tl.range(0, GROUP):
+            q = load_block(q_desc, tile_start, kv_head * GROUP + head, QUERIES, BLOCK_D)
+            lse = tl.load(lse_ptr + rows + head) * LOG2_E
+            p += tl.exp2(tl.dot(q, k.T, input_precision=PRECISION) * scale_log2 - lse[:, None])
+        i = key_block * KEYS + tl.arange(0, KEYS)
+        p = tl.where(i[None, :] < visible[:, None], p, 0.0)
+        p = tl.reshape(p, [QUERIES, KEYS // R, R])
+        r = tl.arange(0, R)
+        j = key_block * (KEYS // R) + tl.arange(0, KEYS // R)
+        for plane in tl.static_range(PLANES):
+            weight = tl.minimum(r + S, (plane + 1) * R) - tl.maximum(r, plane * R)
+            part = tl.sum(p * tl.maximum(weight, 0).to(tl.float32)[None, None, :], 2)
+            out = (wide(plane * H_KV + kv_head) * (end_query - first_query) + token - first_query) * J
+            tl.store(planes_ptr + out[:, None] + j[None, :], part, mask=exists[:, None] & (j < J)[None, :])
+
+
+@triton.jit
+def _best(bits, N: tl.constexpr):
+    """Which N of a row of candidates are the largest, ties to the first; `bits` [M], -1 for none, FORCED comes first.
+
+    Not negative floats order as their bits do, so a bisection of the bits finds a bound that N candidates reach, or
+    the smallest interval [low, high) at whose value they tie.
+    """
+    top = tl.max(tl.where(bits < FORCED, bits, -1), 0)
+    low, high = top * 0, top + 1
+    probe = tl.maximum(top - (1 << 23), 0)  # half of the largest: most often below the bound already
+    while high - low > 1:
+        count = tl.sum((bits >= probe).to(tl.int32), 0)
+        low = tl.where(count >= N, probe, low)
+        high = tl.where(count <= N, probe, high)
+        probe = low + (high - low) // 2
+    above = bits >= high
+    tied = (bits >= low) & ~above
+    missing = N - tl.sum(above.to(tl.int32), 0)
+    return above | (tied & (tl.cumsum(tied.to(tl.int32), 0) <= missing))
+
+
+@triton.jit
+def _rank_kernel(
+    planes_ptr,  # float32 [PLANES, H_KV, Q, J]
+    document_start_ptr, first_ptr, end_ptr,  # [T]
+    best_bits_ptr, best_ptr,  # int32 [Q, H_KV, segments * SLOTS]
+    indices_ptr,  # [T, H_KV, SLOTS]
+    first_query, num_queries, J,
+    H_KV: tl.constexpr, SLOTS: tl.constexpr, BLOCK_SLOTS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    INIT: tl.constexpr, LOCAL: tl.constexpr, R: tl.constexpr, PLANES: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """One program ranks a segment of the blocks of one query and KV head; where there is one segment it has chosen."""
+    query, kv_head, segment = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    token = first_query + query
+    own = (token - tl.load(document_start_ptr + token)) // BLOCK_SIZE
+    visible = tl.load(end_ptr + token) - tl.load(first_ptr + token)
+    slot = tl.arange(0, BLOCK_SLOTS)
+    row = wide(query) * H_KV + kv_head
+    if own < SLOTS:
+        out = (wide(token) * H_KV + kv_head) * SLOTS + slot
+        tl.store(indices_ptr + out, tl.where(slot <= own, slot, -1), mask=(slot < SLOTS) & (segment == 0))
+    else:
+        j = segment * BLOCKS + tl.arange(0, BLOCKS)
+        importance = tl.zeros([BLOCKS], tl.float32)
+        for plane in tl.static_range(PLANES):
+            source = j - plane
+            written = (source >= 0) & (source * R < visible)
+            plane_row = planes_ptr + (wide(plane * H_KV + kv_head) * num_queries + query) * J
+            importance += tl.load(plane_row + source, mask=written, other=0.0)
+        forced = (j < INIT) | (j > own - LOCAL)
+        bits = tl.minimum(tl.maximum(importance.to(tl.int32, bitcast=True), 0), FORCED - 1)  # even of NaN
+        bits = tl.where(j <= own, tl.where(forced, FORCED, bits), -1)
+        chosen = _best(bits, SLOTS)
+        place = tl.cumsum(chosen.to(tl.int32), 0) - 1
+        if tl.num_programs(2) == 1:
+            tl.store(indices_ptr + (wide(token) * H_KV + kv_head) * SLOTS + place, j, mask=chosen)
+        else:
+            out = (row * tl.num_programs(2) + segment) * SLOTS
+            tl.store(best_bits_ptr + out + slot, tl.full([BLOCK_SLOTS], -1, tl.int32), mask=slot < SLOTS)
+            tl.debug_barrier()
+            tl.store(best_bits_ptr + out + place, bits, mask=chosen)
+            tl.store(best_ptr + out + place, j, mask=chosen)
+
+
+@triton.jit
+def _merge_kernel(
+    document_start_ptr,  # [T]
+    best_bits_ptr, best_ptr,  # int32 [Q, H_KV, M]
+    indices_ptr,  # [T, H_KV, SLOTS]
+    first_query, M,
+    H_KV: tl.constexpr, SLOTS: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """One program chooses among the best of all segments of one query and KV head."""
+    query, kv_head = tl.program_id(0), tl.program_id(1)
+    token = first_query + query
+    if (token - tl.load(document_start_ptr + token)) // BLOCK_SIZE >= SLOTS:
+        i = tl.arange(0, BLOCKS)
+        candidates = (wide(query) * H_KV + kv_head) * M + i
+        bits = tl.load(best_bits_ptr + candidates, mask=i < M, other=-1)
+        chosen = _best(bits, SLOTS)
+        place = tl.cumsum(chosen.to(tl.int32), 0) - 1
+        block = tl.load(best_ptr + candidates, mask=chosen, other=0)
+        tl.store(indices_ptr + (wide(token) * H_KV + kv_head) * SLOTS + place, block, mask=chosen)
+
+
+def _rank(
+    planes: Tensor, document_start: Tensor, first: Tensor, end: Tensor, indices: Tensor, begin: int, sizes: list[int]
+) -> None:
+    """Write the n best blocks of the queries from `begin` on, whose importance `planes` [PLANES, H_kv, Q, J] holds."""
+    _, d, size, n, num_init, num_local = sizes
+    num_planes, H_KV, Q, J = planes.shape
+    blocks = _SEGMENT if J > _SMALL_SEGMENT else _SMALL_SEGMENT
+    segments = triton.cdiv(J, blocks)
+    shape = (Q, H_KV, segments * n if segments > 1 else 0)
+    best_bits, best = torch.empty(shape, dtype=torch.int32, device=planes.device), indices.new_empty(shape)
+    _rank_kernel[(Q, H_KV, segments)](
+        planes, document_start, first, end, best_bits, best, indices, begin, Q, J,
+        H_KV, n, padded(n), size, num_init, num_local, size // d, num_planes, blocks, num_warps=1,
+    )  # fmt: skip
+    if segments > 1:
+        _merge_kernel[(Q, H_KV)](
+            document_start, best_bits, best, indices, begin, segments * n, H_KV, n, size, padded(segments * n),
+            num_warps=1 if segments * n <= _SEGMENT else 4,
+        )  # fmt: skip
+
+
+@torch.library.custom_op("nsa_kernels::block_selection", mutates_args=())
+def _block_selection(
+    q: Tensor, compressed_k: Tensor, lse: Tensor, document_start: Tensor, first: Tensor, end: Tensor, sizes: list[int],
+    scale: float,
+) -> Tensor:  # fmt: skip
+    """The n best blocks of each query; `first` and `end`: the run of summaries it sees; sizes: l, d, l', n, forced."""
+    l, d, size, n, *_ = sizes  # noqa: E741
+    (T, H, D), H_KV, R, S = q.shape, compressed_k.shape[1], size // d, l // d
+    num_planes = 1 + triton.cdiv(S - 1, R)
+    indices = torch.empty(T, H_KV, n, dtype=torch.int32, device=q.device)
+    tile = launch("importance", q, D, H // H_KV)
+    queries = min(tile.rows, triton.next_power_of_2(n * size + 1) // 2)
+    keys = max(tile.keys, R)
+    chunk = max(queries, _PLANE_BYTES // (4 * num_planes * H_KV * triton.cdiv(T, size)) // queries * queries)
+    q_desc, k_desc = block_descriptor(q, queries), block_descriptor(compressed_k, keys)
+    for begin in reversed(range(0, T, chunk)):  # the longest first: short ones are done sooner than launched
+        stop = min(begin + chunk, T)
+        J = (stop - 1) // size + 1
+        planes = torch.empty(num_planes, H_KV, stop - begin, J, dtype=torch.float32, device=q.device)
+        if n < J:
+            _importance_kernel[(triton.cdiv(J * R, keys), triton.cdiv(stop - begin, queries), H_KV)](
+                q_desc, k_desc, lse, document_start, first, end, planes,
+                begin, stop, J, scale * LOG2_E.value, n * size,
+                H_KV, H // H_KV, padded(D), R, S, num_planes, queries, keys,
+                dot_precision(q.dtype), num_warps=tile.num_warps, num_stages=tile.num_stages,
+            )  # fmt: skip
+        _rank(planes, document_start, first, end, indices, begin, sizes)
+    return indices
+
+
+@_block_selection.register_fake
+def _(
+    q: Tensor, compressed_k: Tensor, lse: Tensor, document_start: Tensor, first: Tensor, end: Tensor, sizes: list[int],
+    scale: float,
+) -> Tensor:  # fmt: skip
+    return torch.empty(q.shape[0], compressed_k.shape[1], sizes[3], dtype=torch.int32, device=q.device)
+
+
+def block_selection(
+    q: Tensor,
+    compressed_k: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    config: NSAConfig,
+    scale: float | None = None,
+    layout: BatchLayout | None = None,
+) -> Tensor:
+    """Choose n selection blocks for each query and KV head: the forced ones, then the most important.
+
+    Args:
+        q: queries, [T, H, D_qk].
+        compressed_k: block keys, [C, H_kv, D_qk], ordered as `compress` returns them.
+        lse: what `compressed_attention` returned, float32 [T, H].
+        cu_seqlens: document offsets, int32 [N + 1].
+        config: block sizes and counts.
+        scale: factor of the scores, positive; 1 / sqrt(D_qk) by default.
+        layout: `batch_layout` of the batch, made here if not given.
+
+    Returns:
+        int32 [T, H_kv, n], ascending, then -1 in empty slots; relative to the query's document. No gradient.
+
+    Source: arXiv:2502.11089, eq. 8-11.
+    """
+    layout = batch_layout(cu_seqlens, len(q), config) if layout is None else layout
+    scale = check_inputs(q, compressed_k, compressed_k, scale)
+    sizes = [
+        config.compress_block_size,
+        config.compress_stride,
+        config.select_block_size,
+        config.num_selected_blocks,
+        config.num_init_blocks,
+        config.num_local_blocks,
+    ]
+    runs = (layout.document_start, layout.first_summary, layout.end_summary)
+    q, compressed_k = q.detach().contiguous(), compressed_k.detach().contiguous()
+    return _block_selection(q, compressed_k, lse.detach(), *runs, sizes, scale)

@@ -1,0 +1,379 @@
+"""Softmax attention where each query sees one run of keys: the kernels of the compressed and the sliding branch.
+
+    o[t] = sum(softmax(q[t] · k[s] · scale) · v[s])   over   first[t] <= s < end[t]
+
+    p[t, s] = exp(q[t] · k[s] · scale - lse[t]);   dv[s] = sum(p[t, s] · do[t])
+    ds[t, s] = p[t, s] · (do[t] · v[s] - delta[t]);   dq[t] = scale · sum(ds · k),   dk[s] = scale · sum(ds · q)
+
+where key s is seen by the queries seen_from[s] <= t < seen_to[s]. The compressed branch has a summary as a key, the
+sliding branch a token. A gate g is folded into `lse` and `delta` (see `gated_sum.py`): all branches then read one `do`.
+
+Backward takes two passes, one over keys for dq and one over queries for dk and dv: nothing is added atomically, so
+gradients are the same in every run. Where keys are few, the second pass is cut in chunks of queries and summed.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nsa_kernels.packing import KeyRuns
+from nsa_kernels.primitives import (
+    HIDDEN,
+    LOG2_E,
+    LOWEST,
+    block_descriptor,
+    check_inputs,
+    dot_precision,
+    load_block,
+    load_rows,
+    padded,
+    row_addresses,
+    row_sums,
+    softmax_end,
+    softmax_step,
+    store_rows,
+    tile_rows,
+    wide,
+)
+from nsa_kernels.tuning import launch
+
+# T packed tokens, S keys, H query heads, H_kv KV heads, G = H / H_kv (GROUP), D head dim.
+
+
+@triton.jit
+def phases(lo, inner_lo, inner_hi, hi, STEP: tl.constexpr):
+    """Cut [lo, hi) into steps at a and b: [a, b) lies within [inner_lo, inner_hi), where no mask is needed."""
+    a = tl.minimum(lo + tl.cdiv(tl.maximum(inner_lo - lo, 0), STEP) * STEP, hi)
+    return a, a + tl.maximum(inner_hi - a, 0) // STEP * STEP
+
+
+@triton.jit
+def _num_steps(lo, a, b, hi, STEP: tl.constexpr):
+    """Steps in [lo, a) and [b, hi)."""
+    return tl.cdiv(a - lo, STEP) + tl.cdiv(hi - b, STEP)
+
+
+@triton.jit
+def _step_start(step, lo, a, b, STEP: tl.constexpr):
+    """Where a step of [lo, a) and [b, ...) begins."""
+    start = lo + step * STEP
+    return tl.where(start < a, start, start + b - a)
+
+
+@triton.jit
+def _attend_run(
+    softmax, q, k_desc, v_desc, lo, a, b, hi, first, end, kv_head, scale_log2,
+    BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr, KEYS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add the keys [lo, a) and [b, hi) to a running softmax."""
+    row_max, row_sum, acc = softmax
+    for step in tl.range(0, _num_steps(lo, a, b, hi, KEYS)):
+        start = _step_start(step, lo, a, b, KEYS)
+        k = load_block(k_desc, start, kv_head, KEYS, BLOCK_QK)
+        v = load_block(v_desc, start, kv_head, KEYS, BLOCK_V)
+        scores = tl.dot(q, k.T, input_precision=PRECISION)
+        if MASKED:
+            s = start + tl.arange(0, KEYS)
+            scores = tl.where((s[None, :] >= first[:, None]) & (s[None, :] < end[:, None]), scores, HIDDEN)
+        row_max, row_sum, acc = softmax_step(scores, v, scale_log2, row_max, row_sum, acc, PRECISION)
+    return row_max, row_sum, acc
+
+
+@triton.jit
+def _forward_kernel(
+    q_ptr,  # [T, H, D_QK]
+    k_desc, v_desc,  # [S, H_KV, D]
+    first_ptr, end_ptr,  # [T]
+    o_ptr,  # [T, H, D_V]
+    lse_ptr,  # [T, H]
+    gates_ptr,  # [T, H, 3]; read if SUM
+    compressed_ptr, selected_ptr, out_ptr,  # [T, H, D_V]; used if SUM
+    num_tokens, scale_log2, SUM: tl.constexpr,
+    H_KV: tl.constexpr, GROUP: tl.constexpr, D_QK: tl.constexpr, D_V: tl.constexpr,
+    BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program attends the queries of one tile and one KV head; the last tiles, which see most keys, go first.
+
+    With SUM it also writes the gated sum of the two other branches and this one.
+    """
+    tile, kv_head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
+    token, head, exists = tile_rows(tile * QUERIES, num_tokens, GROUP, QUERIES, ROWS)
+    rows = row_addresses(token, kv_head * GROUP + head, H_KV * GROUP)
+    first, end = tl.load(first_ptr + token), tl.load(end_ptr + token)
+    lo, hi = tl.min(first, 0), tl.max(end, 0)
+    a, b = phases(lo, tl.max(first, 0), tl.min(end, 0), hi, KEYS)
+    q = load_rows(q_ptr, rows, D_QK, BLOCK_QK)
+    softmax = (tl.full([ROWS], LOWEST, tl.float32), tl.zeros([ROWS], tl.float32), tl.zeros([ROWS, BLOCK_V], tl.float32))
+    softmax = _attend_run(softmax, q, k_desc, v_desc, a, b, b, b, first, end, kv_head, scale_log2,
+                          BLOCK_QK, BLOCK_V, KEYS, False, PRECISION)  # fmt: skip
+    softmax = _attend_run(softmax, q, k_desc, v_desc, lo, a, b, hi, first, end, kv_head, scale_log2,
+                          BLOCK_QK, BLOCK_V, KEYS, True, PRECISION)  # fmt: skip
+    o, lse = softmax_end(softmax[0], softmax[1], softmax[2])
+    store_rows(o_ptr, rows, exists, o, D_V, BLOCK_V)
+    tl.store(lse_ptr + rows, lse, mask=exists)
+    if SUM:
+        out = o * tl.load(gates_ptr + 3 * rows + 2).to(tl.float32)[:, None]
+        out += load_rows(compressed_ptr, rows, D_V, BLOCK_V) * tl.load(gates_ptr + 3 * rows).to(tl.float32)[:, None]
+        out += load_rows(selected_ptr, rows, D_V, BLOCK_V) * tl.load(gates_ptr + 3 * rows + 1).to(tl.float32)[:, None]
+        store_rows(out_ptr, rows, exists, out, D_V, BLOCK_V)
+
+
+@triton.jit
+def add_run_to_dq(
+    dq, q, do, lse, delta, k_desc, v_desc, lo, a, b, hi, first, end, kv_head, scale_log2,
+    BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr, KEYS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add ds · k of the keys [lo, a) and [b, hi) to dq."""
+    for step in tl.range(0, _num_steps(lo, a, b, hi, KEYS)):
+        start = _step_start(step, lo, a, b, KEYS)
+        k = load_block(k_desc, start, kv_head, KEYS, BLOCK_QK)
+        v = load_block(v_desc, start, kv_head, KEYS, BLOCK_V)
+        p = tl.exp2(tl.dot(q, k.T, input_precision=PRECISION) * scale_log2 - lse[:, None])
+        if MASKED:
+            s = start + tl.arange(0, KEYS)
+            p = tl.where((s[None, :] >= first[:, None]) & (s[None, :] < end[:, None]), p, 0.0)
+        ds = p * (tl.dot(do, v.T, input_precision=PRECISION) - delta[:, None])
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+    return dq
+
+
+@triton.jit
+def _dq_kernel(
+    q_ptr,  # [T, H, D_QK]
+    k_desc, v_desc,  # [S, H_KV, D]
+    do_ptr,  # [T, H, D_V]
+    lse_ptr, delta_ptr,  # [T, H]
+    first_ptr, end_ptr,  # [T]
+    dq_ptr,  # [T, H, D_QK]
+    num_tokens, scale,
+    H_KV: tl.constexpr, GROUP: tl.constexpr, D_QK: tl.constexpr, D_V: tl.constexpr,
+    BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program computes dq of the queries of one tile and one KV head."""
+    tile, kv_head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
+    token, head, exists = tile_rows(tile * QUERIES, num_tokens, GROUP, QUERIES, ROWS)
+    rows = row_addresses(token, kv_head * GROUP + head, H_KV * GROUP)
+    first, end = tl.load(first_ptr + token), tl.load(end_ptr + token)
+    lo, hi = tl.min(first, 0), tl.max(end, 0)
+    a, b = phases(lo, tl.max(first, 0), tl.min(end, 0), hi, KEYS)
+    q, do = load_rows(q_ptr, rows, D_QK, BLOCK_QK), load_rows(do_ptr, rows, D_V, BLOCK_V)
+    lse, delta = tl.load(lse_ptr + rows) * LOG2_E, tl.load(delta_ptr + rows)
+    scale_log2 = scale * LOG2_E
+    dq = tl.zeros([ROWS, BLOCK_QK], tl.float32)
+    dq = add_run_to_dq(dq, q, do, lse, delta, k_desc, v_desc, a, b, b, b, first, end, kv_head, scale_log2,
+                        BLOCK_QK, BLOCK_V, KEYS, False, PRECISION)  # fmt: skip
+    dq = add_run_to_dq(dq, q, do, lse, delta, k_desc, v_desc, lo, a, b, hi, first, end, kv_head, scale_log2,
+                        BLOCK_QK, BLOCK_V, KEYS, True, PRECISION)  # fmt: skip
+    store_rows(dq_ptr, rows, exists, dq * scale, D_QK, BLOCK_QK)
+
+
+@triton.jit
+def _add_queries_to_dkv(
+    dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, lo, a, b, hi, seen_from, seen_to, num_tokens, kv_head,
+    scale_log2,
+    H_KV: tl.constexpr, GROUP: tl.constexpr, D_QK: tl.constexpr, D_V: tl.constexpr,
+    BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr, MASKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add ds · q and p · do of the queries [lo, a) and [b, hi) to dk and dv."""
+    for step in tl.range(0, _num_steps(lo, a, b, hi, QUERIES)):
+        start = _step_start(step, lo, a, b, QUERIES)
+        token, head, exists = tile_rows(start, num_tokens, GROUP, QUERIES, ROWS)
+        rows = row_addresses(token, kv_head * GROUP + head, H_KV * GROUP)
+        q, do = load_rows(q_ptr, rows, D_QK, BLOCK_QK), load_rows(do_ptr, rows, D_V, BLOCK_V)
+        lse = tl.load(lse_ptr + rows, mask=exists, other=-HIDDEN) * LOG2_E  # p = 0 in rows that do not exist
+        p = tl.exp2(tl.dot(k, q.T, input_precision=PRECISION) * scale_log2 - lse[None, :])
+        if MASKED:
+            p = tl.where((token[None, :] >= seen_from[:, None]) & (token[None, :] < seen_to[:, None]), p, 0.0)
+        dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
+        minus_delta = tl.broadcast_to(-tl.load(delta_ptr + rows)[None, :], p.shape)
+        ds = p * tl.dot(v, do.T, minus_delta, input_precision=PRECISION)
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+    return dk, dv
+
+
+@triton.jit
+def _dkv_kernel(
+    q_ptr,  # [T, H, D_QK]
+    k_ptr, v_ptr,  # [S, H_KV, D]
+    do_ptr,  # [T, H, D_V]
+    lse_ptr, delta_ptr,  # [T, H]
+    seen_from_ptr, seen_to_ptr,  # [S]
+    dk_ptr, dv_ptr,  # [chunks, S, H_KV, D]
+    num_tokens, num_keys, chunk, scale,
+    H_KV: tl.constexpr, GROUP: tl.constexpr, D_QK: tl.constexpr, D_V: tl.constexpr,
+    BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program computes what one chunk of queries gives to dk and dv of one block of keys."""
+    first_key, kv_head, chunk_id = tl.program_id(0) * KEYS, tl.program_id(1), tl.program_id(2)
+    s = first_key + tl.arange(0, KEYS)
+    exists = s < num_keys
+    seen_from = tl.load(seen_from_ptr + s, mask=exists, other=num_tokens)
+    seen_to = tl.load(seen_to_ptr + s, mask=exists, other=0)
+    lo = tl.maximum(tl.min(seen_from, 0), chunk_id * chunk)
+    hi = tl.minimum(tl.max(seen_to, 0), (chunk_id + 1) * chunk)
+    if (lo < hi) | (tl.num_programs(2) == 1):
+        a, b = phases(lo, tl.max(seen_from, 0), tl.minimum(tl.min(seen_to, 0), hi), tl.maximum(hi, lo), QUERIES)
+        keys = row_addresses(tl.minimum(s, num_keys - 1), kv_head, H_KV)
+        k, v = load_rows(k_ptr, keys, D_QK, BLOCK_QK), load_rows(v_ptr, keys, D_V, BLOCK_V)
+        dk, dv = tl.zeros([KEYS, BLOCK_QK], tl.float32), tl.zeros([KEYS, BLOCK_V], tl.float32)
+        scale_log2 = scale * LOG2_E
+        edge_to = tl.minimum(seen_to, hi)
+        dk, dv = _add_queries_to_dkv(
+            dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, a, b, b, b, seen_from, edge_to, num_tokens, kv_head,
+            scale_log2, H_KV, GROUP, D_QK, D_V, BLOCK_QK, BLOCK_V, QUERIES, ROWS, False, PRECISION)  # fmt: skip
+        dk, dv = _add_queries_to_dkv(
+            dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, lo, a, b, hi, seen_from, edge_to, num_tokens, kv_head,
+            scale_log2, H_KV, GROUP, D_QK, D_V, BLOCK_QK, BLOCK_V, QUERIES, ROWS, True, PRECISION)  # fmt: skip
+        out = (chunk_id.to(tl.int64) * num_keys + s) * H_KV + kv_head
+        store_rows(dk_ptr, out, exists, dk * scale, D_QK, BLOCK_QK)
+        store_rows(dv_ptr, out, exists, dv, D_V, BLOCK_V)
+
+
+@triton.jit
+def _sum_chunks_kernel(
+    parts_ptr,  # [chunks, S, H_KV, D], of each key only the chunks that see it
+    seen_from_ptr, seen_to_ptr,  # [S]
+    out_ptr,  # [S, H_KV, D]
+    num_keys, chunk, num_chunks,
+    H_KV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """One program sums the chunks of one block of keys of one head, in order."""
+    s, kv_head = tl.program_id(0) * KEYS + tl.arange(0, KEYS), tl.program_id(1)
+    column = tl.arange(0, BLOCK_D)
+    exists = s < num_keys
+    seen_from, seen_to = tl.load(seen_from_ptr + s, mask=exists), tl.load(seen_to_ptr + s, mask=exists, other=0)
+    total = tl.zeros([KEYS, BLOCK_D], tl.float32)
+    for i in range(num_chunks):
+        sees = exists & (i * chunk < seen_to) & ((i + 1) * chunk > seen_from)
+        rows = (wide(i) * num_keys + s) * H_KV + kv_head
+        mask = sees[:, None] & (column[None, :] < D)
+        total += tl.load(parts_ptr + rows[:, None] * D + column[None, :], mask=mask, other=0.0)
+    store_rows(out_ptr, s.to(tl.int64) * H_KV + kv_head, exists, total, D, BLOCK_D)
+
+
+class OtherBranches(NamedTuple):
+    """What the last branch adds itself to."""
+
+    gates: Tensor  # [T, H, 3]: compressed, selected, sliding
+    compressed_o: Tensor  # [T, H, D_v]
+    selected_o: Tensor  # [T, H, D_v]
+    out: Tensor  # [T, H, D_v], written: the gated sum
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, runs: KeyRuns, scale: float, stage: str, others: OtherBranches | None = None
+) -> tuple[Tensor, Tensor]:
+    """o [T, H, D_v] in q's dtype and lse [T, H] of queries that see the keys of `runs`; `stage` picks the launch."""
+    (T, H, D_QK), (_, H_KV, D_V) = q.shape, v.shape
+    o, lse = q.new_empty(T, H, D_V), q.new_empty(T, H, dtype=torch.float32)
+    tile = launch(f"{stage}_forward", q, max(D_QK, D_V), H // H_KV)
+    _forward_kernel[(triton.cdiv(T, tile.queries), H_KV)](
+        q, block_descriptor(k, tile.keys), block_descriptor(v, tile.keys), runs.first, runs.end, o, lse,
+        *(others or (None,) * 4), T, scale * LOG2_E.value, others is not None,
+        H_KV, H // H_KV, D_QK, D_V, padded(D_QK), padded(D_V), tile.queries, tile.rows, tile.keys,
+        dot_precision(q.dtype), num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    return o, lse
+
+
+def backward_q(
+    q: Tensor, k: Tensor, v: Tensor, do: Tensor, lse: Tensor, delta: Tensor, runs: KeyRuns, scale: float, stage: str
+) -> Tensor:  # fmt: skip
+    """dq [T, H, D_qk] in q's dtype."""
+    (T, H, D_QK), (_, H_KV, D_V) = q.shape, v.shape
+    dq = torch.empty_like(q)
+    tile = launch(f"{stage}_dq", q, max(D_QK, D_V), H // H_KV)
+    _dq_kernel[(triton.cdiv(T, tile.queries), H_KV)](
+        q, block_descriptor(k, tile.keys), block_descriptor(v, tile.keys), do, lse, delta, runs.first, runs.end,
+        dq, T, scale,
+        H_KV, H // H_KV, D_QK, D_V, padded(D_QK), padded(D_V), tile.queries, tile.rows, tile.keys,
+        dot_precision(q.dtype), num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    return dq
+
+
+def backward_kv(
+    q: Tensor, k: Tensor, v: Tensor, do: Tensor, lse: Tensor, delta: Tensor, runs: KeyRuns, scale: float, stage: str,
+    *, max_chunks: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """dk [S, H_kv, D_qk] and dv [S, H_kv, D_v]; chunks of queries keep the device busy where keys are few."""
+    (T, H, D_QK), (S, H_KV, D_V) = q.shape, v.shape
+    tile = launch(f"{stage}_dkv", q, max(D_QK, D_V), H // H_KV)
+    key_blocks = triton.cdiv(S, tile.keys)
+    num_chunks = min(max_chunks, max(1, _BUSY_PROGRAMS // (key_blocks * H_KV)), triton.cdiv(T, tile.queries))
+    chunk = triton.cdiv(triton.cdiv(T, num_chunks), tile.queries) * tile.queries
+    num_chunks = triton.cdiv(T, chunk)
+    dk, dv = torch.empty_like(k), torch.empty_like(v)
+    parts = [x.new_empty(num_chunks, *x.shape, dtype=torch.float32) for x in (k, v)] if num_chunks > 1 else [dk, dv]
+    _dkv_kernel[(key_blocks, H_KV, num_chunks)](
+        q, k, v, do, lse, delta, runs.seen_from, runs.seen_to, *parts, T, S, chunk, scale,
+        H_KV, H // H_KV, D_QK, D_V, padded(D_QK), padded(D_V), tile.queries, tile.rows, tile.keys,
+        dot_precision(q.dtype), num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    if num_chunks > 1:
+        for part, out in zip(parts, (dk, dv), strict=True):
+            _sum_chunks_kernel[(triton.cdiv(S, 16), H_KV)](
+                part, runs.seen_from, runs.seen_to, out, S, chunk, num_chunks,
+                H_KV, out.shape[-1], padded(out.shape[-1]), 16,
+            )  # fmt: skip
+    return dk, dv
+
+
+_BUSY_PROGRAMS = 4096
+"""Programs that keep any GPU busy to the end."""
+
+MAX_CHUNKS = 16
+"""Most chunks of queries, so that partial sums stay small beside the inputs."""
+
+
+def define_op(stage: str, max_chunks: int) -> Callable[[Tensor, Tensor, Tensor, KeyRuns, float | None], Any]:
+    """Register `nsa_kernels::{stage}_attention` and its backward; returns the function of (q, k, v, runs, scale)."""
+
+    @torch.library.custom_op(f"nsa_kernels::{stage}_attention", mutates_args=())
+    def attention(
+        q: Tensor, k: Tensor, v: Tensor, first: Tensor, end: Tensor, seen_from: Tensor, seen_to: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        return forward(q, k, v, KeyRuns(first, end, seen_from, seen_to), scale, stage)
+
+    @attention.register_fake
+    def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+        return q.new_empty(*q.shape[:2], v.shape[-1]), q.new_empty(q.shape[:2], dtype=torch.float32)
+
+    @torch.library.custom_op(f"nsa_kernels::{stage}_attention_backward", mutates_args=())
+    def attention_backward(
+        do: Tensor, o: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor,
+        first: Tensor, end: Tensor, seen_from: Tensor, seen_to: Tensor, scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        do = do.contiguous()
+        known = (q, k, v, do, lse, row_sums(o, do), KeyRuns(first, end, seen_from, seen_to), scale, stage)
+        return backward_q(*known), *backward_kv(*known, max_chunks=max_chunks)
+
+    @attention_backward.register_fake
+    def _(do: Tensor, o: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, ...]:
+        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        *tensors, ctx.scale = inputs
+        ctx.save_for_backward(*output, *tensors)
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+
+    def gradients(ctx: Any, do: Tensor | None, _: Any) -> tuple[Any, ...]:
+        grads = (None,) * 3 if do is None else attention_backward(do, *ctx.saved_tensors, ctx.scale)
+        return *grads, None, None, None, None, None
+
+    attention.register_autograd(gradients, setup_context=save)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, runs: KeyRuns, scale: float | None) -> tuple[Tensor, Tensor]:
+        scale = check_inputs(q, k, v, scale)
+        return attention(q.contiguous(), k.contiguous(), v.contiguous(), *runs, scale)
+
+    return attend

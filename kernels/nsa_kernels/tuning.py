@@ -1,0 +1,100 @@
+"""Launch choices: how large a tile each kernel takes on each class of chip.
+
+One table, filled from measurements (see `benchmarks.md`); nothing is tried out while a model runs.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from nsa_kernels.primitives import interpreted
+
+
+class Choice(NamedTuple):
+    """What is tuned."""
+
+    rows: int
+    """Rows of a tile: query tokens times the heads of a group."""
+    keys: int
+    num_warps: int
+    num_stages: int
+
+
+class Launch(NamedTuple):
+    """A choice fitted to a group size."""
+
+    queries: int
+    """Query tokens in a tile."""
+    rows: int
+    """Power of two that holds queries * G rows."""
+    keys: int
+    num_warps: int
+    num_stages: int
+
+
+_HOPPER = {
+    "compressed_forward": Choice(128, 128, 8, 3),
+    "compressed_dq": Choice(128, 64, 8, 3),
+    "compressed_dkv": Choice(64, 64, 4, 2),
+    "importance": Choice(64, 128, 4, 3),
+    "selected_forward": Choice(64, 64, 4, 3),
+    "selected_dq": Choice(64, 64, 4, 2),
+    "selected_dkv": Choice(64, 64, 4, 3),
+    "sliding_forward": Choice(64, 32, 4, 3),
+    "sliding_dq": Choice(64, 64, 4, 2),
+    "sliding_dkv": Choice(64, 128, 8, 3),
+    "joint_dq": Choice(64, 64, 4, 2),
+}
+_HOPPER_SMALL_GROUPS = _HOPPER | {
+    "importance": Choice(64, 64, 4, 3),
+    "selected_dkv": Choice(64, 64, 4, 2),
+    "sliding_dkv": Choice(64, 64, 4, 2),
+}
+"""Up to 4 query heads a group."""
+_OTHERS = {
+    "compressed_forward": Choice(64, 64, 4, 2),
+    "compressed_dq": Choice(64, 32, 4, 2),
+    "compressed_dkv": Choice(32, 64, 4, 2),
+    "importance": Choice(64, 64, 4, 2),
+    "selected_forward": Choice(64, 64, 4, 2),
+    "selected_dq": Choice(32, 64, 4, 1),
+    "selected_dkv": Choice(32, 64, 4, 1),
+    "sliding_forward": Choice(64, 64, 4, 2),
+    "sliding_dq": Choice(64, 32, 4, 2),
+    "sliding_dkv": Choice(32, 64, 4, 2),
+    "joint_dq": Choice(32, 64, 4, 1),
+}
+"""Ampere, Ada, wide heads on Hopper, and chips not known yet: fits 99 KiB of shared memory up to head dim 128."""
+_SMALL = dict.fromkeys(_HOPPER, Choice(32, 32, 4, 1))
+"""What fits everywhere: float32, and wide heads on chips with little shared memory."""
+_INTERPRETED = dict.fromkeys(_HOPPER, Choice(16, 16, 4, 1)) | dict.fromkeys(
+    ("selected_forward", "selected_dq", "selected_dkv", "joint_dq"), Choice(16, 4, 4, 1)
+)
+
+
+def launch(kernel: str, q: Tensor, head_dim: int, group_size: int) -> Launch:
+    """The tile of a kernel for queries q on their device.
+
+    Args:
+        kernel: name in the table.
+        q: any tensor in the inputs' dtype and on their device.
+        head_dim: the larger of D_qk and D_v.
+        group_size: query heads per KV head.
+    """
+    choice = _table(q, head_dim, group_size)[kernel]
+    queries = max(1, choice.rows // group_size)
+    rows = max(16, triton.next_power_of_2(queries * group_size))
+    return Launch(queries, rows, choice.keys, choice.num_warps, choice.num_stages)
+
+
+def _table(q: Tensor, head_dim: int, group_size: int) -> dict[str, Choice]:
+    if interpreted():
+        return _INTERPRETED
+    if q.element_size() > 2:
+        return _SMALL
+    major, _ = torch.cuda.get_device_capability(q.device)
+    if major == 9 and head_dim <= 128:
+        return _HOPPER_SMALL_GROUPS if group_size <= 4 else _HOPPER
+    return _OTHERS if head_dim <= 128 or major >= 9 else _SMALL

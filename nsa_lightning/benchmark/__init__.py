@@ -1,0 +1,1 @@
+"""Measurements of the attention operator: what `nsa bench` runs."""

@@ -1,0 +1,159 @@
+"""What is measured: shapes, document mixes and settings, checked before anything runs."""
+
+import math
+import random
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple, get_args
+
+InputKind = Literal["random", "overlap"]
+DocumentMix = Literal["one", "mixed", "equal_1k"]
+
+DTYPES = ("bfloat16", "float16", "float32")
+RESULTS_NAME, PLOT_NAME = "results.json", "kernels.png"
+
+
+class Shape(NamedTuple):
+    """Heads and head dimensions of one attention layer."""
+
+    name: str
+    num_heads: int
+    num_kv_heads: int
+    qk_dim: int
+    v_dim: int
+
+    @property
+    def group_size(self) -> int:
+        """Query heads that share a KV head."""
+        return self.num_heads // self.num_kv_heads
+
+    @property
+    def description(self) -> str:
+        """The shape in words."""
+        dims = f"{self.qk_dim}" if self.qk_dim == self.v_dim else f"{self.qk_dim}/{self.v_dim}"
+        return f"{self.name}: {self.num_heads} query heads on {self.num_kv_heads} KV heads, D {dims}"
+
+
+SHAPES = {
+    shape.name: shape
+    for shape in (
+        Shape("A", 64, 4, 128, 128),
+        Shape("B", 32, 8, 128, 128),
+        Shape("paper", 64, 4, 192, 128),
+        Shape("smollm", 9, 3, 64, 64),
+    )
+}
+"""A and B: large and small groups at the usual head dimension; the paper's own; SmolLM2-135M."""
+
+_CUSTOM_SHAPE = re.compile(r"(\d+)x(\d+)x(\d+)x(\d+)")
+
+_SHORTEST, _LONGEST, _EQUAL = 128, 16384, 1024
+
+
+def parse_shape(text: str) -> Shape:
+    """A named shape, or HEADSxKV_HEADSxQK_DIMxV_DIM.
+
+    Raises:
+        ValueError: neither.
+    """
+    if text in SHAPES:
+        return SHAPES[text]
+    match = _CUSTOM_SHAPE.fullmatch(text)
+    if not match:
+        raise ValueError(
+            f"shapes must be of {', '.join(SHAPES)} or like 64x4x192x128 "
+            f"(query heads, KV heads, query and value head dim), got {text!r}"
+        )
+    num_heads, num_kv_heads, qk_dim, v_dim = map(int, match.groups())
+    if min(num_heads, num_kv_heads, qk_dim, v_dim) < 1:
+        raise ValueError(f"shapes must have heads and dimensions of at least 1, got {text!r}")
+    if num_heads % num_kv_heads:
+        raise ValueError(f"shapes must have a multiple of the KV heads as query heads, got {text!r}")
+    return Shape(text, num_heads, num_kv_heads, qk_dim, v_dim)
+
+
+def document_lengths(mix: DocumentMix, num_tokens: int) -> list[int]:
+    """Tokens of each document of a packing of `num_tokens`; the last document takes what is left.
+
+    `one` document; `mixed`, log-uniform from 128 to 16384 tokens, the same for every run; `equal_1k`, 1024 tokens each.
+    """
+    if mix == "one":
+        return [num_tokens]
+    draw = random.Random(num_tokens)
+    lengths: list[int] = []
+    left = num_tokens
+    while left:
+        length = _EQUAL
+        if mix == "mixed":
+            length = round(math.exp(draw.uniform(math.log(_SHORTEST), math.log(_LONGEST))))
+            length = left if left - length < _SHORTEST else length
+        lengths.append(min(length, left))
+        left -= lengths[-1]
+    return lengths
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelSettings:
+    """The settings of `nsa bench kernels`, as `benchmark.kernels.bench_kernels` documents them.
+
+    Raises:
+        ValueError: a setting that cannot be measured, by its name, the rule and the value.
+    """
+
+    shapes: list[str]
+    lengths: list[int]
+    documents: list[str]
+    inputs: list[str]
+    dtype: str
+    backend: str
+    device: str
+    check: bool
+    check_documents: list[int]
+    stages: bool
+    rivals: bool
+    time_budget: float
+    repetitions: int
+    output_dir: Path
+    overwrite: bool
+
+    def __post_init__(self) -> None:
+        _check_choices("documents", self.documents, get_args(DocumentMix))
+        _check_choices("inputs", self.inputs, get_args(InputKind))
+        _check_choices("dtype", [self.dtype], DTYPES)
+        _check_filled("shapes", self.shapes)
+        for shape in self.shapes:
+            parse_shape(shape)
+        for name in ("lengths", "check_documents"):
+            values = getattr(self, name)
+            _check_filled(name, values)
+            if min(values) < 1:
+                raise ValueError(f"{name} must be at least 1 token each, got {min(values)}")
+        if not 0 < self.time_budget < math.inf:
+            raise ValueError(f"time_budget must be seconds above 0, got {self.time_budget}")
+        if self.repetitions < 1:
+            raise ValueError(f"repetitions must be at least 1, got {self.repetitions}")
+        if self.output_dir.exists() and not self.output_dir.is_dir():
+            raise ValueError(f"output_dir must be a directory, got the file {self.output_dir}")
+        for name in (RESULTS_NAME, PLOT_NAME):
+            if (self.output_dir / name).exists() and not self.overwrite:
+                raise ValueError(
+                    f"output_dir must not hold {name} yet, got {self.output_dir}: "
+                    "set --output_dir to another directory, or --overwrite true"
+                )
+
+
+def _check_filled(name: str, values: list[str] | list[int]) -> None:
+    if not values:
+        raise ValueError(f"{name} must name at least one, got none")
+    if len(set(values)) < len(values):
+        repeated = next(value for value in values if values.count(value) > 1)  # type: ignore[arg-type]
+        if name != "check_documents":
+            raise ValueError(f"{name} must name each value once, got {repeated} again")
+
+
+def _check_choices(name: str, values: list[str], choices: tuple[str, ...]) -> None:
+    _check_filled(name, values)
+    for value in values:
+        if value not in choices:
+            raise ValueError(f"{name} must be of {', '.join(choices)}, got {value!r}")
