@@ -17,6 +17,8 @@ from nsa_kernels.rotary import apply_rotary
 
 Backend = Literal["auto", "triton", "eager", "reference"]
 
+_HAS_TRITON = find_spec("triton") is not None
+
 # T packed tokens, N documents, H query heads, H_kv KV heads, D_qk and D_v head dims, C rows of compressed blocks.
 
 
@@ -114,7 +116,7 @@ def stages_of(backend: Backend, q: Tensor, v: Tensor, config: NSAConfig) -> Modu
     if backend not in get_args(Backend):
         raise ValueError(f"backend must be one of {', '.join(get_args(Backend))}, got {backend!r}")
     if backend in ("auto", "triton") and (q.is_cuda or backend == "triton"):
-        if find_spec("triton") is not None:
+        if _HAS_TRITON:
             from nsa_kernels import triton_backend
 
             reason = triton_backend.reason_against(q, v, config)
