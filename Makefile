@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CONSTRAINTS := constraints.txt
 
-.PHONY: help demo test test-gpu check format tensorboard clean
+.PHONY: help demo test test-gpu bench check format tensorboard clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -16,7 +16,10 @@ test: $(VENV)/.installed-dev  ## run the test suite
 	$(BIN)/python -m pytest -n 2
 
 test-gpu: $(VENV)/.installed-dev  ## run the tests that need a CUDA GPU
-	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python -m pytest -m gpu -n 8 --dist worksteal
+
+bench: $(VENV)/.installed  ## check and time the kernels beside full attention (CUDA GPU, several minutes)
+	$(BIN)/nsa bench kernels --overwrite true
 
 check: $(VENV)/.installed-dev  ## formatting, lint, strict types, import contracts
 	$(BIN)/ruff format --check .

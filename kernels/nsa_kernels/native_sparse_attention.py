@@ -3,6 +3,7 @@
 o_t = g^cmp · o^cmp + g^slc · o^slc + g^win · o^win
 """
 
+import warnings
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any, Literal, NamedTuple, get_args
@@ -126,6 +127,7 @@ def stages_of(backend: Backend, q: Tensor, v: Tensor, config: NSAConfig) -> Modu
             return triton_backend
         if backend == "triton":
             raise ValueError(f"backend triton does not take these inputs: {reason}")
+        warnings.warn(f"attention runs on the slow eager backend, the kernels do not apply: {reason}", stacklevel=3)
     return reference if backend == "reference" else eager
 
 

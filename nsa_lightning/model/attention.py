@@ -87,8 +87,8 @@ class KeyValue(nn.Module):
 
     def key_value(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Keys before their rotation, and values."""
-        k = self.k_norm(self.k_proj(x).unflatten(-1, (self.num_kv_heads, -1)))
-        return k, self.v_proj(x).unflatten(-1, (self.num_kv_heads, -1))
+        k = self.k_proj(x).unflatten(-1, (self.num_kv_heads, -1))
+        return self.k_norm(k).to(k.dtype), self.v_proj(x).unflatten(-1, (self.num_kv_heads, -1))
 
 
 class DenseAttention(KeyValue):
@@ -103,7 +103,8 @@ class DenseAttention(KeyValue):
 
     def rotated_query(self, x: Tensor, rotary: Rotary) -> Tensor:
         """Queries with their position applied, [T, H, D_qk]."""
-        return apply_rotary(self.q_norm(self.q_proj(x).unflatten(-1, (self.num_heads, -1))), *rotary)
+        q = self.q_proj(x).unflatten(-1, (self.num_heads, -1))
+        return apply_rotary(self.q_norm(q).to(q.dtype), *rotary)  # autocast leaves the norm in float32
 
     def forward(self, x: Tensor, context: PackedContext, watch: bool = False) -> tuple[Tensor, BranchStatistics | None]:
         """[T, hidden_size] -> [T, hidden_size]; a dense layer has no branches to watch."""

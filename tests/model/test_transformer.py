@@ -2,6 +2,7 @@ import dataclasses
 
 import pytest
 import torch
+from nsa_kernels import native_sparse_attention
 from support.packings import cu_seqlens
 
 from nsa_lightning.model import Transformer, TransformerConfig
@@ -107,6 +108,23 @@ def test_backends_agree_in_the_whole_decoder():
     eager, reference = build(), build(nsa=dataclasses.replace(NSA, backend="reference"))
     inputs = packed(LENGTHS)
     torch.testing.assert_close(eager(*inputs).hidden, reference(*inputs).hidden, rtol=1e-9, atol=1e-9)
+
+
+def test_autocast_hands_the_operator_one_dtype(monkeypatch):
+    """The kernels take no mixture, and a norm of queries and keys is computed in float32."""
+    seen = []
+
+    def spy(q, k, v, gates, *args, **options):
+        names = ("sliding_k", "sliding_v", "compress_k", "compress_v")
+        seen.append({q.dtype, k.dtype, v.dtype, *(options[name].dtype for name in names)})
+        return native_sparse_attention(q, k, v, gates, *args, **options)
+
+    monkeypatch.setattr("nsa_lightning.model.attention.native_sparse_attention", spy)
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden = build(qk_norm=True).float()(*packed(LENGTHS)).hidden
+    assert seen
+    assert all(dtypes == {torch.bfloat16} for dtypes in seen)
+    assert hidden.isfinite().all()
 
 
 def test_attention_names_repeat_over_the_layers():
