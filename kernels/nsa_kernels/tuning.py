@@ -69,6 +69,8 @@ _OTHERS = {
 """Ampere, Ada, wide heads on Hopper, and chips not known yet: fits 99 KiB of shared memory up to head dim 128."""
 _SMALL = dict.fromkeys(_HOPPER, Choice(32, 32, 4, 1))
 """What fits everywhere: float32, and wide heads on chips with little shared memory."""
+_SMALLEST = dict.fromkeys(_HOPPER, Choice(16, 16, 4, 1))
+"""Wide heads in float32, whose products are unrolled into single operations: compiled in a minute, not in many."""
 _INTERPRETED = dict.fromkeys(_HOPPER, Choice(16, 16, 4, 1)) | dict.fromkeys(
     ("selected_forward", "selected_dq", "selected_dkv", "joint_dq"), Choice(16, 4, 4, 1)
 )
@@ -93,7 +95,7 @@ def _table(q: Tensor, head_dim: int, group_size: int) -> dict[str, Choice]:
     if interpreted():
         return _INTERPRETED
     if q.element_size() > 2:
-        return _SMALL
+        return _SMALL if head_dim <= 128 else _SMALLEST
     major, _ = torch.cuda.get_device_capability(q.device)
     if major == 9 and head_dim <= 128:
         return _HOPPER_SMALL_GROUPS if group_size <= 4 else _HOPPER

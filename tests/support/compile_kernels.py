@@ -1,0 +1,69 @@
+"""Compile every kernel for a GPU that is not there: `python compile_kernels.py CAPABILITY`, such as 90 for 9.0.
+
+Prints one JSON line a kernel: its name and the bytes of shared memory that it takes. Runs in a process of its own, for
+it replaces Triton's driver and launches nothing.
+"""
+
+import json
+import sys
+
+import torch
+import triton
+from nsa_kernels import NSAConfig, native_sparse_attention, triton_backend
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+SHAPES = [  # H, H_kv, D_qk, D_v, dtype
+    (16, 1, 128, 128, torch.bfloat16),
+    (9, 3, 64, 64, torch.float16),
+    (8, 2, 256, 256, torch.bfloat16),
+]
+
+
+class AbsentGPU:
+    """As much of a driver as compiling needs."""
+
+    def __init__(self, capability: int) -> None:
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+def main(capability: int) -> None:
+    triton.runtime.driver.set_active(AbsentGPU(capability))
+    torch.cuda.get_device_capability = lambda device=None: divmod(capability, 10)
+    triton_backend.reason_against = lambda q, v, config: None
+    run = JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **options):
+        compiled = run(self, *args, grid=grid, warmup=True, **options)
+        print(json.dumps({"kernel": self.__name__, "shared": compiled.metadata.shared}))
+        return compiled
+
+    JITFunction.run = compile_only
+    T = 1500  # more than the tokens that a query selects, so that blocks are ranked
+    for H, H_kv, D_qk, D_v, dtype in SHAPES:
+        q, k, v = (
+            torch.zeros(T, *size, dtype=dtype, requires_grad=True) for size in ((H, D_qk), (H_kv, D_qk), (H_kv, D_v))
+        )
+        gates, cu_seqlens = torch.zeros(T, H, 3, dtype=dtype), torch.tensor([0, T], dtype=torch.int32)
+        blocks = torch.zeros(T, H_kv, 16, dtype=torch.int32)
+        native_sparse_attention(q, k, v, gates, cu_seqlens, NSAConfig(), backend="triton")
+        out = native_sparse_attention(
+            q, k, v, gates, cu_seqlens, NSAConfig(), backend="triton", block_indices=blocks
+        ).out
+        out.backward(torch.zeros_like(out))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
