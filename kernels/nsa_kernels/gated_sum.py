@@ -32,7 +32,7 @@ from nsa_kernels.primitives import (
     tile_rows,
     wide,
 )
-from nsa_kernels.run_attention import add_run_to_dq, phases
+from nsa_kernels.run_attention import add_runs_to_dq
 
 # T packed tokens, H query heads, D_v head dim of the values. Branches: compressed, selected, sliding.
 
@@ -50,21 +50,6 @@ def _fold_gate(
     tl.store(shifted_ptr + rows, shifted, mask=exists)
     tl.store(grad_gates_ptr + 3 * rows, delta.to(grad_gates_ptr.dtype.element_ty), mask=exists)
     return shifted * LOG2_E, delta
-
-
-@triton.jit
-def _add_branch_to_dq(
-    dq, q, do, lse, delta, k_desc, v_desc, first_ptr, end_ptr, token, kv_head, scale_log2,
-    BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Add ds · k of the runs of keys that the queries of a tile see."""
-    first, end = tl.load(first_ptr + token), tl.load(end_ptr + token)
-    lo, hi = tl.min(first, 0), tl.max(end, 0)
-    a, b = phases(lo, tl.max(first, 0), tl.min(end, 0), hi, KEYS)
-    dq = add_run_to_dq(dq, q, do, lse, delta, k_desc, v_desc, a, b, b, b, first, end, kv_head, scale_log2,
-                       BLOCK_QK, BLOCK_V, KEYS, False, PRECISION)  # fmt: skip
-    return add_run_to_dq(dq, q, do, lse, delta, k_desc, v_desc, lo, a, b, hi, first, end, kv_head, scale_log2,
-                         BLOCK_QK, BLOCK_V, KEYS, True, PRECISION)  # fmt: skip
 
 
 @triton.jit
@@ -96,12 +81,12 @@ def _dq_kernel(
     dq = tl.zeros([ROWS, BLOCK_QK], tl.float32)
     lse, delta = _fold_gate(gates_ptr, grad_gates_ptr, compressed_o_ptr, do, compressed_lse_ptr,
                             delta_ptr, shifted_ptr, rows, exists, D_V, BLOCK_V)  # fmt: skip
-    dq = _add_branch_to_dq(dq, q, do, lse, delta, compressed_k, compressed_v, compressed_first_ptr, compressed_end_ptr,
-                           token, kv_head, scale_log2, BLOCK_QK, BLOCK_V, KEYS, PRECISION)  # fmt: skip
+    dq = add_runs_to_dq(dq, q, do, lse, delta, compressed_k, compressed_v, compressed_first_ptr, compressed_end_ptr,
+                        token, kv_head, scale_log2, BLOCK_QK, BLOCK_V, KEYS, PRECISION)  # fmt: skip
     lse, delta = _fold_gate(gates_ptr + 2, grad_gates_ptr + 2, sliding_o_ptr, do, sliding_lse_ptr,
                             delta_ptr + 2 * branch, shifted_ptr + 2 * branch, rows, exists, D_V, BLOCK_V)  # fmt: skip
-    dq = _add_branch_to_dq(dq, q, do, lse, delta, sliding_k, sliding_v, window_first_ptr, window_end_ptr,
-                           token, kv_head, scale_log2, BLOCK_QK, BLOCK_V, KEYS, PRECISION)  # fmt: skip
+    dq = add_runs_to_dq(dq, q, do, lse, delta, sliding_k, sliding_v, window_first_ptr, window_end_ptr,
+                        token, kv_head, scale_log2, BLOCK_QK, BLOCK_V, KEYS, PRECISION)  # fmt: skip
     lse, delta = _fold_gate(gates_ptr + 1, grad_gates_ptr + 1, selected_o_ptr, do, selected_lse_ptr,
                             delta_ptr + branch, shifted_ptr + branch, rows, exists, D_V, BLOCK_V)  # fmt: skip
     union = (tile.to(tl.int64) * H_KV + kv_head) * U

@@ -45,7 +45,7 @@ from nsa_kernels.tuning import launch
 
 
 @triton.jit
-def phases(lo, inner_lo, inner_hi, hi, STEP: tl.constexpr):
+def _phases(lo, inner_lo, inner_hi, hi, STEP: tl.constexpr):
     """Cut [lo, hi) into steps at a and b: [a, b) lies within [inner_lo, inner_hi), where no mask is needed."""
     a = tl.minimum(lo + tl.cdiv(tl.maximum(inner_lo - lo, 0), STEP) * STEP, hi)
     return a, a + tl.maximum(inner_hi - a, 0) // STEP * STEP
@@ -106,7 +106,7 @@ def _forward_kernel(
     rows = row_addresses(token, kv_head * GROUP + head, H_KV * GROUP)
     first, end = tl.load(first_ptr + token), tl.load(end_ptr + token)
     lo, hi = tl.min(first, 0), tl.max(end, 0)
-    a, b = phases(lo, tl.max(first, 0), tl.min(end, 0), hi, KEYS)
+    a, b = _phases(lo, tl.max(first, 0), tl.min(end, 0), hi, KEYS)
     q = load_rows(q_ptr, rows, D_QK, BLOCK_QK)
     softmax = (tl.full([ROWS], LOWEST, tl.float32), tl.zeros([ROWS], tl.float32), tl.zeros([ROWS, BLOCK_V], tl.float32))
     softmax = _attend_run(softmax, q, k_desc, v_desc, a, b, b, b, first, end, kv_head, scale_log2,
@@ -124,7 +124,7 @@ def _forward_kernel(
 
 
 @triton.jit
-def add_run_to_dq(
+def _add_keys_to_dq(
     dq, q, do, lse, delta, k_desc, v_desc, lo, a, b, hi, first, end, kv_head, scale_log2,
     BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr, KEYS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -140,6 +140,21 @@ def add_run_to_dq(
         ds = p * (tl.dot(do, v.T, input_precision=PRECISION) - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
     return dq
+
+
+@triton.jit
+def add_runs_to_dq(
+    dq, q, do, lse, delta, k_desc, v_desc, first_ptr, end_ptr, token, kv_head, scale_log2,
+    BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add ds · k of the runs of keys that the queries of a tile see to dq."""
+    first, end = tl.load(first_ptr + token), tl.load(end_ptr + token)
+    lo, hi = tl.min(first, 0), tl.max(end, 0)
+    a, b = _phases(lo, tl.max(first, 0), tl.min(end, 0), hi, KEYS)
+    dq = _add_keys_to_dq(dq, q, do, lse, delta, k_desc, v_desc, a, b, b, b, first, end, kv_head, scale_log2,
+                         BLOCK_QK, BLOCK_V, KEYS, False, PRECISION)  # fmt: skip
+    return _add_keys_to_dq(dq, q, do, lse, delta, k_desc, v_desc, lo, a, b, hi, first, end, kv_head, scale_log2,
+                           BLOCK_QK, BLOCK_V, KEYS, True, PRECISION)  # fmt: skip
 
 
 @triton.jit
@@ -159,17 +174,10 @@ def _dq_kernel(
     tile, kv_head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
     token, head, exists = tile_rows(tile * QUERIES, num_tokens, GROUP, QUERIES, ROWS)
     rows = row_addresses(token, kv_head * GROUP + head, H_KV * GROUP)
-    first, end = tl.load(first_ptr + token), tl.load(end_ptr + token)
-    lo, hi = tl.min(first, 0), tl.max(end, 0)
-    a, b = phases(lo, tl.max(first, 0), tl.min(end, 0), hi, KEYS)
     q, do = load_rows(q_ptr, rows, D_QK, BLOCK_QK), load_rows(do_ptr, rows, D_V, BLOCK_V)
     lse, delta = tl.load(lse_ptr + rows) * LOG2_E, tl.load(delta_ptr + rows)
-    scale_log2 = scale * LOG2_E
-    dq = tl.zeros([ROWS, BLOCK_QK], tl.float32)
-    dq = add_run_to_dq(dq, q, do, lse, delta, k_desc, v_desc, a, b, b, b, first, end, kv_head, scale_log2,
-                        BLOCK_QK, BLOCK_V, KEYS, False, PRECISION)  # fmt: skip
-    dq = add_run_to_dq(dq, q, do, lse, delta, k_desc, v_desc, lo, a, b, hi, first, end, kv_head, scale_log2,
-                        BLOCK_QK, BLOCK_V, KEYS, True, PRECISION)  # fmt: skip
+    dq = add_runs_to_dq(tl.zeros([ROWS, BLOCK_QK], tl.float32), q, do, lse, delta, k_desc, v_desc, first_ptr, end_ptr,
+                        token, kv_head, scale * LOG2_E, BLOCK_QK, BLOCK_V, KEYS, PRECISION)  # fmt: skip
     store_rows(dq_ptr, rows, exists, dq * scale, D_QK, BLOCK_QK)
 
 
@@ -220,7 +228,7 @@ def _dkv_kernel(
     lo = tl.maximum(tl.min(seen_from, 0), chunk_id * chunk)
     hi = tl.minimum(tl.max(seen_to, 0), (chunk_id + 1) * chunk)
     if (lo < hi) | (tl.num_programs(2) == 1):
-        a, b = phases(lo, tl.max(seen_from, 0), tl.minimum(tl.min(seen_to, 0), hi), tl.maximum(hi, lo), QUERIES)
+        a, b = _phases(lo, tl.max(seen_from, 0), tl.minimum(tl.min(seen_to, 0), hi), tl.maximum(hi, lo), QUERIES)
         keys = row_addresses(tl.minimum(s, num_keys - 1), kv_head, H_KV)
         k, v = load_rows(k_ptr, keys, D_QK, BLOCK_QK), load_rows(v_ptr, keys, D_V, BLOCK_V)
         dk, dv = tl.zeros([KEYS, BLOCK_QK], tl.float32), tl.zeros([KEYS, BLOCK_V], tl.float32)
