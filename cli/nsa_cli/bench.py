@@ -1,12 +1,12 @@
 """`nsa bench WHAT`: parses the settings of a measurement and runs it."""
 
 import sys
-import traceback
 from collections.abc import Callable
 from typing import NoReturn, get_origin, get_type_hints
 
 from jsonargparse import ArgumentParser, Namespace
 
+from nsa_cli.errors import print_error, raised_by_own_code
 from nsa_lightning.benchmark.kernels import bench_kernels
 
 _BENCHMARKS: dict[str, Callable[..., int]] = {"kernels": bench_kernels}
@@ -24,15 +24,13 @@ example:
   nsa bench kernels --shapes A --lengths 8192 16384 --output_dir runs/bench
 """
 
-_OWN_PACKAGES = ("nsa_kernels", "nsa_lightning", "nsa_cli")
-
 
 class _Parser(ArgumentParser):
     """A parser that says a mistake in one line."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the message and exit with status 2."""
-        _print_error(" ".join(message.split()))
+        print_error(" ".join(sys.argv[1:3]), " ".join(message.split()))
         sys.exit(2)
 
 
@@ -51,10 +49,9 @@ def run() -> int:
     try:
         return function(**settings.as_dict())
     except ValueError as error:
-        *_, (innermost, _) = traceback.walk_tb(error.__traceback__)
-        if not innermost.f_globals.get("__name__", "").startswith(_OWN_PACKAGES):
+        if not raised_by_own_code(error):
             raise
-        _print_error(str(error))
+        print_error(" ".join(sys.argv[1:3]), str(error))
         return 2
 
 
@@ -79,7 +76,3 @@ def _bracketed(words: list[str], flags: set[str]) -> list[str]:
         joined.append(word)
         values = [] if word in flags else None
     return joined[:-1]
-
-
-def _print_error(message: str) -> None:
-    print(f"nsa {' '.join(sys.argv[1:3])}: error: {message}", file=sys.stderr)

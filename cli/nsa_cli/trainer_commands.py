@@ -2,7 +2,6 @@
 
 import signal
 import sys
-import traceback
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,6 +13,7 @@ from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from nsa_cli.errors import print_error, raised_by_own_code
 from nsa_lightning.data.datamodule import PackedTextDataModule
 from nsa_lightning.data.tokenizer import vocab_size_of
 from nsa_lightning.training.callbacks import (
@@ -26,7 +26,6 @@ from nsa_lightning.training.callbacks import (
 from nsa_lightning.training.module import LanguageModel
 from nsa_lightning.training.optimizer import ADAMW_DEFAULTS
 
-_OWN_PACKAGES = ("nsa_kernels", "nsa_lightning", "nsa_cli")
 _CHECKPOINT_WORDS = ("best", "last", "hpc", "registry")
 
 
@@ -35,7 +34,7 @@ class NSAParser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the message and exit with status 2."""
-        _print_error(message.strip())
+        print_error(sys.argv[1], message.strip())
         sys.exit(2)
 
 
@@ -136,15 +135,11 @@ def run() -> int:
     except (ValueError, MisconfigurationException) as error:
         if not _is_deliberate(error):
             raise
-        _print_error(str(error))
+        print_error(sys.argv[1], str(error))
         return 2
     except SIGTERMException:  # Lightning has ended the run after its batch
         return 128 + signal.SIGTERM
     return 0
-
-
-def _print_error(message: str) -> None:
-    print(f"nsa {sys.argv[1]}: error: {message}", file=sys.stderr)
 
 
 def _check_checkpoint(path: Path) -> None:
@@ -167,7 +162,4 @@ def _check_checkpoint(path: Path) -> None:
 
 def _is_deliberate(error: Exception) -> bool:
     """Whether the message was written for the user: raised by our own code, or Lightning's word on a setting."""
-    if isinstance(error, MisconfigurationException):
-        return True
-    *_, (innermost, _) = traceback.walk_tb(error.__traceback__)
-    return innermost.f_globals.get("__name__", "").startswith(_OWN_PACKAGES)
+    return isinstance(error, MisconfigurationException) or raised_by_own_code(error)

@@ -125,7 +125,7 @@ def block_mean(x: Tensor, layout: list[Tensor], block_size: int, stride: int) ->
 
 @block_mean.register_fake
 def _(x: Tensor, layout: list[Tensor], block_size: int, stride: int) -> Tensor:
-    return x.new_empty(layout[4].shape[0], *x.shape[1:])
+    return x.new_empty(len(BatchLayout(*layout).summary_start), *x.shape[1:])
 
 
 @torch.library.custom_op("nsa_kernels::block_mean_backward", mutates_args=())
@@ -135,7 +135,7 @@ def _block_mean_backward(grad: Tensor, layout: list[Tensor], block_size: int, st
 
 @_block_mean_backward.register_fake
 def _(grad: Tensor, layout: list[Tensor], block_size: int, stride: int) -> Tensor:
-    return grad.new_empty(layout[0].shape[0], *grad.shape[1:])
+    return grad.new_empty(len(BatchLayout(*layout).document_start), *grad.shape[1:])
 
 
 @torch.library.custom_op("nsa_kernels::block_linear", mutates_args=())
@@ -146,7 +146,7 @@ def block_linear(x: Tensor, weight: Tensor, layout: list[Tensor], block_size: in
 
 @block_linear.register_fake
 def _(x: Tensor, weight: Tensor, layout: list[Tensor], block_size: int, stride: int) -> Tensor:
-    return x.new_empty(x.shape[1], layout[4].shape[0], weight.shape[-1])
+    return x.new_empty(x.shape[1], len(BatchLayout(*layout).summary_start), weight.shape[-1])
 
 
 @torch.library.custom_op("nsa_kernels::block_linear_backward", mutates_args=())

@@ -19,6 +19,7 @@ from nsa_kernels.packing import (
     document_index,
     document_positions,
     selection_layout,
+    visible_summaries,
 )
 
 # T packed tokens, H query heads, H_kv KV heads, G = H / H_kv, D head dim, C rows of compressed blocks, n selected
@@ -190,8 +191,7 @@ def compress(x: Tensor, cu_seqlens: Tensor, config: NSAConfig, weights: Compress
     See `reference.compress`. Rows past the last block are zero.
     """
     layout = compressed_layout(cu_seqlens, len(x), config)
-    starts = cu_seqlens.long()[layout.document] + layout.block * config.compress_stride
-    tokens = starts[:, None] + torch.arange(config.compress_block_size, device=x.device)  # [C, l]
+    tokens = layout.start[:, None] + torch.arange(config.compress_block_size, device=x.device)  # [C, l]
     tokens = tokens.where(layout.is_block[:, None], 0)
     blocks = x.index_select(0, tokens.flatten()).view(*tokens.shape, *x.shape[1:])  # [C, l, H_kv, D]
     summary = blocks.mean(1, dtype=torch.promote_types(x.dtype, torch.float32))  # [C, H_kv, D]
@@ -205,15 +205,11 @@ def compress(x: Tensor, cu_seqlens: Tensor, config: NSAConfig, weights: Compress
     return summary.where(layout.is_block[:, None, None], 0.0).to(x.dtype)
 
 
-def _visible_compressed_rows(cu_seqlens: Tensor, config: NSAConfig, num_tokens: int, bytes_per_score: int) -> _KeyRuns:
+def _visible_compressed_rows(
+    cu_seqlens: Tensor, config: NSAConfig, num_tokens: int, num_rows: int, bytes_per_score: int
+) -> _KeyRuns:
     """The compressed rows each query sees: whole blocks in its past or present."""
-    layout = compressed_layout(cu_seqlens, num_tokens, config)
-    document = document_index(cu_seqlens, num_tokens)
-    position = document_positions(cu_seqlens, num_tokens)
-    first = layout.cu_blocks[document]
-    count = (position + 1 - config.compress_block_size).div(config.compress_stride, rounding_mode="floor") + 1
-    end = first + count.clamp(min=0)
-    num_rows = len(layout.block)
+    first, end = visible_summaries(cu_seqlens, num_tokens, config)
     chunk = _chunk_size(cu_seqlens.device, num_rows * bytes_per_score)
     chunks = []
     for start in range(0, num_tokens, chunk):
@@ -236,7 +232,7 @@ def compressed_attention(
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attend each query to the visible block summaries; see `reference.compressed_attention`."""
-    runs = _visible_compressed_rows(cu_seqlens, config, len(q), 4 * q.shape[1])
+    runs = _visible_compressed_rows(cu_seqlens, config, len(q), len(compressed_k), 4 * q.shape[1])
     return _ChunkedAttention.apply(q, compressed_k, compressed_v, compressed_k.shape[1], _default_scale(q, scale), runs)
 
 
@@ -296,7 +292,7 @@ def block_selection(
 ) -> Tensor:
     """Choose the n selection blocks of each query, int32 [T, H_kv, n]; see `reference.block_selection`."""
     num_tokens, num_kv_heads = len(q), compressed_k.shape[1]
-    runs = _visible_compressed_rows(cu_seqlens, config, num_tokens, 4 * q.shape[1])
+    runs = _visible_compressed_rows(cu_seqlens, config, num_tokens, len(compressed_k), 4 * q.shape[1])
     columns, weights = _importance_columns(cu_seqlens, config, num_tokens)
     layout = selection_layout(cu_seqlens, num_tokens, config)
     first = layout.cu_blocks[document_index(cu_seqlens, num_tokens)]
@@ -336,8 +332,7 @@ def selected_attention(
     num_tokens, num_kv_heads = k.shape[:2]
     size = config.select_block_size
     layout = selection_layout(cu_seqlens, num_tokens, config)
-    starts = cu_seqlens.long()[layout.document] + layout.block * size
-    tokens = (starts[:, None] + torch.arange(size, device=q.device)).clamp(max=num_tokens - 1)  # [B, l']
+    tokens = (layout.start[:, None] + torch.arange(size, device=q.device)).clamp(max=num_tokens - 1)  # [B, l']
 
     def as_blocks(x: Tensor) -> Tensor:  # [T, H_kv, D] -> [H_kv * B, l', D]
         return x.index_select(0, tokens.flatten()).unflatten(0, tokens.shape).permute(2, 0, 1, 3).flatten(0, 1)

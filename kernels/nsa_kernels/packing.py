@@ -34,6 +34,7 @@ class CompressedLayout(NamedTuple):
     document: Tensor  # int64 [C], 0 in unused rows
     block: Tensor  # int64 [C], index of the block in its document, 0 in unused rows
     is_block: Tensor  # bool [C], False in unused rows
+    start: Tensor  # int64 [C], first token of the block, 0 in unused rows
 
 
 def compressed_layout(cu_seqlens: Tensor, num_tokens: int, config: NSAConfig) -> CompressedLayout:
@@ -50,7 +51,17 @@ def compressed_layout(cu_seqlens: Tensor, num_tokens: int, config: NSAConfig) ->
     is_block = rows < cu_blocks[-1]
     document = torch.where(is_block, torch.searchsorted(cu_blocks[1:], rows, right=True), 0)
     block = torch.where(is_block, rows - cu_blocks[document], 0)
-    return CompressedLayout(cu_blocks, document, block, is_block)
+    return CompressedLayout(cu_blocks, document, block, is_block, offsets[document] + block * stride)
+
+
+def visible_summaries(cu_seqlens: Tensor, num_tokens: int, config: NSAConfig) -> tuple[Tensor, Tensor]:
+    """The compressed rows that each token sees, from `first` to before `end`, int64 [T] each.
+
+    They are the blocks that lie wholly in its past or present.
+    """
+    first = compressed_layout(cu_seqlens, num_tokens, config).cu_blocks[document_index(cu_seqlens, num_tokens)]
+    past = document_positions(cu_seqlens, num_tokens) + 1 - config.compress_block_size
+    return first, first + (past.div(config.compress_stride, rounding_mode="floor") + 1).clamp(min=0)
 
 
 def compressed_block_centres(cu_seqlens: Tensor, num_tokens: int, config: NSAConfig) -> Tensor:
@@ -69,6 +80,7 @@ class SelectionLayout(NamedTuple):
     document: Tensor  # int64 [B], 0 in unused rows
     block: Tensor  # int64 [B], index of the block in its document, 0 in unused rows
     is_block: Tensor  # bool [B], False in unused rows
+    start: Tensor  # int64 [B], first token of the block, 0 in unused rows
 
 
 def selection_layout(cu_seqlens: Tensor, num_tokens: int, config: NSAConfig) -> SelectionLayout:
@@ -84,7 +96,7 @@ def selection_layout(cu_seqlens: Tensor, num_tokens: int, config: NSAConfig) -> 
     is_block = rows < cu_blocks[-1]
     document = torch.where(is_block, torch.searchsorted(cu_blocks[1:], rows, right=True), 0)
     block = torch.where(is_block, rows - cu_blocks[document], 0)
-    return SelectionLayout(cu_blocks, document, block, is_block)
+    return SelectionLayout(cu_blocks, document, block, is_block, offsets[document] + block * size)
 
 
 class KeyRuns(NamedTuple):
@@ -142,27 +154,22 @@ def batch_layout(cu_seqlens: Tensor, num_tokens: int, config: NSAConfig) -> Batc
     """
     offsets = cu_seqlens.long()
     document = document_index(cu_seqlens, num_tokens)
-    document_start, document_end = offsets[document], offsets[document + 1]
-    position = torch.arange(num_tokens, device=cu_seqlens.device) - document_start
-    block_size, stride = config.compress_block_size, config.compress_stride
+    document_start, document_end = offsets[document].int(), offsets[document + 1].int()
+    first_summary, end_summary = visible_summaries(cu_seqlens, num_tokens, config)
     summaries = compressed_layout(cu_seqlens, num_tokens, config)
-    first_summary = summaries.cu_blocks[document]
-    visible = torch.where(position >= block_size - 1, (position + 1 - block_size) // stride + 1, 0)
-    summary_start = offsets[summaries.document] + summaries.block * stride
+    summary_from = summaries.start + config.compress_block_size - 1
     blocks = selection_layout(cu_seqlens, num_tokens, config)
-    block_start = offsets[blocks.document] + blocks.block * config.select_block_size
-    block_end = torch.minimum(block_start + config.select_block_size, offsets[blocks.document + 1])
-    document_start, document_end = document_start.int(), document_end.int()
+    block_end = torch.minimum(blocks.start + config.select_block_size, offsets[blocks.document + 1])
     return BatchLayout(
         document_start,
         document_end,
         first_summary.int(),
-        (first_summary + visible).int(),
-        summary_start.where(summaries.is_block, num_tokens).int(),
-        (summary_start + block_size - 1).where(summaries.is_block, num_tokens).int(),
+        end_summary.int(),
+        summaries.start.where(summaries.is_block, num_tokens).int(),
+        summary_from.where(summaries.is_block, num_tokens).int(),
         offsets[summaries.document + 1].where(summaries.is_block, 0).int(),
         blocks.cu_blocks[document].int(),
-        block_start.where(blocks.is_block, num_tokens).int(),
+        blocks.start.where(blocks.is_block, num_tokens).int(),
         block_end.where(blocks.is_block, num_tokens).int(),
         *sliding_runs(document_start, document_end, config.window_size),
     )

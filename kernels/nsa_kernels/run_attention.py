@@ -200,7 +200,7 @@ def _add_queries_to_dkv(
         if MASKED:
             p = tl.where((token[None, :] >= seen_from[:, None]) & (token[None, :] < seen_to[:, None]), p, 0.0)
         dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
-        minus_delta = tl.broadcast_to(-tl.load(delta_ptr + rows)[None, :], p.shape)
+        minus_delta = tl.broadcast_to(-tl.load(delta_ptr + rows)[None, :], p.shape)  # as a start it spares registers
         ds = p * tl.dot(v, do.T, minus_delta, input_precision=PRECISION)
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
     return dk, dv

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from nsa_kernels import NSAConfig, native_sparse_attention
 from nsa_kernels.native_sparse_attention import Backend, stages_of
-from nsa_kernels.packing import batch_layout
+from nsa_kernels.packing import BatchLayout, batch_layout
 from torch import Tensor
 
 from nsa_lightning.benchmark.floors import StageWork, count_pairs, floor_ms, stage_work
@@ -79,7 +79,7 @@ def measure_nsa(bench: Bench, case: Case, inputs: Inputs, by_stage: bool) -> Ite
     )
     yield whole
     if by_stage:
-        yield from _measure_stages(bench, whole, inputs, blocks, floors)
+        yield from _measure_stages(bench, whole, inputs, blocks, layout, floors)
 
 
 def _floors(stage: StageWork, ceilings: Ceilings) -> tuple[float, float | None]:
@@ -87,9 +87,14 @@ def _floors(stage: StageWork, ceilings: Ceilings) -> tuple[float, float | None]:
 
 
 def _measure_stages(
-    bench: Bench, whole: Record, inputs: Inputs, blocks: Tensor, floors: Mapping[str, tuple[float, float | None]]
+    bench: Bench,
+    whole: Record,
+    inputs: Inputs,
+    blocks: Tensor,
+    layout: BatchLayout,
+    floors: Mapping[str, tuple[float, float | None]],
 ) -> Iterator[Record]:
-    calls, reason = within_memory(lambda: _stage_calls(bench, inputs, blocks))
+    calls, reason = within_memory(lambda: _stage_calls(bench, inputs, blocks, layout))
     if calls is None:
         yield Record(case=whole.case, method="nsa", stage="stages", reason=reason)
         return
@@ -116,10 +121,10 @@ def _less(total: float | None, parts: Sequence[float | None]) -> float | None:
     return total - sum(known) if total is not None and len(known) == len(parts) else None
 
 
-def _stage_calls(bench: Bench, inputs: Inputs, blocks: Tensor) -> dict[str, _Call]:
-    """Each stage by name, on summaries, log-sum-exp and layout computed once."""
+def _stage_calls(bench: Bench, inputs: Inputs, blocks: Tensor, layout: BatchLayout) -> dict[str, _Call]:
+    """Each stage by name, on summaries and log-sum-exp computed once."""
     (q, k, v, _, cu), config = inputs, bench.config
-    stages = _with_layout(stages_of(bench.backend, q, v, config), inputs, config)
+    stages = _with_layout(stages_of(bench.backend, q, v, config), layout)
     with torch.no_grad():
         ck, cv = stages.compress(k, cu, config), stages.compress(v, cu, config)
         lse = stages.compressed_attention(q, ck, cv, cu, config)[1]
@@ -133,9 +138,8 @@ def _stage_calls(bench: Bench, inputs: Inputs, blocks: Tensor) -> dict[str, _Cal
     }
 
 
-def _with_layout(stages: ModuleType, inputs: Inputs, config: NSAConfig) -> SimpleNamespace:
+def _with_layout(stages: ModuleType, layout: BatchLayout) -> SimpleNamespace:
     """The stages, those that take a layout with it."""
-    layout = batch_layout(inputs.cu_seqlens, len(inputs.q), config)
     functions = {name: getattr(stages, name) for name in _STAGES}
     takes = {name for name, function in functions.items() if "layout" in inspect.signature(function).parameters}
     return SimpleNamespace(
