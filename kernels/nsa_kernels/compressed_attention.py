@@ -7,11 +7,11 @@ from torch import Tensor
 
 from nsa_kernels.geometry import NSAConfig
 from nsa_kernels.packing import BatchLayout, batch_layout
-from nsa_kernels.run_attention import MAX_CHUNKS, define_op
+from nsa_kernels.run_attention import define_op
 
 # T packed tokens, C rows of compressed blocks, H query heads, H_kv KV heads, D_qk and D_v head dims.
 
-_compressed_attention = define_op("compressed", max_chunks=MAX_CHUNKS)
+_compressed_attention = define_op("compressed")
 
 
 def compressed_attention(

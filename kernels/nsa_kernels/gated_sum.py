@@ -144,15 +144,14 @@ def _gated_branches_backward(
         dot_precision(q.dtype), num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     grad_compressed = run_attention.backward_kv(
-        q, compressed_k, compressed_v, do, lse_shifted[0], delta[0], where.compressed_runs, scale, "compressed",
-        max_chunks=run_attention.MAX_CHUNKS,
-    )  # fmt: skip
+        q, compressed_k, compressed_v, do, lse_shifted[0], delta[0], where.compressed_runs, scale, "compressed"
+    )
     grad_selected = block_attention.backward_kv(
         q, k, v, do, lse_shifted[1], delta[1], block_indices,
         where.first_block, where.block_start, where.block_end, block_size, scale,
     )  # fmt: skip
     grad_sliding = run_attention.backward_kv(
-        q, sliding_k, sliding_v, do, lse_shifted[2], delta[2], where.sliding_runs, scale, "sliding", max_chunks=1
+        q, sliding_k, sliding_v, do, lse_shifted[2], delta[2], where.sliding_runs, scale, "sliding"
     )
     return dq, *grad_selected, *grad_sliding, *grad_compressed, grad_gates
 

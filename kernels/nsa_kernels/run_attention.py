@@ -39,7 +39,7 @@ from nsa_kernels.primitives import (
     tile_rows,
     wide,
 )
-from nsa_kernels.tuning import launch
+from nsa_kernels.tuning import fits_hopper, launch
 
 # T packed tokens, S keys, H query heads, H_kv KV heads, G = H / H_kv (GROUP), D head dim.
 
@@ -246,21 +246,22 @@ def _dkv_kernel(
 
 
 @triton.jit
-def _sum_chunks_kernel(
-    parts_ptr,  # [chunks, S, H_KV, D], of each key only the chunks that see it
+def _sum_parts_kernel(
+    parts_ptr,  # [parts, S, H_KV, D], of each key only the chunks that see it
     seen_from_ptr, seen_to_ptr,  # [S]
     out_ptr,  # [S, H_KV, D]
-    num_keys, chunk, num_chunks,
+    num_keys, chunk, num_chunks, num_parts,
     H_KV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """One program sums the chunks of one block of keys of one head, in order."""
+    """One program sums the parts of one block of keys of one head, in order; part i is of chunk i % num_chunks."""
     s, kv_head = tl.program_id(0) * KEYS + tl.arange(0, KEYS), tl.program_id(1)
     column = tl.arange(0, BLOCK_D)
     exists = s < num_keys
     seen_from, seen_to = tl.load(seen_from_ptr + s, mask=exists), tl.load(seen_to_ptr + s, mask=exists, other=0)
     total = tl.zeros([KEYS, BLOCK_D], tl.float32)
-    for i in range(num_chunks):
-        sees = exists & (i * chunk < seen_to) & ((i + 1) * chunk > seen_from)
+    for i in range(num_parts):
+        begin = i % num_chunks * chunk
+        sees = exists & (begin < seen_to) & (begin + chunk > seen_from)
         rows = (wide(i) * num_keys + s) * H_KV + kv_head
         mask = sees[:, None] & (column[None, :] < D)
         total += tl.load(parts_ptr + rows[:, None] * D + column[None, :], mask=mask, other=0.0)
@@ -281,6 +282,10 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """o [T, H, D_v] in q's dtype and lse [T, H] of queries that see the keys of `runs`; `stage` picks the launch."""
     (T, H, D_QK), (_, H_KV, D_V) = q.shape, v.shape
+    if stage == "compressed" and fits_hopper(q, v):
+        from nsa_kernels import run_attention_hopper
+
+        return run_attention_hopper.forward(q, k, v, runs, scale)
     o, lse = q.new_empty(T, H, D_V), q.new_empty(T, H, dtype=torch.float32)
     tile = launch(f"{stage}_forward", q, max(D_QK, D_V), H // H_KV)
     _forward_kernel[(triton.cdiv(T, tile.queries), H_KV)](
@@ -309,40 +314,56 @@ def backward_q(
 
 
 def backward_kv(
-    q: Tensor, k: Tensor, v: Tensor, do: Tensor, lse: Tensor, delta: Tensor, runs: KeyRuns, scale: float, stage: str,
-    *, max_chunks: int,
+    q: Tensor, k: Tensor, v: Tensor, do: Tensor, lse: Tensor, delta: Tensor, runs: KeyRuns, scale: float, stage: str
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """dk [S, H_kv, D_qk] and dv [S, H_kv, D_v]; chunks of queries keep the device busy where keys are few."""
+    """dk [S, H_kv, D_qk] and dv [S, H_kv, D_v]; the queries are divided where few keys keep few programs busy."""
+    inputs, split = (q, k, v, do, lse, delta, runs, scale), stage == "compressed"
+    if fits_hopper(q, v):
+        from nsa_kernels import run_attention_hopper
+
+        *parts, chunk = run_attention_hopper.backward_kv(*inputs, split)
+    else:
+        *parts, chunk = _backward_kv_in_chunks(*inputs, stage, split)
+    if len(parts[0]) == 1:
+        return parts[0][0], parts[1][0]
+    dk, dv = torch.empty_like(k), torch.empty_like(v)
+    for part, out in zip(parts, (dk, dv), strict=True):
+        (S, H_KV, D), num_chunks = out.shape, triton.cdiv(len(q), chunk)
+        _sum_parts_kernel[(triton.cdiv(S, 16), H_KV)](
+            part, runs.seen_from, runs.seen_to, out, S, chunk, num_chunks, len(part), H_KV, D, padded(D), 16
+        )
+    return dk, dv
+
+
+def _backward_kv_in_chunks(
+    q: Tensor, k: Tensor, v: Tensor, do: Tensor, lse: Tensor, delta: Tensor, runs: KeyRuns, scale: float, stage: str,
+    split: bool,
+) -> tuple[Tensor, Tensor, int]:  # fmt: skip
+    """dk and dv [chunks, ...], of each key only the chunks that see it, and the queries in a chunk."""
     (T, H, D_QK), (S, H_KV, D_V) = q.shape, v.shape
     tile = launch(f"{stage}_dkv", q, max(D_QK, D_V), H // H_KV)
     key_blocks = triton.cdiv(S, tile.keys)
-    num_chunks = min(max_chunks, max(1, _BUSY_PROGRAMS // (key_blocks * H_KV)), triton.cdiv(T, tile.queries))
-    chunk = triton.cdiv(triton.cdiv(T, num_chunks), tile.queries) * tile.queries
+    most = min(_MAX_CHUNKS, _BUSY_PROGRAMS // (key_blocks * H_KV), triton.cdiv(T, tile.queries)) if split else 1
+    chunk = triton.cdiv(triton.cdiv(T, max(1, most)), tile.queries) * tile.queries
     num_chunks = triton.cdiv(T, chunk)
-    dk, dv = torch.empty_like(k), torch.empty_like(v)
-    parts = [x.new_empty(num_chunks, *x.shape, dtype=torch.float32) for x in (k, v)] if num_chunks > 1 else [dk, dv]
+    dtype = torch.float32 if num_chunks > 1 else k.dtype
+    dk, dv = (x.new_empty(num_chunks, *x.shape, dtype=dtype) for x in (k, v))
     _dkv_kernel[(key_blocks, H_KV, num_chunks)](
-        q, k, v, do, lse, delta, runs.seen_from, runs.seen_to, *parts, T, S, chunk, scale,
+        q, k, v, do, lse, delta, runs.seen_from, runs.seen_to, dk, dv, T, S, chunk, scale,
         H_KV, H // H_KV, D_QK, D_V, padded(D_QK), padded(D_V), tile.queries, tile.rows, tile.keys,
         dot_precision(q.dtype), num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
-    if num_chunks > 1:
-        for part, out in zip(parts, (dk, dv), strict=True):
-            _sum_chunks_kernel[(triton.cdiv(S, 16), H_KV)](
-                part, runs.seen_from, runs.seen_to, out, S, chunk, num_chunks,
-                H_KV, out.shape[-1], padded(out.shape[-1]), 16,
-            )  # fmt: skip
-    return dk, dv
+    return dk, dv, chunk
 
 
 _BUSY_PROGRAMS = 4096
 """Programs that keep any GPU busy to the end."""
 
-MAX_CHUNKS = 16
+_MAX_CHUNKS = 16
 """Most chunks of queries, so that partial sums stay small beside the inputs."""
 
 
-def define_op(stage: str, max_chunks: int) -> Callable[[Tensor, Tensor, Tensor, KeyRuns, float | None], Any]:
+def define_op(stage: str) -> Callable[[Tensor, Tensor, Tensor, KeyRuns, float | None], Any]:
     """Register `nsa_kernels::{stage}_attention` and its backward; returns the function of (q, k, v, runs, scale)."""
 
     @torch.library.custom_op(f"nsa_kernels::{stage}_attention", mutates_args=())
@@ -362,7 +383,7 @@ def define_op(stage: str, max_chunks: int) -> Callable[[Tensor, Tensor, Tensor, 
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         do = do.contiguous()
         known = (q, k, v, do, lse, row_sums(o, do), KeyRuns(first, end, seen_from, seen_to), scale, stage)
-        return backward_q(*known), *backward_kv(*known, max_chunks=max_chunks)
+        return backward_q(*known), *backward_kv(*known)
 
     @attention_backward.register_fake
     def _(do: Tensor, o: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, ...]:

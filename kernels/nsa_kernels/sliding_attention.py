@@ -10,7 +10,7 @@ from nsa_kernels.run_attention import define_op
 
 # T packed tokens, H query heads, H_kv KV heads, D_qk and D_v head dims.
 
-_sliding_attention = define_op("sliding", max_chunks=1)
+_sliding_attention = define_op("sliding")
 
 
 def sliding_attention(

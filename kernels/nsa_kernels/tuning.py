@@ -91,6 +91,13 @@ def launch(kernel: str, q: Tensor, head_dim: int, group_size: int) -> Launch:
     return Launch(queries, rows, choice.keys, choice.num_warps, choice.num_stages)
 
 
+def fits_hopper(q: Tensor, v: Tensor) -> bool:
+    """Whether the kernels written for Hopper alone take q [T, H, D_qk] and v [S, H_kv, D_v]."""
+    if interpreted() or q.element_size() > 2 or not {q.shape[-1], v.shape[-1]} <= {64, 128}:
+        return False
+    return torch.cuda.get_device_capability(q.device)[0] == 9
+
+
 def _table(q: Tensor, head_dim: int, group_size: int) -> dict[str, Choice]:
     if interpreted():
         return _INTERPRETED

@@ -1,0 +1,441 @@
+"""Softmax attention where each query sees one run of keys, written in Gluon for Hopper: see `run_attention.py`.
+
+Triton's own pipeline keeps the tensor cores half busy, since all warps of a program compute their exponentials at the
+same time. Here one warp does nothing but load tiles into shared memory, and two groups of four warps multiply, each its
+own half of the rows and never waiting for the other: while one computes exponentials the other has the tensor cores.
+
+A program walks the tiles of the other side in steps: first the edges of the run, where a mask is needed, then the inner
+tiles. The products of a step start before those of the step before have ended.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from nsa_kernels.packing import KeyRuns
+
+# T packed tokens, S keys, H query heads, H_kv KV heads, G = H / H_kv (GROUP), D head dim.
+
+LOG2_E = gl.constexpr(1.4426950408889634)
+LN_2 = gl.constexpr(0.6931471805599453)
+HIDDEN = gl.constexpr(-1.0e37)
+LOWEST = gl.constexpr(-1.0e30)
+ROWS = gl.constexpr(64)
+"""Rows of a multiplying group: what one instruction takes."""
+
+_barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # named anew in triton 3.7
+
+
+class Steps(NamedTuple):
+    """How a program walks its run: `edge_tiles` tiles of [lo, a) and [b, hi), then `inner_tiles` of [a, b), by head."""
+
+    lo: Any
+    a: Any
+    b: Any
+    edge_tiles: Any
+    inner_tiles: Any
+    num_edges: Any  # steps at the edges, of all heads
+    total: Any  # one at least
+
+
+@gluon.jit
+def _cut(lo, inner_lo, inner_hi, hi, HEADS: gl.constexpr, TILE: gl.constexpr):
+    """Cut [lo, hi) into steps; no mask is needed within [inner_lo, inner_hi)."""
+    hi = gl.maximum(hi, lo)
+    a = gl.minimum(lo + gl.cdiv(gl.maximum(inner_lo - lo, 0), TILE) * TILE, hi)
+    inner_tiles = gl.maximum(inner_hi - a, 0) // TILE
+    b = a + inner_tiles * TILE
+    edge_tiles = gl.cdiv(a - lo, TILE) + gl.cdiv(hi - b, TILE)
+    edge_tiles = gl.where(edge_tiles + inner_tiles == 0, 1, edge_tiles)
+    return Steps(lo, a, b, edge_tiles, inner_tiles, edge_tiles * HEADS, (edge_tiles + inner_tiles) * HEADS)
+
+
+@gluon.jit
+def _place(i, steps, TILE: gl.constexpr):
+    """Head and first row of a step. Inner tiles come last first, so that programs of one head read the same tiles."""
+    is_edge = i < steps.num_edges
+    tiles = gl.maximum(gl.where(is_edge, steps.edge_tiles, steps.inner_tiles), 1)
+    within = gl.where(is_edge, i, i - steps.num_edges)
+    edge = steps.lo + within % tiles * TILE
+    edge = gl.where(edge < steps.a, edge, edge + steps.b - steps.a)
+    return within // tiles, gl.where(is_edge, edge, steps.a + (tiles - 1 - within % tiles) * TILE)
+
+
+@gluon.jit
+def _barriers(NUM: gl.constexpr, COUNT: gl.constexpr):
+    """A ring of NUM barriers that open at COUNT arrivals."""
+    ring = gl.allocate_shared_memory(gl.int64, [NUM, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(NUM):
+        mbarrier.init(ring.index(i), count=COUNT)
+    return ring
+
+
+@gluon.jit
+def _load_forward(
+    inputs, shared, place,
+    GROUP: gl.constexpr, D_QK: gl.constexpr, D_V: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """The loading warp: the tile of queries once, then keys and values step by step."""
+    q_desc, k_desc, v_desc = inputs
+    q_smem, k_smem, v_smem, q_full, k_full, v_full, k_empty, v_empty = shared
+    steps, first_token, head = place
+    kv_head = head // GROUP
+    mbarrier.expect(q_full.index(0), q_desc.block_type.nbytes)
+    tma.async_copy_global_to_shared(q_desc, [first_token, head * D_QK], q_full.index(0), q_smem)
+    for i in range(steps.total):
+        start = _place(i, steps, KEYS)[1]
+        stage, phase = i % STAGES, i // STAGES & 1
+        mbarrier.wait(k_empty.index(stage), phase ^ 1)
+        mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
+        tma.async_copy_global_to_shared(k_desc, [start, kv_head * D_QK], k_full.index(stage), k_smem.index(stage))
+        mbarrier.wait(v_empty.index(stage), phase ^ 1)
+        mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
+        tma.async_copy_global_to_shared(v_desc, [start, kv_head * D_V], v_full.index(stage), v_smem.index(stage))
+
+
+@gluon.jit
+def _softmax_step(products, row_max, row_sum, scale_log2, start, first, end, MASKED: gl.constexpr, KEYS: gl.constexpr):
+    """p of one tile of keys, the new running maximum and sum, and what earlier sums shrink by."""
+    if MASKED:
+        s = start + gl.arange(0, KEYS, gl.SliceLayout(0, products.type.layout))
+        products = gl.where((s[None, :] >= first[:, None]) & (s[None, :] < end[:, None]), products, HIDDEN)
+    new_max = gl.maximum(row_max, gl.max(products, 1) * scale_log2)
+    p = gl.exp2(products * scale_log2 - new_max[:, None])
+    shrink = gl.exp2(row_max - new_max)
+    return p, new_max, row_sum * shrink + gl.sum(p, 1), shrink
+
+
+@gluon.jit
+def _attend(
+    softmax, begin, stop, q, k_smem, v_smem, k_full, v_full, k_empty, v_empty, steps, first, end, scale_log2,
+    MASKED: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Steps [begin, stop): p · v of the step before runs beside q · k of this one."""
+    p, acc, row_max, row_sum = softmax
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
+    none = gl.zeros([ROWS, KEYS], gl.float32, s_layout)
+    for i in range(begin, stop):
+        stage, before = i % STAGES, (i - 1) % STAGES
+        mbarrier.wait(k_full.index(stage), i // STAGES & 1)
+        products = warpgroup_mma(q, k_smem.index(stage).permute((1, 0)), none, use_acc=False, is_async=True)
+        mbarrier.wait(v_full.index(before), (i - 1) // STAGES & 1)
+        acc = warpgroup_mma(p, v_smem.index(before), acc, is_async=True)
+        products = warpgroup_mma_wait(1, deps=[products])
+        mbarrier.arrive(k_empty.index(stage), count=1)
+        start = _place(i, steps, KEYS)[1]
+        new_p, row_max, row_sum, shrink = _softmax_step(
+            products, row_max, row_sum, scale_log2, start, first, end, MASKED, KEYS
+        )
+        acc = warpgroup_mma_wait(0, deps=[acc])
+        mbarrier.arrive(v_empty.index(before), count=1)
+        acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, acc.type.layout))[:, None]
+        p = gl.convert_layout(new_p.to(q.dtype), gl.DotOperandLayout(0, acc.type.layout, 2))
+    return p, acc, row_max, row_sum
+
+
+@gluon.jit
+def _multiply_forward(
+    inputs, shared, place,
+    HALF: gl.constexpr, H: gl.constexpr, D_V: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """A multiplying group: ROWS of the tile's queries, from scores to stored outputs."""
+    o_desc, lse_ptr, first_ptr, end_ptr, num_tokens, scale_log2 = inputs
+    q_smem, k_smem, v_smem, q_full, k_full, v_full, k_empty, v_empty = shared
+    steps, first_token, head = place
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D_V, 16])
+    row: gl.constexpr = gl.SliceLayout(1, s_layout)
+    token = first_token + HALF * ROWS + gl.arange(0, ROWS, row)
+    exists = token < num_tokens
+    first = gl.load(first_ptr + token, mask=exists, other=0)
+    end = gl.load(end_ptr + token, mask=exists, other=0)
+    q = q_smem.slice(HALF * ROWS, ROWS)
+    mbarrier.wait(q_full.index(0), 0)
+    mbarrier.wait(k_full.index(0), 0)
+    none = gl.zeros([ROWS, KEYS], gl.float32, s_layout)
+    products = warpgroup_mma(q, k_smem.index(0).permute((1, 0)), none, use_acc=False, is_async=True)
+    products = warpgroup_mma_wait(0, deps=[products])
+    mbarrier.arrive(k_empty.index(0), count=1)
+    row_max, row_sum = gl.full([ROWS], LOWEST, gl.float32, row), gl.zeros([ROWS], gl.float32, row)
+    start = _place(0, steps, KEYS)[1]
+    p, row_max, row_sum, _ = _softmax_step(
+        products, row_max, row_sum, scale_log2, start, first, end, True, KEYS
+    )  # fmt: skip
+    p = gl.convert_layout(p.to(q.dtype), gl.DotOperandLayout(0, o_layout, 2))
+    softmax = (p, gl.zeros([ROWS, D_V], gl.float32, o_layout), row_max, row_sum)
+    num_edges = gl.maximum(steps.num_edges, 1)
+    softmax = _attend(softmax, 1, num_edges, q, k_smem, v_smem, k_full, v_full, k_empty, v_empty, steps, first, end,
+                      scale_log2, True, KEYS, STAGES)  # fmt: skip
+    softmax = _attend(softmax, num_edges, steps.total, q, k_smem, v_smem, k_full, v_full, k_empty, v_empty, steps,
+                      first, end, scale_log2, False, KEYS, STAGES)  # fmt: skip
+    p, acc, row_max, row_sum = softmax
+    last = steps.total - 1
+    mbarrier.wait(v_full.index(last % STAGES), last // STAGES & 1)
+    acc = warpgroup_mma_wait(0, deps=[warpgroup_mma(p, v_smem.index(last % STAGES), acc, is_async=True)])
+    seen = row_sum > 0
+    lse = gl.where(seen, (row_max + gl.log2(row_sum)) * LN_2, 0.0)
+    gl.store(lse_ptr + token.to(gl.int64) * H + head, lse, mask=exists)
+    share = gl.convert_layout(1.0 / gl.where(seen, row_sum, 1.0), gl.SliceLayout(1, o_layout))
+    o = gl.allocate_shared_memory(q.dtype, [ROWS, D_V], o_desc.layout, (acc * share[:, None]).to(q.dtype))
+    fence_async_shared()
+    tma.async_copy_shared_to_global(o_desc, [first_token + HALF * ROWS, head * D_V], o)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def _forward_kernel(
+    q_desc,  # [T, H * D_QK]
+    k_desc, v_desc,  # [S, H_KV * D]
+    first_ptr, end_ptr,  # [T]
+    o_desc,  # [T, H * D_V]
+    lse_ptr,  # [T, H]
+    num_tokens, scale_log2,
+    H: gl.constexpr, GROUP: gl.constexpr, D_QK: gl.constexpr, D_V: gl.constexpr, KEYS: gl.constexpr,
+    STAGES: gl.constexpr, num_warps: gl.constexpr,
+):  # fmt: skip
+    """One program attends 2 * ROWS tokens of one head; the last ones, which see most keys, go first."""
+    head = gl.program_id(0)
+    first_token = (gl.num_programs(1) - 1 - gl.program_id(1)) * (2 * ROWS)
+    flat: gl.constexpr = gl.BlockedLayout([1], [32], [num_warps], [0])
+    token = gl.minimum(first_token + gl.arange(0, 2 * ROWS, flat), num_tokens - 1)
+    first, end = gl.load(first_ptr + token), gl.load(end_ptr + token)
+    steps = _cut(gl.min(first, 0), gl.max(first, 0), gl.min(end, 0), gl.max(end, 0), 1, KEYS)
+    q_smem = gl.allocate_shared_memory(q_desc.dtype, [2 * ROWS, D_QK], q_desc.layout)
+    k_smem = gl.allocate_shared_memory(q_desc.dtype, [STAGES, KEYS, D_QK], k_desc.layout)
+    v_smem = gl.allocate_shared_memory(q_desc.dtype, [STAGES, KEYS, D_V], v_desc.layout)
+    q_full, k_full, v_full = _barriers(1, 1), _barriers(STAGES, 1), _barriers(STAGES, 1)
+    k_empty, v_empty = _barriers(STAGES, 2), _barriers(STAGES, 2)
+    fence_async_shared()
+    shared = (q_smem, k_smem, v_smem, q_full, k_full, v_full, k_empty, v_empty)
+    place = (steps, first_token, head)
+    multiply = (o_desc, lse_ptr, first_ptr, end_ptr, num_tokens, scale_log2)
+    gl.warp_specialize(
+        [
+            (_multiply_forward, (multiply, shared, place, 0, H, D_V, KEYS, STAGES)),
+            (_multiply_forward, (multiply, shared, place, 1, H, D_V, KEYS, STAGES)),
+            (_load_forward, ((q_desc, k_desc, v_desc), shared, place, GROUP, D_QK, D_V, KEYS, STAGES)),
+        ],
+        [4, 1], [240, 24],
+    )  # fmt: skip
+
+
+@gluon.jit
+def _load_queries(
+    inputs, shared, place,
+    H: gl.constexpr, D_QK: gl.constexpr, D_V: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """The loading warp: the block of keys once, then queries, do, lse and delta step by step."""
+    q_desc, do_desc, k_desc, v_desc, lse_ptr, delta_ptr, num_tokens = inputs
+    k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem, kv_full, full, empty = shared
+    steps, first_key, kv_head, first_head = place
+    mbarrier.expect(kv_full.index(0), k_desc.block_type.nbytes + v_desc.block_type.nbytes)
+    tma.async_copy_global_to_shared(k_desc, [first_key, kv_head * D_QK], kv_full.index(0), k_smem)
+    tma.async_copy_global_to_shared(v_desc, [first_key, kv_head * D_V], kv_full.index(0), v_smem)
+    r = gl.arange(0, ROWS, gl.BlockedLayout([ROWS // 32], [32], [1], [0]))
+    for i in range(steps.total):
+        head, start = _place(i, steps, ROWS)
+        head += first_head
+        stage = i % STAGES
+        exists = start + r < num_tokens
+        rows = (start + r).to(gl.int64) * H + head
+        lse = gl.load(lse_ptr + rows, mask=exists, other=-HIDDEN)  # p = 0 in rows that do not exist
+        delta = gl.load(delta_ptr + rows, mask=exists, other=0.0)
+        mbarrier.wait(empty.index(stage), i // STAGES & 1 ^ 1)
+        mbarrier.expect(full.index(stage), q_desc.block_type.nbytes + do_desc.block_type.nbytes)
+        tma.async_copy_global_to_shared(q_desc, [start, head * D_QK], full.index(stage), q_smem.index(stage))
+        tma.async_copy_global_to_shared(do_desc, [start, head * D_V], full.index(stage), do_smem.index(stage))
+        lse_smem.index(stage).store(lse * LOG2_E)
+        delta_smem.index(stage).store(delta)
+        _barrier()
+        mbarrier.arrive(full.index(stage), count=1)
+
+
+@gluon.jit
+def _add_queries(
+    state, begin, stop, k, v, shared, steps, seen_from, seen_to, scale_log2,
+    MASKED: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Steps [begin, stop) add to dk and dv; q · k of the next step runs beside ds · q of this one."""
+    products, dk, dv = state
+    _, _, q_smem, do_smem, lse_smem, delta_smem, _, full, empty = shared
+    s_layout: gl.constexpr = products.type.layout
+    column: gl.constexpr = gl.SliceLayout(0, s_layout)
+    none = gl.zeros([ROWS, ROWS], gl.float32, s_layout)
+    for i in range(begin, stop):
+        stage = i % STAGES
+        dp = warpgroup_mma(v, do_smem.index(stage).permute((1, 0)), none, use_acc=False, is_async=True)
+        lse = lse_smem.index(stage).load(column)
+        p = gl.exp2(products * scale_log2 - lse[None, :])
+        if MASKED:
+            start = _place(i, steps, ROWS)[1]
+            token = start + gl.arange(0, ROWS, column)
+            p = gl.where((token[None, :] >= seen_from[:, None]) & (token[None, :] < seen_to[:, None]), p, 0.0)
+        delta = delta_smem.index(stage).load(column)
+        rows = gl.convert_layout(p.to(k.dtype), gl.DotOperandLayout(0, dv.type.layout, 2))
+        dv = warpgroup_mma(rows, do_smem.index(stage), dv, is_async=True)
+        ds = p * (warpgroup_mma_wait(1, deps=[dp]) - delta[None, :])
+        rows = gl.convert_layout(ds.to(k.dtype), gl.DotOperandLayout(0, dk.type.layout, 2))
+        dk = warpgroup_mma(rows, q_smem.index(stage), dk, is_async=True)
+        following = gl.minimum(i + 1, steps.total - 1)
+        mbarrier.wait(full.index(following % STAGES), following // STAGES & 1)
+        q = q_smem.index(following % STAGES).permute((1, 0))
+        products = warpgroup_mma(k, q, none, use_acc=False, is_async=True)
+        dk, dv = warpgroup_mma_wait(1, deps=[dk, dv])
+        mbarrier.arrive(empty.index(stage), count=1)
+        products = warpgroup_mma_wait(0, deps=[products])
+    return products, dk, dv
+
+
+@gluon.jit
+def _store_keys(ptr, value, first_row, first_key, num_keys, kv_head, H_KV: gl.constexpr, D: gl.constexpr):
+    """Write the rows of one KV head that exist."""
+    key = first_key + gl.arange(0, ROWS, gl.SliceLayout(1, value.type.layout))
+    column = gl.arange(0, D, gl.SliceLayout(0, value.type.layout))
+    rows = (first_row + key) * H_KV + kv_head
+    addresses = ptr + rows[:, None] * D + column[None, :]
+    gl.store(addresses, value.to(ptr.dtype.element_ty), mask=(key < num_keys)[:, None])
+
+
+@gluon.jit
+def _multiply_keys(
+    outputs, shared, place,
+    HALF: gl.constexpr, H_KV: gl.constexpr, D_QK: gl.constexpr, D_V: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """A multiplying group: dk and dv of ROWS of the block's keys."""
+    dk_ptr, dv_ptr, seen_from_ptr, seen_to_ptr, chunk_end, num_keys, first_row, scale = outputs
+    k_smem, v_smem, q_smem, _, _, _, kv_full, full, _ = shared
+    steps, first_key, kv_head, _ = place
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
+    own_key = first_key + HALF * ROWS
+    key = own_key + gl.arange(0, ROWS, gl.SliceLayout(1, s_layout))
+    seen_from = gl.load(seen_from_ptr + key, mask=key < num_keys, other=chunk_end)
+    seen_to = gl.minimum(gl.load(seen_to_ptr + key, mask=key < num_keys, other=0), chunk_end)
+    k, v = k_smem.slice(HALF * ROWS, ROWS), v_smem.slice(HALF * ROWS, ROWS)
+    mbarrier.wait(kv_full.index(0), 0)
+    mbarrier.wait(full.index(0), 0)
+    none = gl.zeros([ROWS, ROWS], gl.float32, s_layout)
+    products = warpgroup_mma(k, q_smem.index(0).permute((1, 0)), none, use_acc=False, is_async=True)
+    state = (
+        warpgroup_mma_wait(0, deps=[products]),
+        gl.zeros([ROWS, D_QK], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D_QK, 16])),
+        gl.zeros([ROWS, D_V], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D_V, 16])),
+    )
+    scale_log2 = scale * LOG2_E
+    state = _add_queries(state, 0, steps.num_edges, k, v, shared, steps, seen_from, seen_to, scale_log2, True, STAGES)
+    state = _add_queries(state, steps.num_edges, steps.total, k, v, shared, steps, seen_from, seen_to, scale_log2,
+                         False, STAGES)  # fmt: skip
+    _, dk, dv = state
+    _store_keys(dk_ptr, dk * scale, first_row, own_key, num_keys, kv_head, H_KV, D_QK)
+    _store_keys(dv_ptr, dv, first_row, own_key, num_keys, kv_head, H_KV, D_V)
+
+
+@gluon.jit
+def _dkv_kernel(
+    q_desc, do_desc,  # [T, H * D]
+    k_desc, v_desc,  # [S, H_KV * D]
+    lse_ptr, delta_ptr,  # [T, H]
+    seen_from_ptr, seen_to_ptr,  # [S]
+    dk_ptr, dv_ptr,  # [GROUP / HEADS * chunks, S, H_KV, D]
+    num_tokens, num_keys, chunk, scale,
+    H_KV: gl.constexpr, GROUP: gl.constexpr, HEADS: gl.constexpr, D_QK: gl.constexpr, D_V: gl.constexpr,
+    STAGES: gl.constexpr, num_warps: gl.constexpr,
+):  # fmt: skip
+    """One program computes what one chunk of queries of HEADS heads gives to dk and dv of 2 * ROWS keys."""
+    first_key, chunk_id = gl.program_id(0) * (2 * ROWS), gl.program_id(2)
+    kv_head, head_part = gl.program_id(1) // (GROUP // HEADS), gl.program_id(1) % (GROUP // HEADS)
+    key = first_key + gl.arange(0, 2 * ROWS, gl.BlockedLayout([1], [32], [num_warps], [0]))
+    seen_from = gl.load(seen_from_ptr + key, mask=key < num_keys, other=num_tokens)
+    seen_to = gl.load(seen_to_ptr + key, mask=key < num_keys, other=0)
+    lo = gl.maximum(gl.min(seen_from, 0), chunk_id * chunk)
+    hi = gl.minimum(gl.max(seen_to, 0), (chunk_id + 1) * chunk)
+    if (lo >= hi) & (gl.num_programs(2) > 1):
+        return
+    steps = _cut(lo, gl.max(seen_from, 0), gl.minimum(gl.min(seen_to, 0), hi), hi, HEADS, ROWS)
+    k_smem = gl.allocate_shared_memory(q_desc.dtype, [2 * ROWS, D_QK], k_desc.layout)
+    v_smem = gl.allocate_shared_memory(q_desc.dtype, [2 * ROWS, D_V], v_desc.layout)
+    q_smem = gl.allocate_shared_memory(q_desc.dtype, [STAGES, ROWS, D_QK], q_desc.layout)
+    do_smem = gl.allocate_shared_memory(q_desc.dtype, [STAGES, ROWS, D_V], do_desc.layout)
+    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    lse_smem = gl.allocate_shared_memory(gl.float32, [STAGES, ROWS], flat)
+    delta_smem = gl.allocate_shared_memory(gl.float32, [STAGES, ROWS], flat)
+    kv_full, full, empty = _barriers(1, 1), _barriers(STAGES, 2), _barriers(STAGES, 2)
+    fence_async_shared()
+    shared = (k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem, kv_full, full, empty)
+    place = (steps, first_key, kv_head, kv_head * GROUP + head_part * HEADS)
+    inputs = (q_desc, do_desc, k_desc, v_desc, lse_ptr, delta_ptr, num_tokens)
+    first_row = (head_part * gl.num_programs(2) + chunk_id).to(gl.int64) * num_keys
+    outputs = (dk_ptr, dv_ptr, seen_from_ptr, seen_to_ptr, (chunk_id + 1) * chunk, num_keys, first_row, scale)
+    gl.warp_specialize(
+        [
+            (_multiply_keys, (outputs, shared, place, 0, H_KV, D_QK, D_V, STAGES)),
+            (_multiply_keys, (outputs, shared, place, 1, H_KV, D_QK, D_V, STAGES)),
+            (_load_queries, (inputs, shared, place, H_KV * GROUP, D_QK, D_V, STAGES)),
+        ],
+        [4, 1], [240, 24],
+    )  # fmt: skip
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, runs: KeyRuns, scale: float) -> tuple[Tensor, Tensor]:
+    """o [T, H, D_v] in q's dtype and lse [T, H]."""
+    (T, H, D_QK), (_, H_KV, D_V) = q.shape, v.shape
+    o, lse = q.new_empty(T, H, D_V), q.new_empty(T, H, dtype=torch.float32)
+    _forward_kernel[(H, triton.cdiv(T, 2 * ROWS.value))](
+        _tiles(q, 2 * ROWS.value), _tiles(k, _KEYS), _tiles(v, _KEYS), runs.first, runs.end,
+        _tiles(o, ROWS.value), lse, T, scale * LOG2_E.value, H, H // H_KV, D_QK, D_V, _KEYS, _STAGES, num_warps=4,
+    )  # fmt: skip
+    return o, lse
+
+
+def backward_kv(
+    q: Tensor, k: Tensor, v: Tensor, do: Tensor, lse: Tensor, delta: Tensor, runs: KeyRuns, scale: float, split: bool
+) -> tuple[Tensor, Tensor, int]:
+    """Parts of dk [parts, S, H_kv, D_qk] and dv [parts, S, H_kv, D_v], and how many queries a chunk has.
+
+    Part i holds chunk i % (chunks) of the queries; of each key only the chunks that see it are written. With `split`
+    heads and queries are divided until the device is busy, and parts are float32; without it there is one part, in
+    k's dtype.
+    """
+    (T, H, D_QK), (S, H_KV, D_V) = q.shape, v.shape
+    key_blocks, group_size = triton.cdiv(S, 2 * ROWS.value), H // H_KV
+    wanted = triton.cdiv(_BUSY_PROGRAMS, key_blocks * H_KV) if split else 1
+    head_parts = min(d for d in range(1, group_size + 1) if group_size % d == 0 and (d >= wanted or d == group_size))
+    num_chunks = max(1, min(triton.cdiv(wanted, head_parts), T // _SHORTEST_CHUNK))
+    chunk = triton.cdiv(T, num_chunks)
+    num_chunks = triton.cdiv(T, chunk)
+    dtype = torch.float32 if head_parts * num_chunks > 1 else k.dtype
+    dk, dv = (x.new_empty(head_parts * num_chunks, *x.shape, dtype=dtype) for x in (k, v))
+    rows, keys = ROWS.value, 2 * ROWS.value
+    _dkv_kernel[(key_blocks, H_KV * head_parts, num_chunks)](
+        _tiles(q, rows), _tiles(do, rows), _tiles(k, keys), _tiles(v, keys), lse, delta, runs.seen_from, runs.seen_to,
+        dk, dv, T, S, chunk, scale, H_KV, group_size, group_size // head_parts, D_QK, D_V, _STAGES, num_warps=4,
+    )  # fmt: skip
+    return dk, dv, chunk
+
+
+def _tiles(x: Tensor, rows: int) -> TensorDescriptor:
+    """Copies tiles of `rows` rows of one head of a contiguous x [rows, heads, D] to and from shared memory."""
+    if x.data_ptr() % 16:  # as the copy engine wants it
+        x = x.clone()
+    block = [rows, x.shape[-1]]
+    layout = gl.NVMMASharedLayout.get_default_for(block, _ELEMENTS[x.dtype])
+    return TensorDescriptor.from_tensor(x.view(x.shape[0], -1), block, layout)
+
+
+_ELEMENTS = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+_KEYS = 128
+_STAGES = 2
+_BUSY_PROGRAMS = 2048
+"""Programs of unlike length that keep a Hopper GPU busy to the end."""
+_SHORTEST_CHUNK = 1024
