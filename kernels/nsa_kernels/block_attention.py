@@ -29,7 +29,7 @@ from nsa_kernels.primitives import (
     tile_rows,
     wide,
 )
-from nsa_kernels.tuning import Launch, launch
+from nsa_kernels.tuning import Launch, fits_hopper, launch
 
 # T packed tokens, H query heads, H_kv KV heads, G = H / H_kv (GROUP), D head dim, n slots a query, l' tokens a block
 
@@ -265,19 +265,31 @@ def backward_kv(
     lists = inverse_list(block_indices, first_block, len(block_start), max(_ITEM_LENGTH, T // _ITEMS))
     grads = torch.empty_like(k), torch.empty_like(v)
     parts = [x.new_empty(lists.num_parts, block_size, x.shape[-1], dtype=torch.float32) for x in (k, v)]
-    _dkv_kernel[(len(lists.item_row), block_size // tile.keys)](
-        q, k, v, do, lse, delta,
-        lists.token, lists.item_row, lists.item_begin, lists.item_end, lists.item_part, block_start, block_end,
-        *grads, *parts, len(block_start), T, scale,
-        H_KV, H // H_KV, D_QK, D_V, padded(D_QK), padded(D_V), tile.queries, tile.rows, block_size, tile.keys,
-        dot_precision(q.dtype), num_warps=tile.num_warps, num_stages=tile.num_stages,
-    )  # fmt: skip
+    if _hopper_takes(q, v, block_size):
+        from nsa_kernels import block_attention_hopper
+
+        block_attention_hopper.backward_kv(
+            q, k, v, do, lse, delta, lists, block_start, block_end, grads, parts, block_size, scale
+        )
+    else:
+        _dkv_kernel[(len(lists.item_row), block_size // tile.keys)](
+            q, k, v, do, lse, delta,
+            lists.token, lists.item_row, lists.item_begin, lists.item_end, lists.item_part, block_start, block_end,
+            *grads, *parts, len(block_start), T, scale,
+            H_KV, H // H_KV, D_QK, D_V, padded(D_QK), padded(D_V), tile.queries, tile.rows, block_size, tile.keys,
+            dot_precision(q.dtype), num_warps=tile.num_warps, num_stages=tile.num_stages,
+        )  # fmt: skip
     for part, out in zip(parts, grads, strict=True):
         _sum_parts_kernel[(len(block_start), H_KV)](
             part, lists.row_part, lists.row_items, block_start, block_end, out, len(block_start),
             H_KV, out.shape[-1], padded(out.shape[-1]), block_size,
         )  # fmt: skip
     return grads
+
+
+def _hopper_takes(q: Tensor, v: Tensor, block_size: int) -> bool:
+    """Whether Hopper's own kernel takes the shape: its copies gather whole groups, its tiles are 64 keys."""
+    return fits_hopper(q, v) and q.shape[1] // v.shape[1] in (8, 16, 32, 64) and block_size % 64 == 0
 
 
 _ITEMS, _ITEM_LENGTH = 16, 512

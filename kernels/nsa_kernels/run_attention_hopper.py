@@ -1,9 +1,5 @@
 """Softmax attention where each query sees one run of keys, written in Gluon for Hopper: see `run_attention.py`.
 
-Triton's own pipeline keeps the tensor cores half busy, since all warps of a program compute their exponentials at the
-same time. Here one warp does nothing but load tiles into shared memory, and two groups of four warps multiply, each its
-own half of the rows and never waiting for the other: while one computes exponentials the other has the tensor cores.
-
 A program walks the tiles of the other side in steps: first the edges of the run, where a mask is needed, then the inner
 tiles. The products of a step start before those of the step before have ended.
 """
@@ -22,20 +18,24 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from nsa_kernels.hopper import (
+    HIDDEN,
+    LN_2,
+    LOG2_E,
+    LOWEST,
+    ROWS,
+    add_queries_to_dkv,
+    barriers,
+    ring,
+    start_dkv,
+    store_keys,
+    thread_barrier,
+    tiles,
+)
 from nsa_kernels.packing import KeyRuns
 
 # T packed tokens, S keys, H query heads, H_kv KV heads, G = H / H_kv (GROUP), D head dim.
-
-LOG2_E = gl.constexpr(1.4426950408889634)
-LN_2 = gl.constexpr(0.6931471805599453)
-HIDDEN = gl.constexpr(-1.0e37)
-LOWEST = gl.constexpr(-1.0e30)
-ROWS = gl.constexpr(64)
-"""Rows of a multiplying group: what one instruction takes."""
-
-_barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # named anew in triton 3.7
 
 
 class Steps(NamedTuple):
@@ -71,15 +71,6 @@ def _place(i, steps, TILE: gl.constexpr):
     edge = steps.lo + within % tiles * TILE
     edge = gl.where(edge < steps.a, edge, edge + steps.b - steps.a)
     return within // tiles, gl.where(is_edge, edge, steps.a + (tiles - 1 - within % tiles) * TILE)
-
-
-@gluon.jit
-def _barriers(NUM: gl.constexpr, COUNT: gl.constexpr):
-    """A ring of NUM barriers that open at COUNT arrivals."""
-    ring = gl.allocate_shared_memory(gl.int64, [NUM, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(NUM):
-        mbarrier.init(ring.index(i), count=COUNT)
-    return ring
 
 
 @gluon.jit
@@ -215,8 +206,8 @@ def _forward_kernel(
     q_smem = gl.allocate_shared_memory(q_desc.dtype, [2 * ROWS, D_QK], q_desc.layout)
     k_smem = gl.allocate_shared_memory(q_desc.dtype, [STAGES, KEYS, D_QK], k_desc.layout)
     v_smem = gl.allocate_shared_memory(q_desc.dtype, [STAGES, KEYS, D_V], v_desc.layout)
-    q_full, k_full, v_full = _barriers(1, 1), _barriers(STAGES, 1), _barriers(STAGES, 1)
-    k_empty, v_empty = _barriers(STAGES, 2), _barriers(STAGES, 2)
+    q_full, k_full, v_full = barriers(1, 1), barriers(STAGES, 1), barriers(STAGES, 1)
+    k_empty, v_empty = barriers(STAGES, 2), barriers(STAGES, 2)
     fence_async_shared()
     shared = (q_smem, k_smem, v_smem, q_full, k_full, v_full, k_empty, v_empty)
     place = (steps, first_token, head)
@@ -238,7 +229,7 @@ def _load_queries(
 ):  # fmt: skip
     """The loading warp: the block of keys once, then queries, do, lse and delta step by step."""
     q_desc, do_desc, k_desc, v_desc, lse_ptr, delta_ptr, num_tokens = inputs
-    k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem, kv_full, full, empty = shared
+    k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem, token_smem, kv_full, full, empty = shared
     steps, first_key, kv_head, first_head = place
     mbarrier.expect(kv_full.index(0), k_desc.block_type.nbytes + v_desc.block_type.nbytes)
     tma.async_copy_global_to_shared(k_desc, [first_key, kv_head * D_QK], kv_full.index(0), k_smem)
@@ -258,54 +249,9 @@ def _load_queries(
         tma.async_copy_global_to_shared(do_desc, [start, head * D_V], full.index(stage), do_smem.index(stage))
         lse_smem.index(stage).store(lse * LOG2_E)
         delta_smem.index(stage).store(delta)
-        _barrier()
+        token_smem.index(stage).store(start + r)
+        thread_barrier()
         mbarrier.arrive(full.index(stage), count=1)
-
-
-@gluon.jit
-def _add_queries(
-    state, begin, stop, k, v, shared, steps, seen_from, seen_to, scale_log2,
-    MASKED: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    """Steps [begin, stop) add to dk and dv; q · k of the next step runs beside ds · q of this one."""
-    products, dk, dv = state
-    _, _, q_smem, do_smem, lse_smem, delta_smem, _, full, empty = shared
-    s_layout: gl.constexpr = products.type.layout
-    column: gl.constexpr = gl.SliceLayout(0, s_layout)
-    none = gl.zeros([ROWS, ROWS], gl.float32, s_layout)
-    for i in range(begin, stop):
-        stage = i % STAGES
-        dp = warpgroup_mma(v, do_smem.index(stage).permute((1, 0)), none, use_acc=False, is_async=True)
-        lse = lse_smem.index(stage).load(column)
-        p = gl.exp2(products * scale_log2 - lse[None, :])
-        if MASKED:
-            start = _place(i, steps, ROWS)[1]
-            token = start + gl.arange(0, ROWS, column)
-            p = gl.where((token[None, :] >= seen_from[:, None]) & (token[None, :] < seen_to[:, None]), p, 0.0)
-        delta = delta_smem.index(stage).load(column)
-        rows = gl.convert_layout(p.to(k.dtype), gl.DotOperandLayout(0, dv.type.layout, 2))
-        dv = warpgroup_mma(rows, do_smem.index(stage), dv, is_async=True)
-        ds = p * (warpgroup_mma_wait(1, deps=[dp]) - delta[None, :])
-        rows = gl.convert_layout(ds.to(k.dtype), gl.DotOperandLayout(0, dk.type.layout, 2))
-        dk = warpgroup_mma(rows, q_smem.index(stage), dk, is_async=True)
-        following = gl.minimum(i + 1, steps.total - 1)
-        mbarrier.wait(full.index(following % STAGES), following // STAGES & 1)
-        q = q_smem.index(following % STAGES).permute((1, 0))
-        products = warpgroup_mma(k, q, none, use_acc=False, is_async=True)
-        dk, dv = warpgroup_mma_wait(1, deps=[dk, dv])
-        mbarrier.arrive(empty.index(stage), count=1)
-        products = warpgroup_mma_wait(0, deps=[products])
-    return products, dk, dv
-
-
-@gluon.jit
-def _store_keys(ptr, value, first_row, first_key, num_keys, kv_head, H_KV: gl.constexpr, D: gl.constexpr):
-    """Write the rows of one KV head that exist."""
-    key = first_key + gl.arange(0, ROWS, gl.SliceLayout(1, value.type.layout))
-    column = gl.arange(0, D, gl.SliceLayout(0, value.type.layout))
-    rows = (first_row + key) * H_KV + kv_head
-    addresses = ptr + rows[:, None] * D + column[None, :]
-    gl.store(addresses, value.to(ptr.dtype.element_ty), mask=(key < num_keys)[:, None])
 
 
 @gluon.jit
@@ -314,31 +260,23 @@ def _multiply_keys(
     HALF: gl.constexpr, H_KV: gl.constexpr, D_QK: gl.constexpr, D_V: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """A multiplying group: dk and dv of ROWS of the block's keys."""
-    dk_ptr, dv_ptr, seen_from_ptr, seen_to_ptr, chunk_end, num_keys, first_row, scale = outputs
-    k_smem, v_smem, q_smem, _, _, _, kv_full, full, _ = shared
+    dk_ptr, dv_ptr, seen_from_ptr, seen_to_ptr, chunk_end, num_keys, part, scale = outputs
     steps, first_key, kv_head, _ = place
-    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
-    own_key = first_key + HALF * ROWS
-    key = own_key + gl.arange(0, ROWS, gl.SliceLayout(1, s_layout))
+    first_key += HALF * ROWS
+    k, v = shared[0].slice(HALF * ROWS, ROWS), shared[1].slice(HALF * ROWS, ROWS)
+    state = start_dkv(k, shared, D_QK, D_V)
+    key = first_key + gl.arange(0, ROWS, gl.SliceLayout(1, state[0].type.layout))
     seen_from = gl.load(seen_from_ptr + key, mask=key < num_keys, other=chunk_end)
     seen_to = gl.minimum(gl.load(seen_to_ptr + key, mask=key < num_keys, other=0), chunk_end)
-    k, v = k_smem.slice(HALF * ROWS, ROWS), v_smem.slice(HALF * ROWS, ROWS)
-    mbarrier.wait(kv_full.index(0), 0)
-    mbarrier.wait(full.index(0), 0)
-    none = gl.zeros([ROWS, ROWS], gl.float32, s_layout)
-    products = warpgroup_mma(k, q_smem.index(0).permute((1, 0)), none, use_acc=False, is_async=True)
-    state = (
-        warpgroup_mma_wait(0, deps=[products]),
-        gl.zeros([ROWS, D_QK], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D_QK, 16])),
-        gl.zeros([ROWS, D_V], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D_V, 16])),
-    )
-    scale_log2 = scale * LOG2_E
-    state = _add_queries(state, 0, steps.num_edges, k, v, shared, steps, seen_from, seen_to, scale_log2, True, STAGES)
-    state = _add_queries(state, steps.num_edges, steps.total, k, v, shared, steps, seen_from, seen_to, scale_log2,
-                         False, STAGES)  # fmt: skip
+    num_edges, scale_log2 = steps.num_edges, scale * LOG2_E
+    state = add_queries_to_dkv(state, 0, num_edges, steps.total, k, v, shared, seen_from, seen_to, scale_log2, True,
+                               STAGES)  # fmt: skip
+    state = add_queries_to_dkv(state, num_edges, steps.total, steps.total, k, v, shared, seen_from, seen_to, scale_log2,
+                               False, STAGES)  # fmt: skip
     _, dk, dv = state
-    _store_keys(dk_ptr, dk * scale, first_row, own_key, num_keys, kv_head, H_KV, D_QK)
-    _store_keys(dv_ptr, dv, first_row, own_key, num_keys, kv_head, H_KV, D_V)
+    row = (part.to(gl.int64) * num_keys + first_key) * H_KV + kv_head
+    store_keys(dk_ptr, dk * scale, row, H_KV, num_keys - first_key, D_QK)
+    store_keys(dv_ptr, dv, row, H_KV, num_keys - first_key, D_V)
 
 
 @gluon.jit
@@ -365,18 +303,14 @@ def _dkv_kernel(
     steps = _cut(lo, gl.max(seen_from, 0), gl.minimum(gl.min(seen_to, 0), hi), hi, HEADS, ROWS)
     k_smem = gl.allocate_shared_memory(q_desc.dtype, [2 * ROWS, D_QK], k_desc.layout)
     v_smem = gl.allocate_shared_memory(q_desc.dtype, [2 * ROWS, D_V], v_desc.layout)
-    q_smem = gl.allocate_shared_memory(q_desc.dtype, [STAGES, ROWS, D_QK], q_desc.layout)
-    do_smem = gl.allocate_shared_memory(q_desc.dtype, [STAGES, ROWS, D_V], do_desc.layout)
-    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    lse_smem = gl.allocate_shared_memory(gl.float32, [STAGES, ROWS], flat)
-    delta_smem = gl.allocate_shared_memory(gl.float32, [STAGES, ROWS], flat)
-    kv_full, full, empty = _barriers(1, 1), _barriers(STAGES, 2), _barriers(STAGES, 2)
+    q_smem, do_smem, lse_smem, delta_smem, token_smem = ring(q_desc.dtype, D_QK, D_V, STAGES)
+    kv_full, full, empty = barriers(1, 1), barriers(STAGES, 2), barriers(STAGES, 2)
     fence_async_shared()
-    shared = (k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem, kv_full, full, empty)
+    shared = (k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem, token_smem, kv_full, full, empty)
     place = (steps, first_key, kv_head, kv_head * GROUP + head_part * HEADS)
     inputs = (q_desc, do_desc, k_desc, v_desc, lse_ptr, delta_ptr, num_tokens)
-    first_row = (head_part * gl.num_programs(2) + chunk_id).to(gl.int64) * num_keys
-    outputs = (dk_ptr, dv_ptr, seen_from_ptr, seen_to_ptr, (chunk_id + 1) * chunk, num_keys, first_row, scale)
+    part = head_part * gl.num_programs(2) + chunk_id
+    outputs = (dk_ptr, dv_ptr, seen_from_ptr, seen_to_ptr, (chunk_id + 1) * chunk, num_keys, part, scale)
     gl.warp_specialize(
         [
             (_multiply_keys, (outputs, shared, place, 0, H_KV, D_QK, D_V, STAGES)),
@@ -392,8 +326,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, runs: KeyRuns, scale: float) -> tup
     (T, H, D_QK), (_, H_KV, D_V) = q.shape, v.shape
     o, lse = q.new_empty(T, H, D_V), q.new_empty(T, H, dtype=torch.float32)
     _forward_kernel[(H, triton.cdiv(T, 2 * ROWS.value))](
-        _tiles(q, 2 * ROWS.value), _tiles(k, _KEYS), _tiles(v, _KEYS), runs.first, runs.end,
-        _tiles(o, ROWS.value), lse, T, scale * LOG2_E.value, H, H // H_KV, D_QK, D_V, _KEYS, _STAGES, num_warps=4,
+        tiles(q, 2 * ROWS.value), tiles(k, _KEYS), tiles(v, _KEYS), runs.first, runs.end,
+        tiles(o, ROWS.value), lse, T, scale * LOG2_E.value, H, H // H_KV, D_QK, D_V, _KEYS, _STAGES, num_warps=4,
     )  # fmt: skip
     return o, lse
 
@@ -418,22 +352,12 @@ def backward_kv(
     dk, dv = (x.new_empty(head_parts * num_chunks, *x.shape, dtype=dtype) for x in (k, v))
     rows, keys = ROWS.value, 2 * ROWS.value
     _dkv_kernel[(key_blocks, H_KV * head_parts, num_chunks)](
-        _tiles(q, rows), _tiles(do, rows), _tiles(k, keys), _tiles(v, keys), lse, delta, runs.seen_from, runs.seen_to,
+        tiles(q, rows), tiles(do, rows), tiles(k, keys), tiles(v, keys), lse, delta, runs.seen_from, runs.seen_to,
         dk, dv, T, S, chunk, scale, H_KV, group_size, group_size // head_parts, D_QK, D_V, _STAGES, num_warps=4,
     )  # fmt: skip
     return dk, dv, chunk
 
 
-def _tiles(x: Tensor, rows: int) -> TensorDescriptor:
-    """Copies tiles of `rows` rows of one head of a contiguous x [rows, heads, D] to and from shared memory."""
-    if x.data_ptr() % 16:  # as the copy engine wants it
-        x = x.clone()
-    block = [rows, x.shape[-1]]
-    layout = gl.NVMMASharedLayout.get_default_for(block, _ELEMENTS[x.dtype])
-    return TensorDescriptor.from_tensor(x.view(x.shape[0], -1), block, layout)
-
-
-_ELEMENTS = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 _KEYS = 128
 _STAGES = 2
 _BUSY_PROGRAMS = 2048

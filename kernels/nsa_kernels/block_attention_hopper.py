@@ -1,0 +1,184 @@
+"""Gradients of the keys and values of chosen blocks, written in Gluon for Hopper: see `block_attention.py`."""
+
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from nsa_kernels.block_lists import InverseList
+from nsa_kernels.hopper import (
+    HIDDEN,
+    LOG2_E,
+    ROWS,
+    add_queries_to_dkv,
+    barriers,
+    ring,
+    start_dkv,
+    store_keys,
+    thread_barrier,
+    tile_layout,
+    tiles,
+)
+
+# T packed tokens, H query heads, H_kv KV heads, G = H / H_kv (GROUP), D head dim, B blocks, I items of the list.
+
+_FOREVER = gl.constexpr(2**31 - 1)
+
+
+@gluon.jit
+def _find_item(item, lists, block_start_ptr, block_end_ptr, num_blocks, run):
+    """Range in the list, part, KV head, first key and number of keys of an item's run of ROWS keys."""
+    _, item_row_ptr, item_begin_ptr, item_end_ptr, item_part_ptr = lists
+    row = gl.load(item_row_ptr + item)
+    block = gl.maximum(row, 0) % num_blocks
+    first_key = gl.load(block_start_ptr + block) + run * ROWS
+    num_keys = gl.where(row >= 0, gl.maximum(gl.load(block_end_ptr + block) - first_key, 0), 0)
+    begin, end = gl.load(item_begin_ptr + item), gl.load(item_end_ptr + item)
+    end = gl.where(num_keys > 0, end, begin)
+    return begin, end, gl.load(item_part_ptr + item), gl.maximum(row, 0) // num_blocks, first_key, num_keys
+
+
+@gluon.jit
+def _load_queries(
+    inputs, lists, shared, place,
+    H: gl.constexpr, GROUP: gl.constexpr, D_QK: gl.constexpr, D_V: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """A loading warp: the keys once, then the listed queries, ROWS / GROUP of them in a step."""
+    q_desc, do_desc, k_desc, v_desc, lse_ptr, delta_ptr = inputs
+    token_ptr = lists[0]
+    k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem, token_smem, kv_full, full, empty = shared
+    begin, end, _, kv_head, first_key, _ = place
+    r = gl.arange(0, ROWS, gl.BlockedLayout([ROWS // 32], [32], [1], [0]))
+    if begin < end:
+        mbarrier.expect(kv_full.index(0), k_desc.block_type.nbytes + v_desc.block_type.nbytes)
+        tma.async_copy_global_to_shared(k_desc, [first_key, kv_head * D_QK], kv_full.index(0), k_smem)
+        tma.async_copy_global_to_shared(v_desc, [first_key, kv_head * D_V], kv_full.index(0), v_smem)
+    step_bytes: gl.constexpr = (q_desc.block_type.nbytes + do_desc.block_type.nbytes) * (ROWS // GROUP)
+    listed = gl.minimum(begin + r // GROUP, end - 1)
+    token = gl.load(token_ptr + listed, mask=listed >= begin, other=0)
+    for i in range(gl.cdiv(end - begin, ROWS // GROUP)):
+        first = begin + i * (ROWS // GROUP)
+        stage = i % STAGES
+        exists = first + r // GROUP < end
+        rows = token.to(gl.int64) * H + kv_head * GROUP + r % GROUP
+        lse = gl.load(lse_ptr + rows, mask=exists, other=-HIDDEN)  # p = 0 in rows that do not exist
+        delta = gl.load(delta_ptr + rows, mask=exists, other=0.0)
+        mbarrier.wait(empty.index(stage), i // STAGES & 1 ^ 1)
+        mbarrier.expect(full.index(stage), step_bytes)
+        for j in gl.static_range(ROWS // GROUP):
+            row = gl.load(token_ptr + gl.minimum(first + j, end - 1)) * H + kv_head * GROUP
+            q_rows, do_rows = q_smem.index(stage).slice(j * GROUP, GROUP), do_smem.index(stage).slice(j * GROUP, GROUP)
+            tma.async_copy_global_to_shared(q_desc, [row, 0], full.index(stage), q_rows)
+            tma.async_copy_global_to_shared(do_desc, [row, 0], full.index(stage), do_rows)
+        lse_smem.index(stage).store(lse * LOG2_E)
+        delta_smem.index(stage).store(delta)
+        token_smem.index(stage).store(token)
+        token = gl.load(token_ptr + gl.minimum(first + ROWS // GROUP + r // GROUP, end - 1))  # of the next step
+        thread_barrier()
+        mbarrier.arrive(full.index(stage), count=1)
+
+
+@gluon.jit
+def _multiply_keys(
+    outputs, shared, place, run, scale,
+    H_KV: gl.constexpr, GROUP: gl.constexpr, D_QK: gl.constexpr, D_V: gl.constexpr, BLOCK_SIZE: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    """A multiplying group: dk and dv of an item's keys; zeros where nobody chose the block."""
+    dk_ptr, dv_ptr, dk_part_ptr, dv_part_ptr = outputs
+    begin, end, part, kv_head, first_key, num_keys = place
+    k, v = shared[0], shared[1]
+    products = gl.zeros([ROWS, ROWS], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16]))
+    dk = gl.zeros([ROWS, D_QK], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D_QK, 16]))
+    dv = gl.zeros([ROWS, D_V], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D_V, 16]))
+    if begin < end:
+        products, dk, dv = start_dkv(k, shared, D_QK, D_V)
+    steps = gl.cdiv(end - begin, ROWS // GROUP)
+    key_layout: gl.constexpr = gl.SliceLayout(1, products.type.layout)
+    key, forever = first_key + gl.arange(0, ROWS, key_layout), gl.full([ROWS], _FOREVER, gl.int32, key_layout)
+    _, dk, dv = add_queries_to_dkv((products, dk, dv), 0, steps, steps, k, v, shared, key, forever, scale * LOG2_E,
+                                   True, STAGES)  # fmt: skip
+    if part < 0:
+        row = first_key.to(gl.int64) * H_KV + kv_head
+        store_keys(dk_ptr, dk * scale, row, H_KV, num_keys, D_QK)
+        store_keys(dv_ptr, dv, row, H_KV, num_keys, D_V)
+    else:
+        row = part.to(gl.int64) * BLOCK_SIZE + run * ROWS
+        store_keys(dk_part_ptr, dk * scale, row, 1, num_keys, D_QK)
+        store_keys(dv_part_ptr, dv, row, 1, num_keys, D_V)
+
+
+@gluon.jit
+def _dkv_kernel(
+    q_desc, do_desc,  # [T * H, D]
+    k_desc, v_desc,  # [T, H_KV * D]
+    lse_ptr, delta_ptr,  # [T, H]
+    token_ptr,  # [T * H_KV * n]
+    item_row_ptr, item_begin_ptr, item_end_ptr, item_part_ptr,  # [I]
+    block_start_ptr, block_end_ptr,  # [B]
+    dk_ptr, dv_ptr,  # [T, H_KV, D]
+    dk_part_ptr, dv_part_ptr,  # float32 [parts, BLOCK_SIZE, D]
+    num_items, num_blocks, scale,
+    H_KV: gl.constexpr, GROUP: gl.constexpr, D_QK: gl.constexpr, D_V: gl.constexpr, BLOCK_SIZE: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    """One program computes what the queries of two items give to dk and dv of ROWS keys of their blocks each."""
+    first, second, run = 2 * gl.program_id(0), 2 * gl.program_id(0) + 1, gl.program_id(1)
+    lists = (token_ptr, item_row_ptr, item_begin_ptr, item_end_ptr, item_part_ptr)
+    place_a = _find_item(first, lists, block_start_ptr, block_end_ptr, num_blocks, run)
+    place_b = _find_item(gl.minimum(second, num_items - 1), lists, block_start_ptr, block_end_ptr, num_blocks, run)
+    begin, end, part, kv_head, first_key, num_keys = place_b
+    num_keys = gl.where(second < num_items, num_keys, 0)
+    place_b = (begin, gl.where(second < num_items, end, begin), part, kv_head, first_key, num_keys)
+    shared_a = _shared(q_desc.dtype, D_QK, D_V, STAGES)
+    shared_b = _shared(q_desc.dtype, D_QK, D_V, STAGES)
+    fence_async_shared()
+    inputs = (q_desc, do_desc, k_desc, v_desc, lse_ptr, delta_ptr)
+    outputs = (dk_ptr, dv_ptr, dk_part_ptr, dv_part_ptr)
+    gl.warp_specialize(
+        [
+            (_multiply_keys, (outputs, shared_a, place_a, run, scale, H_KV, GROUP, D_QK, D_V, BLOCK_SIZE, STAGES)),
+            (_multiply_keys, (outputs, shared_b, place_b, run, scale, H_KV, GROUP, D_QK, D_V, BLOCK_SIZE, STAGES)),
+            (_load_queries, (inputs, lists, shared_a, place_a, H_KV * GROUP, GROUP, D_QK, D_V, STAGES)),
+            (_load_queries, (inputs, lists, shared_b, place_b, H_KV * GROUP, GROUP, D_QK, D_V, STAGES)),
+        ],
+        [4, 1, 1], [240, 24, 24],
+    )  # fmt: skip
+
+
+@gluon.jit
+def _shared(DTYPE: gl.constexpr, D_QK: gl.constexpr, D_V: gl.constexpr, STAGES: gl.constexpr):
+    """Shared memory and barriers of one item."""
+    k_smem = gl.allocate_shared_memory(DTYPE, [ROWS, D_QK], gl.NVMMASharedLayout.get_default_for([ROWS, D_QK], DTYPE))
+    v_smem = gl.allocate_shared_memory(DTYPE, [ROWS, D_V], gl.NVMMASharedLayout.get_default_for([ROWS, D_V], DTYPE))
+    q_smem, do_smem, lse_smem, delta_smem, token_smem = ring(DTYPE, D_QK, D_V, STAGES)
+    kv_full, full, empty = barriers(1, 1), barriers(STAGES, 2), barriers(STAGES, 1)
+    return k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem, token_smem, kv_full, full, empty
+
+
+def backward_kv(
+    q: Tensor, k: Tensor, v: Tensor, do: Tensor, lse: Tensor, delta: Tensor, lists: InverseList,
+    block_start: Tensor, block_end: Tensor, grads: tuple[Tensor, Tensor], parts: list[Tensor], block_size: int,
+    scale: float,
+) -> None:  # fmt: skip
+    """Write dk and dv of all blocks with one item to `grads`, and of each item of the others to `parts`."""
+    (_, H, D_QK), (_, H_KV, D_V) = q.shape, v.shape
+    num_items, rows = len(lists.item_row), ROWS.value
+    items = (lists.token, lists.item_row, lists.item_begin, lists.item_end, lists.item_part)
+    _dkv_kernel[(triton.cdiv(num_items, 2), block_size // rows)](
+        _groups(q, H // H_KV), _groups(do, H // H_KV), tiles(k, rows), tiles(v, rows), lse, delta,
+        *items, block_start, block_end, *grads, *parts, num_items, len(block_start), scale,
+        H_KV, H // H_KV, D_QK, D_V, block_size, _STAGES, num_warps=4,
+    )  # fmt: skip
+
+
+def _groups(x: Tensor, group_size: int) -> TensorDescriptor:
+    """Copies the rows of one token and KV head of a contiguous x [T, H, D] into a tile of ROWS rows."""
+    if x.data_ptr() % 16:  # as the copy engine wants it
+        x = x.clone()
+    return TensorDescriptor.from_tensor(x.view(-1, x.shape[-1]), [group_size, x.shape[-1]], tile_layout(x, ROWS.value))
+
+
+_STAGES = 2
