@@ -226,6 +226,12 @@ def forward(
     (T, H, D_QK), (_, H_KV, D_V) = q.shape, v.shape
     o, lse = q.new_empty(T, H, D_V), q.new_empty(T, H, dtype=torch.float32)
     tile = union_tile("selected_forward", q, v, block_size)
+    if tiles_fit_hopper(q, v, block_size) and H // H_KV >= _LEAST_GATHERED:
+        from nsa_kernels import block_attention_hopper as hopper
+
+        return hopper.forward(
+            q, k, v, unite(block_indices, document_start, block_size, 64 * H_KV // H), block_size, scale
+        )
     unions = unite(block_indices, document_start, block_size, tile.queries)
     _forward_kernel[(triton.cdiv(T, tile.queries), H_KV)](
         q, block_descriptor(k, tile.keys), block_descriptor(v, tile.keys), *unions, o, lse,
@@ -265,7 +271,7 @@ def backward_kv(
     lists = inverse_list(block_indices, first_block, len(block_start), max(_ITEM_LENGTH, T // _ITEMS))
     grads = torch.empty_like(k), torch.empty_like(v)
     parts = [x.new_empty(lists.num_parts, block_size, x.shape[-1], dtype=torch.float32) for x in (k, v)]
-    if _hopper_takes(q, v, block_size):
+    if tiles_fit_hopper(q, v, block_size) and H // H_KV >= _LEAST_GATHERED:
         from nsa_kernels import block_attention_hopper
 
         block_attention_hopper.backward_kv(
@@ -287,11 +293,19 @@ def backward_kv(
     return grads
 
 
-def _hopper_takes(q: Tensor, v: Tensor, block_size: int) -> bool:
-    """Whether Hopper's own kernel takes the shape: its copies gather whole groups, its tiles are 64 keys."""
-    return fits_hopper(q, v) and q.shape[1] // v.shape[1] in (8, 16, 32, 64) and block_size % 64 == 0
+HOPPER_ROWS = 64
+"""Rows of a tile in the kernels for Hopper."""
+
+
+def tiles_fit_hopper(q: Tensor, v: Tensor, block_size: int) -> bool:
+    """Whether the kernels for Hopper take the shape: whole groups fill a tile, masks have its queries' bits."""
+    group_size = q.shape[1] // v.shape[1]
+    return fits_hopper(q, v) and group_size in (2, 4, 8, 16, 32, 64) and block_size % HOPPER_ROWS == 0
 
 
 _ITEMS, _ITEM_LENGTH = 16, 512
 """A block that every query chose is cut into so many items, of at least so many queries: few sums, and none so long
 that the others wait for it."""
+
+_LEAST_GATHERED = 8
+"""Rows that the copy engine gathers at once: what the swizzle of shared memory repeats after."""

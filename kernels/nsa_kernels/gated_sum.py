@@ -133,16 +133,24 @@ def _gated_branches_backward(
     (T, H, D_QK), (_, H_KV, D_V) = q.shape, v.shape
     delta, lse_shifted = (q.new_empty(3, T, H, dtype=torch.float32) for _ in range(2))
     grad_gates, dq = torch.empty_like(gates), torch.empty_like(q)
-    tile = block_attention.union_tile("joint_dq", q, v, block_size)
-    unions = unite(block_indices, where.document_start, block_size, tile.queries)
     pairs = (compressed_k, compressed_v, k, v, sliding_k, sliding_v)
-    _dq_kernel[(triton.cdiv(T, tile.queries), H_KV)](
-        q, do, gates, grad_gates, *(block_descriptor(x, tile.keys) for x in pairs), *o, *lse,
-        *where.compressed_runs[:2], *where.sliding_runs[:2], *unions, delta, lse_shifted, dq,
-        T, unions.start.shape[-1], scale,
-        H_KV, H // H_KV, D_QK, D_V, padded(D_QK), padded(D_V), tile.queries, tile.rows, tile.keys, block_size,
-        dot_precision(q.dtype), num_warps=tile.num_warps, num_stages=tile.num_stages,
-    )  # fmt: skip
+    if block_attention.tiles_fit_hopper(q, v, block_size):
+        from nsa_kernels import gated_sum_hopper
+
+        unions = unite(block_indices, where.document_start, block_size, block_attention.HOPPER_ROWS * H_KV // H)
+        gated_sum_hopper.backward_q(
+            q, do, gates, pairs, o, lse, where, unions, block_size, scale, grad_gates, delta, lse_shifted, dq
+        )
+    else:
+        tile = block_attention.union_tile("joint_dq", q, v, block_size)
+        unions = unite(block_indices, where.document_start, block_size, tile.queries)
+        _dq_kernel[(triton.cdiv(T, tile.queries), H_KV)](
+            q, do, gates, grad_gates, *(block_descriptor(x, tile.keys) for x in pairs), *o, *lse,
+            *where.compressed_runs[:2], *where.sliding_runs[:2], *unions, delta, lse_shifted, dq,
+            T, unions.start.shape[-1], scale,
+            H_KV, H // H_KV, D_QK, D_V, padded(D_QK), padded(D_V), tile.queries, tile.rows, tile.keys, block_size,
+            dot_precision(q.dtype), num_warps=tile.num_warps, num_stages=tile.num_stages,
+        )  # fmt: skip
     grad_compressed = run_attention.backward_kv(
         q, compressed_k, compressed_v, do, lse_shifted[0], delta[0], where.compressed_runs, scale, "compressed"
     )

@@ -6,11 +6,13 @@ ROWS rows and never waiting for another group: while one computes exponentials a
 multiplying warps meet at barriers in shared memory, in rings: `full` when a tile has come, `empty` when it is used up.
 """
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 # T packed tokens, H query heads, H_kv KV heads, D head dim.
@@ -23,6 +25,41 @@ ROWS = gl.constexpr(64)
 """Rows of a multiplying group: what one instruction takes."""
 
 thread_barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # named anew in triton 3.7
+
+
+class Steps(NamedTuple):
+    """How a program walks its run: `edge_tiles` tiles of [lo, a) and [b, hi), then `inner_tiles` of [a, b), by head."""
+
+    lo: Any
+    a: Any
+    b: Any
+    edge_tiles: Any
+    inner_tiles: Any
+    num_edges: Any  # steps at the edges, of all heads
+    total: Any  # one at least
+
+
+@gluon.jit
+def cut(lo, inner_lo, inner_hi, hi, HEADS: gl.constexpr, TILE: gl.constexpr):
+    """Cut [lo, hi) into steps; no mask is needed within [inner_lo, inner_hi)."""
+    hi = gl.maximum(hi, lo)
+    a = gl.minimum(lo + gl.cdiv(gl.maximum(inner_lo - lo, 0), TILE) * TILE, hi)
+    inner_tiles = gl.maximum(inner_hi - a, 0) // TILE
+    b = a + inner_tiles * TILE
+    edge_tiles = gl.cdiv(a - lo, TILE) + gl.cdiv(hi - b, TILE)
+    edge_tiles = gl.where(edge_tiles + inner_tiles == 0, 1, edge_tiles)
+    return Steps(lo, a, b, edge_tiles, inner_tiles, edge_tiles * HEADS, (edge_tiles + inner_tiles) * HEADS)
+
+
+@gluon.jit
+def place_of(i, steps, TILE: gl.constexpr):
+    """Head and first row of a step. Inner tiles come last first, so that programs of one head read the same tiles."""
+    is_edge = i < steps.num_edges
+    tiles = gl.maximum(gl.where(is_edge, steps.edge_tiles, steps.inner_tiles), 1)
+    within = gl.where(is_edge, i, i - steps.num_edges)
+    edge = steps.lo + within % tiles * TILE
+    edge = gl.where(edge < steps.a, edge, edge + steps.b - steps.a)
+    return within // tiles, gl.where(is_edge, edge, steps.a + (tiles - 1 - within % tiles) * TILE)
 
 
 @gluon.jit
@@ -47,6 +84,61 @@ def ring(DTYPE: gl.constexpr, D_QK: gl.constexpr, D_V: gl.constexpr, STAGES: gl.
         gl.allocate_shared_memory(gl.float32, [STAGES, ROWS], flat),
         gl.allocate_shared_memory(gl.int32, [STAGES, ROWS], flat),
     )
+
+
+@gluon.jit
+def softmax_step(products, row_max, row_sum, scale_log2):
+    """p of one tile of keys, the new running maximum and sum, and what earlier sums shrink by."""
+    new_max = gl.maximum(row_max, gl.max(products, 1) * scale_log2)
+    p = gl.exp2(products * scale_log2 - new_max[:, None])
+    shrink = gl.exp2(row_max - new_max)
+    return p, new_max, row_sum * shrink + gl.sum(p, 1), shrink
+
+
+@gluon.jit
+def softmax_end(acc, row_max, row_sum):
+    """o and natural-log lse of a finished running softmax; a row that saw no key has 0 and 0."""
+    seen = row_sum > 0
+    share = gl.convert_layout(1.0 / gl.where(seen, row_sum, 1.0), gl.SliceLayout(1, acc.type.layout))
+    return acc * share[:, None], gl.where(seen, (row_max + gl.log2(row_sum)) * LN_2, 0.0)
+
+
+@gluon.jit
+def load_keys(
+    i, start, k_desc, v_desc, kv_head, k_smem, v_smem, k_full, v_full, k_empty, v_empty,
+    D_QK: gl.constexpr, D_V: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Load the keys and the values of step i."""
+    stage, phase = i % STAGES, i // STAGES & 1
+    mbarrier.wait(k_empty.index(stage), phase ^ 1)
+    mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
+    tma.async_copy_global_to_shared(k_desc, [start, kv_head * D_QK], k_full.index(stage), k_smem.index(stage))
+    mbarrier.wait(v_empty.index(stage), phase ^ 1)
+    mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
+    tma.async_copy_global_to_shared(v_desc, [start, kv_head * D_V], v_full.index(stage), v_smem.index(stage))
+
+
+@gluon.jit
+def load_tile(ptr, rows, D: gl.constexpr):
+    """Rows [ROWS, D] of a contiguous [..., D] tensor by a group of four warps; `rows` int64, of `tile_rows`."""
+    column = gl.arange(0, D, gl.SliceLayout(0, rows_layout(D)))
+    return gl.load(ptr + rows[:, None] * D + column[None, :])
+
+
+@gluon.constexpr_function
+def rows_layout(D: int) -> gl.BlockedLayout:
+    """How four warps hold rows of D elements that they load."""
+    return gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+
+
+@gluon.jit
+def tile_rows(first_token, num_tokens, kv_head, H: gl.constexpr, GROUP: gl.constexpr, LAYOUT: gl.constexpr):
+    """Token, [T, H] row (int64) and existence of each row of a tile: ROWS / GROUP tokens, GROUP heads each."""
+    r = gl.arange(0, ROWS, LAYOUT)
+    token = first_token + r // GROUP
+    exists = token < num_tokens
+    token = gl.minimum(token, num_tokens - 1)
+    return token, token.to(gl.int64) * H + kv_head * GROUP + r % GROUP, exists
 
 
 @gluon.jit

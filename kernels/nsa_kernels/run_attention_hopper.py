@@ -4,8 +4,6 @@ A program walks the tiles of the other side in steps: first the edges of the run
 tiles. The products of a step start before those of the step before have ended.
 """
 
-from typing import Any, NamedTuple
-
 import torch
 import triton
 from torch import Tensor
@@ -21,13 +19,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from nsa_kernels.hopper import (
     HIDDEN,
-    LN_2,
     LOG2_E,
     LOWEST,
     ROWS,
     add_queries_to_dkv,
     barriers,
+    cut,
+    load_keys,
+    place_of,
     ring,
+    softmax_end,
+    softmax_step,
     start_dkv,
     store_keys,
     thread_barrier,
@@ -36,41 +38,6 @@ from nsa_kernels.hopper import (
 from nsa_kernels.packing import KeyRuns
 
 # T packed tokens, S keys, H query heads, H_kv KV heads, G = H / H_kv (GROUP), D head dim.
-
-
-class Steps(NamedTuple):
-    """How a program walks its run: `edge_tiles` tiles of [lo, a) and [b, hi), then `inner_tiles` of [a, b), by head."""
-
-    lo: Any
-    a: Any
-    b: Any
-    edge_tiles: Any
-    inner_tiles: Any
-    num_edges: Any  # steps at the edges, of all heads
-    total: Any  # one at least
-
-
-@gluon.jit
-def _cut(lo, inner_lo, inner_hi, hi, HEADS: gl.constexpr, TILE: gl.constexpr):
-    """Cut [lo, hi) into steps; no mask is needed within [inner_lo, inner_hi)."""
-    hi = gl.maximum(hi, lo)
-    a = gl.minimum(lo + gl.cdiv(gl.maximum(inner_lo - lo, 0), TILE) * TILE, hi)
-    inner_tiles = gl.maximum(inner_hi - a, 0) // TILE
-    b = a + inner_tiles * TILE
-    edge_tiles = gl.cdiv(a - lo, TILE) + gl.cdiv(hi - b, TILE)
-    edge_tiles = gl.where(edge_tiles + inner_tiles == 0, 1, edge_tiles)
-    return Steps(lo, a, b, edge_tiles, inner_tiles, edge_tiles * HEADS, (edge_tiles + inner_tiles) * HEADS)
-
-
-@gluon.jit
-def _place(i, steps, TILE: gl.constexpr):
-    """Head and first row of a step. Inner tiles come last first, so that programs of one head read the same tiles."""
-    is_edge = i < steps.num_edges
-    tiles = gl.maximum(gl.where(is_edge, steps.edge_tiles, steps.inner_tiles), 1)
-    within = gl.where(is_edge, i, i - steps.num_edges)
-    edge = steps.lo + within % tiles * TILE
-    edge = gl.where(edge < steps.a, edge, edge + steps.b - steps.a)
-    return within // tiles, gl.where(is_edge, edge, steps.a + (tiles - 1 - within % tiles) * TILE)
 
 
 @gluon.jit
@@ -86,26 +53,16 @@ def _load_forward(
     mbarrier.expect(q_full.index(0), q_desc.block_type.nbytes)
     tma.async_copy_global_to_shared(q_desc, [first_token, head * D_QK], q_full.index(0), q_smem)
     for i in range(steps.total):
-        start = _place(i, steps, KEYS)[1]
-        stage, phase = i % STAGES, i // STAGES & 1
-        mbarrier.wait(k_empty.index(stage), phase ^ 1)
-        mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
-        tma.async_copy_global_to_shared(k_desc, [start, kv_head * D_QK], k_full.index(stage), k_smem.index(stage))
-        mbarrier.wait(v_empty.index(stage), phase ^ 1)
-        mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
-        tma.async_copy_global_to_shared(v_desc, [start, kv_head * D_V], v_full.index(stage), v_smem.index(stage))
+        start = place_of(i, steps, KEYS)[1]
+        load_keys(i, start, k_desc, v_desc, kv_head, k_smem, v_smem, k_full, v_full, k_empty, v_empty,
+                  D_QK, D_V, STAGES)  # fmt: skip
 
 
 @gluon.jit
-def _softmax_step(products, row_max, row_sum, scale_log2, start, first, end, MASKED: gl.constexpr, KEYS: gl.constexpr):
-    """p of one tile of keys, the new running maximum and sum, and what earlier sums shrink by."""
-    if MASKED:
-        s = start + gl.arange(0, KEYS, gl.SliceLayout(0, products.type.layout))
-        products = gl.where((s[None, :] >= first[:, None]) & (s[None, :] < end[:, None]), products, HIDDEN)
-    new_max = gl.maximum(row_max, gl.max(products, 1) * scale_log2)
-    p = gl.exp2(products * scale_log2 - new_max[:, None])
-    shrink = gl.exp2(row_max - new_max)
-    return p, new_max, row_sum * shrink + gl.sum(p, 1), shrink
+def _hide(products, start, first, end, KEYS: gl.constexpr):
+    """Scores of a tile of keys without those that a query does not see."""
+    s = start + gl.arange(0, KEYS, gl.SliceLayout(0, products.type.layout))
+    return gl.where((s[None, :] >= first[:, None]) & (s[None, :] < end[:, None]), products, HIDDEN)
 
 
 @gluon.jit
@@ -125,10 +82,10 @@ def _attend(
         acc = warpgroup_mma(p, v_smem.index(before), acc, is_async=True)
         products = warpgroup_mma_wait(1, deps=[products])
         mbarrier.arrive(k_empty.index(stage), count=1)
-        start = _place(i, steps, KEYS)[1]
-        new_p, row_max, row_sum, shrink = _softmax_step(
-            products, row_max, row_sum, scale_log2, start, first, end, MASKED, KEYS
-        )
+        start = place_of(i, steps, KEYS)[1]
+        if MASKED:
+            products = _hide(products, start, first, end, KEYS)
+        new_p, row_max, row_sum, shrink = softmax_step(products, row_max, row_sum, scale_log2)
         acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(v_empty.index(before), count=1)
         acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, acc.type.layout))[:, None]
@@ -160,10 +117,9 @@ def _multiply_forward(
     products = warpgroup_mma_wait(0, deps=[products])
     mbarrier.arrive(k_empty.index(0), count=1)
     row_max, row_sum = gl.full([ROWS], LOWEST, gl.float32, row), gl.zeros([ROWS], gl.float32, row)
-    start = _place(0, steps, KEYS)[1]
-    p, row_max, row_sum, _ = _softmax_step(
-        products, row_max, row_sum, scale_log2, start, first, end, True, KEYS
-    )  # fmt: skip
+    start = place_of(0, steps, KEYS)[1]
+    products = _hide(products, start, first, end, KEYS)
+    p, row_max, row_sum, _ = softmax_step(products, row_max, row_sum, scale_log2)
     p = gl.convert_layout(p.to(q.dtype), gl.DotOperandLayout(0, o_layout, 2))
     softmax = (p, gl.zeros([ROWS, D_V], gl.float32, o_layout), row_max, row_sum)
     num_edges = gl.maximum(steps.num_edges, 1)
@@ -175,11 +131,9 @@ def _multiply_forward(
     last = steps.total - 1
     mbarrier.wait(v_full.index(last % STAGES), last // STAGES & 1)
     acc = warpgroup_mma_wait(0, deps=[warpgroup_mma(p, v_smem.index(last % STAGES), acc, is_async=True)])
-    seen = row_sum > 0
-    lse = gl.where(seen, (row_max + gl.log2(row_sum)) * LN_2, 0.0)
+    o, lse = softmax_end(acc, row_max, row_sum)
     gl.store(lse_ptr + token.to(gl.int64) * H + head, lse, mask=exists)
-    share = gl.convert_layout(1.0 / gl.where(seen, row_sum, 1.0), gl.SliceLayout(1, o_layout))
-    o = gl.allocate_shared_memory(q.dtype, [ROWS, D_V], o_desc.layout, (acc * share[:, None]).to(q.dtype))
+    o = gl.allocate_shared_memory(q.dtype, [ROWS, D_V], o_desc.layout, o.to(q.dtype))
     fence_async_shared()
     tma.async_copy_shared_to_global(o_desc, [first_token + HALF * ROWS, head * D_V], o)
     tma.store_wait(0)
@@ -202,7 +156,7 @@ def _forward_kernel(
     flat: gl.constexpr = gl.BlockedLayout([1], [32], [num_warps], [0])
     token = gl.minimum(first_token + gl.arange(0, 2 * ROWS, flat), num_tokens - 1)
     first, end = gl.load(first_ptr + token), gl.load(end_ptr + token)
-    steps = _cut(gl.min(first, 0), gl.max(first, 0), gl.min(end, 0), gl.max(end, 0), 1, KEYS)
+    steps = cut(gl.min(first, 0), gl.max(first, 0), gl.min(end, 0), gl.max(end, 0), 1, KEYS)
     q_smem = gl.allocate_shared_memory(q_desc.dtype, [2 * ROWS, D_QK], q_desc.layout)
     k_smem = gl.allocate_shared_memory(q_desc.dtype, [STAGES, KEYS, D_QK], k_desc.layout)
     v_smem = gl.allocate_shared_memory(q_desc.dtype, [STAGES, KEYS, D_V], v_desc.layout)
@@ -236,7 +190,7 @@ def _load_queries(
     tma.async_copy_global_to_shared(v_desc, [first_key, kv_head * D_V], kv_full.index(0), v_smem)
     r = gl.arange(0, ROWS, gl.BlockedLayout([ROWS // 32], [32], [1], [0]))
     for i in range(steps.total):
-        head, start = _place(i, steps, ROWS)
+        head, start = place_of(i, steps, ROWS)
         head += first_head
         stage = i % STAGES
         exists = start + r < num_tokens
@@ -300,7 +254,7 @@ def _dkv_kernel(
     hi = gl.minimum(gl.max(seen_to, 0), (chunk_id + 1) * chunk)
     if (lo >= hi) & (gl.num_programs(2) > 1):
         return
-    steps = _cut(lo, gl.max(seen_from, 0), gl.minimum(gl.min(seen_to, 0), hi), hi, HEADS, ROWS)
+    steps = cut(lo, gl.max(seen_from, 0), gl.minimum(gl.min(seen_to, 0), hi), hi, HEADS, ROWS)
     k_smem = gl.allocate_shared_memory(q_desc.dtype, [2 * ROWS, D_QK], k_desc.layout)
     v_smem = gl.allocate_shared_memory(q_desc.dtype, [2 * ROWS, D_V], v_desc.layout)
     q_smem, do_smem, lse_smem, delta_smem, token_smem = ring(q_desc.dtype, D_QK, D_V, STAGES)
