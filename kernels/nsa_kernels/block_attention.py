@@ -226,12 +226,6 @@ def forward(
     (T, H, D_QK), (_, H_KV, D_V) = q.shape, v.shape
     o, lse = q.new_empty(T, H, D_V), q.new_empty(T, H, dtype=torch.float32)
     tile = union_tile("selected_forward", q, v, block_size)
-    if tiles_fit_hopper(q, v, block_size) and H // H_KV >= _LEAST_GATHERED:
-        from nsa_kernels import block_attention_hopper as hopper
-
-        return hopper.forward(
-            q, k, v, unite(block_indices, document_start, block_size, 64 * H_KV // H), block_size, scale
-        )
     unions = unite(block_indices, document_start, block_size, tile.queries)
     _forward_kernel[(triton.cdiv(T, tile.queries), H_KV)](
         q, block_descriptor(k, tile.keys), block_descriptor(v, tile.keys), *unions, o, lse,

@@ -1,6 +1,8 @@
-"""Attention over chosen blocks, written in Gluon for Hopper: see `block_attention.py`."""
+"""Gradients of the keys and values of chosen blocks, written in Gluon for Hopper: see `block_attention.py`.
 
-import torch
+Also how a tile walks the union of its blocks, for `gated_sum_hopper.py`.
+"""
+
 import triton
 from torch import Tensor
 from triton.experimental import gluon
@@ -9,30 +11,22 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
     tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from nsa_kernels.block_lists import InverseList, Unions
+from nsa_kernels.block_lists import InverseList
 from nsa_kernels.hopper import (
     HIDDEN,
     LOG2_E,
-    LOWEST,
     ROWS,
     add_queries_to_dkv,
     barriers,
     load_keys,
-    load_tile,
     ring,
-    rows_layout,
-    softmax_end,
-    softmax_step,
     start_dkv,
     store_keys,
     thread_barrier,
     tile_layout,
-    tile_rows,
     tiles,
 )
 
@@ -62,140 +56,10 @@ def union_step(start_ptr, mask_ptr, run, runs, BLOCK_SIZE: gl.constexpr):
 
 
 @gluon.jit
-def _load_forward(
-    descriptors, union, shared, place,
-    D_QK: gl.constexpr, D_V: gl.constexpr, BLOCK_SIZE: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    """A loading warp: the keys and values of the tile's union."""
-    k_desc, v_desc = descriptors
-    start_ptr, _, size = union
-    _, k_smem, v_smem, k_full, v_full, k_empty, v_empty = shared
-    load_union(0, start_ptr, size, k_desc, v_desc, place[1], k_smem, v_smem, k_full, v_full, k_empty, v_empty,
-               D_QK, D_V, BLOCK_SIZE, STAGES)  # fmt: skip
-
-
-@gluon.jit
-def _multiply_forward(
-    tensors, union, shared, place, num_tokens, scale_log2,
-    H: gl.constexpr, GROUP: gl.constexpr, D_QK: gl.constexpr, D_V: gl.constexpr, BLOCK_SIZE: gl.constexpr,
-    STAGES: gl.constexpr,
-):  # fmt: skip
-    """A multiplying group: the queries of one tile."""
-    q_ptr, o_ptr, lse_ptr = tensors
-    start_ptr, mask_ptr, size = union
-    q_smem, k_smem, v_smem, k_full, v_full, k_empty, v_empty = shared
-    first_token, kv_head = place
-    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
-    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D_V, 16])
-    operand: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
-    row: gl.constexpr = gl.SliceLayout(1, s_layout)
-    runs = size * (BLOCK_SIZE // ROWS)
-    if runs > 0:
-        _, rows, _ = tile_rows(first_token, num_tokens, kv_head, H, GROUP, gl.SliceLayout(1, rows_layout(D_QK)))
-        q_smem.store(load_tile(q_ptr, rows, D_QK))
-        fence_async_shared()
-        thread_barrier()
-        token, rows, exists = tile_rows(first_token, num_tokens, kv_head, H, GROUP, row)
-        query = gl.arange(0, ROWS, row) // GROUP
-        none = gl.zeros([ROWS, ROWS], gl.float32, s_layout)
-        row_max, row_sum = gl.full([ROWS], LOWEST, gl.float32, row), gl.zeros([ROWS], gl.float32, row)
-        acc = gl.zeros([ROWS, D_V], gl.float32, o_layout)
-        p = gl.convert_layout(none.to(q_smem.dtype), operand)
-        start, chosen = union_step(start_ptr, mask_ptr, 0, runs, BLOCK_SIZE)
-        for i in range(runs):
-            stage, before = i % STAGES, (i + STAGES - 1) % STAGES
-            mbarrier.wait(k_full.index(stage), i // STAGES & 1)
-            products = warpgroup_mma(q_smem, k_smem.index(stage).permute((1, 0)), none, use_acc=False, is_async=True)
-            next_start, next_chosen = union_step(start_ptr, mask_ptr, i + 1, runs, BLOCK_SIZE)
-            last = gl.where((chosen >> query) & 1 != 0, token, -1)
-            s = start + gl.arange(0, ROWS, gl.SliceLayout(0, s_layout))
-            if i > 0:
-                mbarrier.wait(v_full.index(before), (i - 1) // STAGES & 1)
-            acc = warpgroup_mma(p, v_smem.index(before), acc, use_acc=i > 1, is_async=True)  # step 0 has no p before it
-            products = warpgroup_mma_wait(1, deps=[products])
-            mbarrier.arrive(k_empty.index(stage), count=1)
-            products = gl.where(s[None, :] <= last[:, None], products, HIDDEN)
-            new_p, row_max, row_sum, shrink = softmax_step(products, row_max, row_sum, scale_log2)
-            acc = warpgroup_mma_wait(0, deps=[acc])
-            mbarrier.arrive(v_empty.index(before), count=1, pred=i > 0)
-            acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, o_layout))[:, None]
-            p = gl.convert_layout(new_p.to(q_smem.dtype), operand)
-            start, chosen = next_start, next_chosen
-        last_stage = (runs - 1) % STAGES
-        mbarrier.wait(v_full.index(last_stage), (runs - 1) // STAGES & 1)
-        acc = warpgroup_mma_wait(0, deps=[warpgroup_mma(p, v_smem.index(last_stage), acc, is_async=True)])
-        o, lse = softmax_end(acc, row_max, row_sum)
-        gl.store(lse_ptr + rows, lse, mask=exists)
-        _, rows, exists = tile_rows(first_token, num_tokens, kv_head, H, GROUP, gl.SliceLayout(1, o_layout))
-        column = gl.arange(0, D_V, gl.SliceLayout(0, o_layout))
-        gl.store(o_ptr + rows[:, None] * D_V + column[None, :], o.to(o_ptr.dtype.element_ty), mask=exists[:, None])
-
-
-@gluon.jit
-def _forward_kernel(
-    q_ptr,  # [T, H, D_QK]
-    k_desc, v_desc,  # [T, H_KV * D]
-    start_ptr, mask_ptr,  # [tiles, H_KV, U]
-    size_ptr,  # [tiles, H_KV]
-    o_ptr,  # [T, H, D_V]
-    lse_ptr,  # [T, H]
-    num_tokens, scale_log2, num_tiles, U,
-    H_KV: gl.constexpr, GROUP: gl.constexpr, D_QK: gl.constexpr, D_V: gl.constexpr, BLOCK_SIZE: gl.constexpr,
-    STAGES: gl.constexpr,
-):  # fmt: skip
-    """One program attends two neighbouring tiles of one KV head, each to the union of its queries' blocks."""
-    tile, kv_head = 2 * gl.program_id(0), gl.program_id(1)
-    union_a = union_of(tile, kv_head, num_tiles, start_ptr, mask_ptr, size_ptr, U, H_KV)
-    union_b = union_of(tile + 1, kv_head, num_tiles, start_ptr, mask_ptr, size_ptr, U, H_KV)
-    shared_a = _shared_forward(k_desc.dtype, D_QK, D_V, STAGES)
-    shared_b = _shared_forward(k_desc.dtype, D_QK, D_V, STAGES)
-    fence_async_shared()
-    tensors, descriptors = (q_ptr, o_ptr, lse_ptr), (k_desc, v_desc)
-    place_a, place_b = (tile * (ROWS // GROUP), kv_head), ((tile + 1) * (ROWS // GROUP), kv_head)
-    gl.warp_specialize(
-        [
-            (_multiply_forward, (tensors, union_a, shared_a, place_a, num_tokens, scale_log2, H_KV * GROUP, GROUP,
-                                 D_QK, D_V, BLOCK_SIZE, STAGES)),
-            (_multiply_forward, (tensors, union_b, shared_b, place_b, num_tokens, scale_log2, H_KV * GROUP, GROUP,
-                                 D_QK, D_V, BLOCK_SIZE, STAGES)),
-            (_load_forward, (descriptors, union_a, shared_a, place_a, D_QK, D_V, BLOCK_SIZE, STAGES)),
-            (_load_forward, (descriptors, union_b, shared_b, place_b, D_QK, D_V, BLOCK_SIZE, STAGES)),
-        ],
-        [4, 1, 1], [240, 24, 24],
-    )  # fmt: skip
-
-
-@gluon.jit
-def _shared_forward(DTYPE: gl.constexpr, D_QK: gl.constexpr, D_V: gl.constexpr, STAGES: gl.constexpr):
-    """Shared memory and barriers of one tile."""
-    q_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, D_QK], DTYPE)
-    v_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, D_V], DTYPE)
-    q_smem = gl.allocate_shared_memory(DTYPE, [ROWS, D_QK], q_layout)
-    k_smem = gl.allocate_shared_memory(DTYPE, [STAGES, ROWS, D_QK], q_layout)
-    v_smem = gl.allocate_shared_memory(DTYPE, [STAGES, ROWS, D_V], v_layout)
-    k_full, v_full = barriers(STAGES, 1), barriers(STAGES, 1)
-    k_empty, v_empty = barriers(STAGES, 1), barriers(STAGES, 1)
-    return q_smem, k_smem, v_smem, k_full, v_full, k_empty, v_empty
-
-
-@gluon.jit
 def union_of(tile, kv_head, num_tiles, start_ptr, mask_ptr, size_ptr, U, H_KV: gl.constexpr):
     """Where the union of a tile lies, and its size: 0 past the last tile."""
     row = gl.minimum(tile, num_tiles - 1).to(gl.int64) * H_KV + kv_head
     return start_ptr + row * U, mask_ptr + row * U, gl.where(tile < num_tiles, gl.load(size_ptr + row), 0)
-
-
-def forward(q: Tensor, k: Tensor, v: Tensor, unions: Unions, block_size: int, scale: float) -> tuple[Tensor, Tensor]:
-    """o [T, H, D_v] in q's dtype and lse [T, H]; `unions` of ROWS / G queries each."""
-    (T, H, D_QK), (_, H_KV, D_V) = q.shape, v.shape
-    o, lse = q.new_empty(T, H, D_V), q.new_empty(T, H, dtype=torch.float32)
-    num_tiles = unions.size.shape[0]
-    _forward_kernel[(triton.cdiv(num_tiles, 2), H_KV)](
-        q, tiles(k, ROWS.value), tiles(v, ROWS.value), *unions, o, lse,
-        T, scale * LOG2_E.value, num_tiles, unions.start.shape[-1],
-        H_KV, H // H_KV, D_QK, D_V, block_size, _STAGES_FORWARD, num_warps=4,
-    )  # fmt: skip
-    return o, lse
 
 
 @gluon.jit
@@ -353,4 +217,3 @@ def _groups(x: Tensor, group_size: int) -> TensorDescriptor:
 
 
 _STAGES = 2
-_STAGES_FORWARD = 2

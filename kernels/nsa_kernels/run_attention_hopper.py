@@ -47,7 +47,7 @@ def _load_forward(
 ):  # fmt: skip
     """The loading warp: the tile of queries once, then keys and values step by step."""
     q_desc, k_desc, v_desc = inputs
-    q_smem, k_smem, v_smem, q_full, k_full, v_full, k_empty, v_empty = shared
+    q_smem, k_smem, v_smem, q_full, k_full, v_full, k_empty, v_empty, _ = shared
     steps, first_token, head = place
     kv_head = head // GROUP
     mbarrier.expect(q_full.index(0), q_desc.block_type.nbytes)
@@ -67,19 +67,25 @@ def _hide(products, start, first, end, KEYS: gl.constexpr):
 
 @gluon.jit
 def _attend(
-    softmax, begin, stop, q, k_smem, v_smem, k_full, v_full, k_empty, v_empty, steps, first, end, scale_log2,
-    MASKED: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr,
+    softmax, begin, stop, q, rings, steps, first, end, scale_log2,
+    MASKED: gl.constexpr, HALF: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Steps [begin, stop): p · v of the step before runs beside q · k of this one."""
+    """Steps [begin, stop): p · v of the step before runs beside q · k of this one.
+
+    The two groups take turns: one computes exponentials while the products of the other run.
+    """
     p, acc, row_max, row_sum = softmax
+    k_smem, v_smem, k_full, v_full, k_empty, v_empty, turn = rings
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     none = gl.zeros([ROWS, KEYS], gl.float32, s_layout)
     for i in range(begin, stop):
         stage, before = i % STAGES, (i - 1) % STAGES
         mbarrier.wait(k_full.index(stage), i // STAGES & 1)
+        mbarrier.wait(turn.index(HALF), i & 1 ^ HALF)
         products = warpgroup_mma(q, k_smem.index(stage).permute((1, 0)), none, use_acc=False, is_async=True)
         mbarrier.wait(v_full.index(before), (i - 1) // STAGES & 1)
         acc = warpgroup_mma(p, v_smem.index(before), acc, is_async=True)
+        mbarrier.arrive(turn.index(1 - HALF), count=1)
         products = warpgroup_mma_wait(1, deps=[products])
         mbarrier.arrive(k_empty.index(stage), count=1)
         start = place_of(i, steps, KEYS)[1]
@@ -100,7 +106,7 @@ def _multiply_forward(
 ):  # fmt: skip
     """A multiplying group: ROWS of the tile's queries, from scores to stored outputs."""
     o_desc, lse_ptr, first_ptr, end_ptr, num_tokens, scale_log2 = inputs
-    q_smem, k_smem, v_smem, q_full, k_full, v_full, k_empty, v_empty = shared
+    q_smem, k_smem, v_smem, q_full, k_full, v_full, k_empty, v_empty, turn = shared
     steps, first_token, head = place
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D_V, 16])
@@ -123,10 +129,10 @@ def _multiply_forward(
     p = gl.convert_layout(p.to(q.dtype), gl.DotOperandLayout(0, o_layout, 2))
     softmax = (p, gl.zeros([ROWS, D_V], gl.float32, o_layout), row_max, row_sum)
     num_edges = gl.maximum(steps.num_edges, 1)
-    softmax = _attend(softmax, 1, num_edges, q, k_smem, v_smem, k_full, v_full, k_empty, v_empty, steps, first, end,
-                      scale_log2, True, KEYS, STAGES)  # fmt: skip
-    softmax = _attend(softmax, num_edges, steps.total, q, k_smem, v_smem, k_full, v_full, k_empty, v_empty, steps,
-                      first, end, scale_log2, False, KEYS, STAGES)  # fmt: skip
+    rings = (k_smem, v_smem, k_full, v_full, k_empty, v_empty, turn)
+    softmax = _attend(softmax, 1, num_edges, q, rings, steps, first, end, scale_log2, True, HALF, KEYS, STAGES)
+    softmax = _attend(softmax, num_edges, steps.total, q, rings, steps, first, end, scale_log2, False, HALF, KEYS,
+                      STAGES)  # fmt: skip
     p, acc, row_max, row_sum = softmax
     last = steps.total - 1
     mbarrier.wait(v_full.index(last % STAGES), last // STAGES & 1)
@@ -161,9 +167,9 @@ def _forward_kernel(
     k_smem = gl.allocate_shared_memory(q_desc.dtype, [STAGES, KEYS, D_QK], k_desc.layout)
     v_smem = gl.allocate_shared_memory(q_desc.dtype, [STAGES, KEYS, D_V], v_desc.layout)
     q_full, k_full, v_full = barriers(1, 1), barriers(STAGES, 1), barriers(STAGES, 1)
-    k_empty, v_empty = barriers(STAGES, 2), barriers(STAGES, 2)
+    k_empty, v_empty, turn = barriers(STAGES, 2), barriers(STAGES, 2), barriers(2, 1)
     fence_async_shared()
-    shared = (q_smem, k_smem, v_smem, q_full, k_full, v_full, k_empty, v_empty)
+    shared = (q_smem, k_smem, v_smem, q_full, k_full, v_full, k_empty, v_empty, turn)
     place = (steps, first_token, head)
     multiply = (o_desc, lse_ptr, first_ptr, end_ptr, num_tokens, scale_log2)
     gl.warp_specialize(
