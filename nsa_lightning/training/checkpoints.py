@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.plugins import TorchCheckpointIO
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from nsa_lightning.training.sharded_checkpoint import META, read_contents, read_meta, read_whole
@@ -51,6 +52,8 @@ def read_summary(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: it is incomplete, or none of ours.
     """
+    if path.is_dir() and not (path / META).is_file():
+        raise ValueError(f"ckpt_path must be a checkpoint of nsa fit, got the directory {path}, which lacks {META}")
     try:
         if path.is_dir():
             summary = read_meta(path)
@@ -95,6 +98,28 @@ def find_checkpoints(root: Path) -> list[Path]:
     """Everything under a directory that looks like a checkpoint, complete or not, the last written first."""
     found = [path for path in root.glob("**/*.ckpt*") if path.is_file() or (path / META).is_file()]
     return sorted(found, key=_written, reverse=True)
+
+
+def find_last(root: Path) -> Path | None:
+    """The complete checkpoint under a directory that was written last; incomplete ones are passed over, with a word."""
+    for path in find_checkpoints(root):
+        try:
+            read_summary(path)
+        except ValueError as error:
+            rank_zero_warn(f"passed over: {error}")
+        else:
+            return path
+    return None
+
+
+def find_best(root: Path) -> Path | None:
+    """The checkpoint with the best validation, as the last one under a directory knows it."""
+    last = find_last(root)
+    if last is None:
+        return None
+    states = read_summary(last).get("callbacks", {}).values()
+    paths = [Path(state["best_model_path"]) for state in states if state.get("best_model_path")]
+    return next((path for path in paths if path.exists()), None)
 
 
 def _written(path: Path) -> float:

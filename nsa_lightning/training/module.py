@@ -1,6 +1,7 @@
 """The LightningModule: it wires the decoder, its loss, optimizer and metrics together, and nothing more."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -58,6 +59,7 @@ class LanguageModel(LightningModule):
         self.model: Transformer | None = None
         self.metrics = LanguageModelingMetrics()
         self.watch_attention = False
+        self.before_step: Callable[[Optimizer, Tensor, Tensor], None] | None = None  # optimizer, loss, gradient norm
         self.attention_statistics: dict[int, BranchStatistics] = {}
         self._cu_seqlens: Tensor | None = None
 
@@ -175,6 +177,8 @@ class LanguageModel(LightningModule):
             torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val)
         elif gradient_clip_val:
             torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
+        if self.before_step is not None and getattr(self.trainer.precision_plugin, "scaler", None) is None:
+            self.before_step(optimizer, self.global_loss, norm)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another model, naming what differs."""
