@@ -15,6 +15,7 @@ from nsa_lightning.data.datamodule import PackedTextDataModule
 from nsa_lightning.data.tokenizer import TokenizerConfig
 from nsa_lightning.model.attention import NSALayerConfig
 from nsa_lightning.model.transformer import TransformerConfig
+from nsa_lightning.training.callbacks import LossGuard
 from nsa_lightning.training.checkpoints import RunCheckpointIO
 from nsa_lightning.training.module import LanguageModel
 from nsa_lightning.training.optimizer import WarmupCosine
@@ -67,8 +68,8 @@ class Notes(Callback):
         self.gradients = {name: whole(p.grad).clone() for name, p in pl_module.named_parameters()}
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        self.losses.append(trainer.callback_metrics["train/loss"].item())
-        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+        if not trainer.fit_loop._should_accumulate():
+            self.losses.append(trainer.callback_metrics["train/loss"].item())
             self.norms.append(trainer.callback_metrics["train/grad_norm"].item())
 
 
@@ -93,6 +94,7 @@ def make_trainer(root, *callbacks, strategy="auto", **changes):
         "logger": False,
         "enable_checkpointing": False,
         "num_sanity_val_steps": 0,
+        "check_val_every_n_epoch": None,
         "limit_val_batches": 0,
         "gradient_clip_val": 0.5,
         "callbacks": list(callbacks),
@@ -101,15 +103,38 @@ def make_trainer(root, *callbacks, strategy="auto", **changes):
     return Trainer(**(settings | changes))
 
 
-def fit(root, corpus, *, resume=None, save=None, data=None, model=None, **trainer_settings):
-    """What a run did: losses, norms, the last gradients, the weights; and its validation loss if it validates."""
+class SaveAfter(Callback):
+    """Save a checkpoint after some step, where RunCheckpoint would."""
+
+    def __init__(self, step, path):
+        self.step, self.path = step, path
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == self.step and not trainer.fit_loop._should_accumulate():
+            trainer.save_checkpoint(self.path)
+
+
+class Poison(Callback):
+    """In one step, a gradient of the last rank is not a number."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_after_backward(self, trainer, pl_module):
+        if trainer.global_step == self.step and trainer.global_rank == trainer.world_size - 1:
+            gradient = pl_module.model.layers[0].mlp.up_proj.weight.grad
+            (gradient.to_local() if isinstance(gradient, DTensor) else gradient)[0, 0] = float("nan")
+
+
+def fit(root, corpus, *, resume=None, save=None, save_after=None, poison=None, data=None, model=None, **settings):
+    """What a run did: losses, norms, the last gradients, the weights, and its validation metrics if it validates."""
     seed_everything(0, verbose=False)
     notes = Notes()
-    trainer = make_trainer(root, notes, **trainer_settings)
+    others = [SaveAfter(save_after, save)] if save else []
+    others += [Poison(poison), LossGuard(skip=True)] if poison is not None else []
+    trainer = make_trainer(root, notes, *others, **settings)
     module = language_model(**(model or {}))
     trainer.fit(module, data_module(corpus, **(data or {})), ckpt_path=resume)
-    if save:
-        trainer.save_checkpoint(save)
     weights = {name: whole(value).clone() for name, value in module.model.state_dict().items()}
     metrics = {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
     return {
@@ -135,7 +160,7 @@ def run_job(folder, *runs, ranks=2):
         )
         for rank in range(ranks)
     ]
-    outputs = [process.communicate(timeout=200) for process in processes]
+    outputs = [process.communicate(timeout=120) for process in processes]
     for process, (_, error) in zip(processes, outputs, strict=True):
         assert process.returncode == 0, error.decode()[-3000:]
     return torch.load(result, weights_only=True)
@@ -143,17 +168,8 @@ def run_job(folder, *runs, ranks=2):
 
 def main():
     torch.set_num_threads(1)
-    target, runs = sys.argv[1], json.loads(sys.argv[2])
-    results = [
-        fit(
-            Path(run.pop("root")),
-            Path(run.pop("corpus")),
-            num_nodes=1,
-            devices=int(os.environ.get("RANKS", "2")),
-            **run,
-        )
-        for run in runs
-    ]
+    target, runs, ranks = sys.argv[1], json.loads(sys.argv[2]), int(os.environ["WORLD_SIZE"])
+    results = [fit(Path(run.pop("root")), Path(run.pop("corpus")), devices=ranks, **run) for run in runs]
     if os.environ["LOCAL_RANK"] == "0":
         torch.save(results, target)
 

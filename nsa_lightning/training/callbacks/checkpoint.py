@@ -15,10 +15,17 @@ class RunCheckpoint(ModelCheckpoint):
     Lightning itself leaves it at the last validation: the steps after that would be lost. At SIGTERM or Ctrl-C, on
     any rank, all ranks finish their step, save it and end with status 143 or 130; a validation is broken off and not
     made up for.
+
+    Args:
+        last_every_n_steps: steps between two savings of `last.ckpt`, beside those after a validation: what a run that
+            is killed can lose.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, last_every_n_steps: int | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if last_every_n_steps is not None and last_every_n_steps < 1:
+            raise ValueError(f"checkpoint.last_every_n_steps must be at least 1, got {last_every_n_steps}")
+        self.last_every_n_steps = last_every_n_steps
         self._signals = StopSignals()
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -35,8 +42,11 @@ class RunCheckpoint(ModelCheckpoint):
     ) -> None:
         """Save if it is time to, or time to stop."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        if not trainer.fit_loop._should_accumulate():
-            self._stop_if_told_to(trainer)
+        if trainer.fit_loop._should_accumulate():
+            return
+        if self.last_every_n_steps is not None and trainer.global_step % self.last_every_n_steps == 0:
+            self._save_last_step(trainer)
+        self._stop_if_told_to(trainer)
 
     def on_validation_batch_end(self, trainer: Trainer, *args: Any) -> None:
         """Break off a validation within a fit: it may take longer than there is time to stop."""

@@ -22,7 +22,7 @@ class _Verdict(NamedTuple):
 
     loss: Tensor  # of all ranks
     norm: Tensor  # of the gradient
-    left_out: Tensor  # bool, whether the optimizer leaves its step out
+    left_out: Tensor  # 1 if the optimizer leaves its step out
 
 
 class _Suspect(NamedTuple):
@@ -35,7 +35,8 @@ class _Suspect(NamedTuple):
 class LossGuard(Callback):
     """Leave the weights alone in a step whose loss or gradient is not finite, and end the run; tell of spikes.
 
-    All ranks judge the same reduced numbers and so decide alike. A fused optimizer learns the verdict on the device
+    All ranks decide alike: each judges the reduced loss and the gradient's norm, and one verdict against a step is
+    enough. A fused optimizer learns the verdict on the device
     and the host reads it after the step; before the step of another optimizer the host waits for the device. With
     `trainer.precision: 16-mixed` it is the loss scaler that watches.
 
@@ -73,9 +74,12 @@ class LossGuard(Callback):
         left_out = ~(loss.isfinite() & norm.isfinite())
         if self.skip:
             left_out |= loss > self._limit
+        left_out = left_out.float()
+        if distributed.is_initialized():  # one rank's fault is every rank's, also where gradients are not sharded
+            distributed.all_reduce(left_out, distributed.ReduceOp.MAX)
         self._verdict = _Verdict(loss, norm, left_out)
         if getattr(optimizer, "_step_supports_amp_scaling", False):  # fused: it has a flag for this
-            optimizer.found_inf = left_out.float()  # type: ignore[attr-defined]
+            optimizer.found_inf = left_out  # type: ignore[attr-defined]
         elif left_out:
             optimizer.zero_grad(set_to_none=True)
 
