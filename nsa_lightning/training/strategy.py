@@ -1,15 +1,17 @@
 """`--trainer.strategy fsdp2`: parameters, gradients and optimizer state sharded over all ranks."""
 
 from collections.abc import Generator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed.checkpoint as dcp
 from lightning.pytorch.plugins import MixedPrecision, Precision
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -44,9 +46,10 @@ class FSDP2Strategy(ModelParallelStrategy):
             last; false holds whole float32 gradients on every rank meanwhile.
         save_distributed_checkpoint: every rank writes its own shard into a directory; false gathers one file on
             rank 0.
+        async_checkpoint: train on while a directory is written, from a copy of the shards in host memory.
 
     Raises:
-        ValueError: trainer.precision is another.
+        ValueError: trainer.precision is another, or one file is to be written in the background.
     """
 
     strategy_name = "fsdp2"
@@ -57,8 +60,15 @@ class FSDP2Strategy(ModelParallelStrategy):
         reshard_after_forward: bool = True,
         reduce_every_batch: bool = False,
         save_distributed_checkpoint: bool = True,
+        async_checkpoint: bool = False,
     ) -> None:
         super().__init__(save_distributed_checkpoint=save_distributed_checkpoint)
+        if async_checkpoint and not save_distributed_checkpoint:
+            raise ValueError("async_checkpoint must be false with save_distributed_checkpoint=false, got true")
+        self.async_checkpoint = async_checkpoint
+        self._background = ThreadPoolExecutor(1)
+        self._unfinished: list[Future[Any]] = []
+        self._saving_group: distributed.ProcessGroup | None = None
         self.cpu_offload = cpu_offload
         self.reshard_after_forward = reshard_after_forward
         self.reduce_every_batch = reduce_every_batch
@@ -84,6 +94,13 @@ class FSDP2Strategy(ModelParallelStrategy):
         """All ranks in one data-parallel dimension; Lightning's default would be one a node."""
         self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
         super().setup_environment()
+        if self.async_checkpoint and self._saving_group is None:
+            self._saving_group = distributed.new_group(backend="gloo")
+
+    def teardown(self) -> None:
+        """Wait for the last checkpoint."""
+        self._finish_saving()
+        super().teardown()
 
     def _get_process_group_backend(self) -> str:
         """NCCL for the GPU; gloo beside it, for offloaded shards."""
@@ -154,16 +171,35 @@ class FSDP2Strategy(ModelParallelStrategy):
         if not self._save_distributed_checkpoint:
             super(ModelParallelStrategy, self).save_checkpoint(checkpoint, path, storage_options)
             return
+        self._finish_saving()
         temporary = path.with_name(path.name + ".tmp")
         if self.is_global_zero:
             remove(temporary)
         self.barrier()
         tensors, rest = split(checkpoint, [[name for name, _ in self._ordered(o)] for o in self.optimizers])
-        dcp.save(tensors, checkpoint_id=temporary)
+        written: Future[Any] | None = None
+        if self.async_checkpoint:
+            group = self._saving_group
+            written = cast("Future[Any]", dcp.async_save(tensors, checkpoint_id=temporary, process_group=group))
+            self._unfinished.append(written)
+        else:
+            dcp.save(tensors, checkpoint_id=temporary)
         if self.is_global_zero:
-            save_file(rest, temporary / META)
-            publish(temporary, path)
-        self.barrier()
+            self._unfinished.append(self._background.submit(_complete, written, deepcopy(rest), temporary, path))
+        if not self.async_checkpoint:
+            self._finish_saving()
+            self.barrier()
+
+    def remove_checkpoint(self, filepath: Any) -> None:
+        """Remove a checkpoint, once the one that takes its place is complete."""
+        if self.is_global_zero:
+            self._unfinished.append(self._background.submit(remove, Path(filepath)))
+
+    def _finish_saving(self) -> None:
+        """Wait for what this rank has yet to write; without the others, which may have ended."""
+        unfinished, self._unfinished = self._unfinished, []
+        for part in unfinished:
+            part.result()
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a directory or a file, written by any number of ranks; the parameters are overwritten.
@@ -208,6 +244,14 @@ class FSDP2Strategy(ModelParallelStrategy):
             return value
         whole = value.full_tensor()
         return whole.cpu() if self.is_global_zero else value
+
+
+def _complete(written: Future[Any] | None, rest: dict[str, Any], temporary: Path, path: Path) -> None:
+    """Add to the shards of all ranks what is not sharded, and put the checkpoint in its place."""
+    if written is not None:
+        written.result()  # rank 0 has the table of contents when the others have their shards
+    save_file(rest, temporary / META)
+    publish(temporary, path)
 
 
 StrategyRegistry.register(

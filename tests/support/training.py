@@ -76,6 +76,7 @@ class Notes(Callback):
 STRATEGIES = {
     "fsdp2_one_file": {"save_distributed_checkpoint": False},
     "fsdp2_offload": {"cpu_offload": True},
+    "fsdp2_async": {"async_checkpoint": True},
     "fsdp2_reducing": {"reduce_every_batch": True},
 }
 """Variants of the strategy, by a name that a job can be told."""

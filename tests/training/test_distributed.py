@@ -31,6 +31,7 @@ def jobs(folder, single):
         "ddp": {"strategy": "ddp", "save": str(folder / "ddp.ckpt")} | first,
         "fsdp2": {"strategy": "fsdp2", "save": str(folder / "sharded.ckpt")} | first,
         "one file": {"strategy": "fsdp2_one_file", "save": str(folder / "gathered.ckpt")} | first,
+        "async": {"strategy": "fsdp2_async", "save": str(folder / "async.ckpt")} | first,
         "offload": {"strategy": "fsdp2_offload", "model": {"activation_checkpointing": "block"}},
         "selective": {"strategy": "fsdp2", "model": {"activation_checkpointing": "selective"}},
         "validating": {"strategy": "fsdp2", "limit_val_batches": 1.0, "val_check_interval": 2, "save_after": 4,
@@ -58,7 +59,7 @@ def assert_same_run(actual, expected, *, steps=ALL, tolerance=1e-4):
             torch.testing.assert_close(actual[name][key], value, rtol=0, atol=tolerance * float(value.abs().max()))
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp2", "one file", "offload", "selective", "validating"])
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", "one file", "async", "offload", "selective", "validating"])
 def test_two_ranks_train_as_one(jobs, single, name):
     assert_same_run(jobs[name], single)
     assert single["norms"][0] > 0.5  # the norm at which the test's trainer clips
@@ -99,7 +100,7 @@ def test_two_ranks_go_on_from_any_checkpoint(jobs, single, name):
     assert_same_run(jobs[name], single, steps=ALL - FIRST)
 
 
-@pytest.mark.parametrize("name", ["ddp", "sharded", "gathered"])
+@pytest.mark.parametrize("name", ["ddp", "sharded", "gathered", "async"])
 def test_one_process_goes_on_from_a_checkpoint_of_two(jobs, single, folder, name):
     resumed = fit(folder / "resumed", folder / "corpus", **SCHEDULED, resume=str(folder / f"{name}.ckpt"))
     assert_same_run(resumed, single, steps=ALL - FIRST)
