@@ -142,7 +142,7 @@ class LanguageModel(LightningModule):
 
     def _log_metrics(self, stage: str) -> None:
         values = {f"{stage}/{name}": value for name, value in self.metrics.compute().items()}
-        self.log_dict(values, prog_bar=True)
+        self.log_dict(values, prog_bar=True, sync_dist=True)
         self.metrics.reset()
 
     def predict_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:

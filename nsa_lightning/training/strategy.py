@@ -148,8 +148,18 @@ class FSDP2Strategy(ModelParallelStrategy):
         """Nothing is left to do: `load_checkpoint` writes into the parameters."""
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Take over the optimizers' state."""
-        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+        """Take over the optimizers' state.
+
+        Raises:
+            ValueError: the checkpoint holds weights alone.
+        """
+        states = checkpoint.get("optimizer_states", [])
+        if len(states) != len(self.optimizers):
+            raise ValueError(
+                f"ckpt_path must hold the state of {len(self.optimizers)} optimizer to train on, got {len(states)}; "
+                "was it saved with checkpoint.save_weights_only?"
+            )
+        for optimizer, state in zip(self.optimizers, states, strict=True):
             optimizer.load_state_dict(state)
 
     def lightning_module_state_dict(self) -> dict[str, Any]:

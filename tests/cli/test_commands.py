@@ -193,11 +193,12 @@ def test_two_processes_train_and_report(workplace):
 @pytest.mark.parametrize(("signum", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_run_that_is_told_to_stop_saves_and_does_not_look_finished(workplace, signum, status):
     command = [sys.executable, "-m", "nsa_cli.main", "fit", "--config", "small.yaml", "--data.sources", '["texts"]']
-    run = subprocess.Popen([*command, *LOGGED, "--trainer.max_steps", "1000000"], stderr=subprocess.DEVNULL)
+    command += [*LOGGED, "--trainer.max_steps", "1000000", "--data.num_workers", "1"]
+    run = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
     deadline = time.monotonic() + 120
     while not list(workplace.glob("runs/**/last.ckpt")) and run.poll() is None and time.monotonic() < deadline:
         time.sleep(0.2)
-    run.send_signal(signum)
+    os.killpg(run.pid, signum)  # as a scheduler and a terminal do: to the process that makes batches too
     assert run.wait(timeout=60) == status
     (path,) = workplace.glob("runs/**/last.ckpt")
     assert torch.load(path, weights_only=True)["global_step"] >= 3

@@ -3,6 +3,13 @@
 import pytest
 import torch
 from support.training import fit, run_job, write_corpus
+from torch import distributed
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from nsa_lightning.model.transformer import Transformer, TransformerConfig
+from nsa_lightning.training.sharding import shard_transformer
 
 FIRST, ALL = 3, 5  # steps before the checkpoint, and in all
 SCHEDULED = {"max_steps": ALL, "max_epochs": -1}
@@ -104,6 +111,31 @@ def test_two_ranks_go_on_from_any_checkpoint(jobs, single, name):
 def test_one_process_goes_on_from_a_checkpoint_of_two(jobs, single, folder, name):
     resumed = fit(folder / "resumed", folder / "corpus", **SCHEDULED, resume=str(folder / f"{name}.ckpt"))
     assert_same_run(resumed, single, steps=ALL - FIRST)
+
+
+def test_seventy_billion_weights_are_built_without_memory_and_shared_evenly():
+    """Over 64 ranks, of which this process plays one; the block summaries have 8 KV heads to share."""
+    distributed.init_process_group("fake", rank=0, world_size=64, store=FakeStore())
+    try:
+        with torch.device("meta"):
+            model = Transformer(
+                TransformerConfig(
+                    vocab_size=128256,
+                    hidden_size=8192,
+                    num_layers=80,
+                    num_heads=64,
+                    num_kv_heads=8,
+                    intermediate_size=28672,
+                    tie_embeddings=False,
+                )
+            )
+        mesh = init_device_mesh("cpu", (64,))
+        shard_transformer(model, mesh, MixedPrecisionPolicy(param_dtype=torch.bfloat16), OffloadPolicy())
+        parameters = list(model.parameters())
+        assert all(p.is_meta for p in parameters)
+        assert sum(p.to_local().numel() for p in parameters) < 1.002 * sum(p.numel() for p in parameters) / 64
+    finally:
+        distributed.destroy_process_group()
 
 
 def test_a_checkpoint_saved_after_validation_resumes(jobs, single, folder):

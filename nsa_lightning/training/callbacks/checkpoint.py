@@ -57,6 +57,13 @@ class RunCheckpoint(ModelCheckpoint):
         """Save the last step unless it is saved already."""
         super().on_train_end(trainer, pl_module)
         self._save_last_step(trainer)
+        self._signals.release()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave nothing behind that keeps the process from ending."""
+        super().on_exception(trainer, pl_module, exception)
+        self._signals.release()
+        self._signals.abandon_workers()
 
     def _stop_if_told_to(self, trainer: Trainer) -> None:
         signum = self._signals.agreed()

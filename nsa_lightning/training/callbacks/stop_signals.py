@@ -1,5 +1,6 @@
 """SIGTERM and Ctrl-C: noted when they come, acted on between two steps by all ranks together."""
 
+import multiprocessing
 import signal
 import threading
 from types import FrameType
@@ -21,20 +22,36 @@ class StopRequested(SIGTERMException):
 
 
 class StopSignals:
-    """Takes the place of Lightning's handler, which talks to the other ranks in the middle of whatever they do."""
+    """Takes the place of Lightning's handler, which talks to the other ranks in the middle of whatever they do.
+
+    SIGTERM is blocked as well: processes that make batches inherit that. Schedulers send it to them too, and the step
+    could not be finished if they ended.
+    """
 
     def __init__(self) -> None:
         self._received = 0
         self._group: distributed.ProcessGroup | None = None
 
     def install(self) -> None:
-        """Note the signals from now on; Lightning puts the previous handlers back when the run ends. On every rank."""
+        """Note the signals from now on, on every rank; Lightning puts the previous handlers back when the run ends."""
         if distributed.is_initialized() and self._group is None:
             self._group = distributed.new_group(backend="gloo")  # on the host: no wait for the device
         self._received = 0
         if threading.current_thread() is threading.main_thread():
             for signum in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(signum, self._note)
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def release(self) -> None:
+        """Let SIGTERM through again; before the previous handlers are back, for one may be waiting."""
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+
+    def abandon_workers(self) -> None:
+        """End the processes that make batches: they are deaf to SIGTERM, and Python would wait for them at its exit."""
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise
+        for process in multiprocessing.active_children():
+            process.kill()
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         if signum == self._received == signal.SIGINT:  # the second Ctrl-C does not wait
@@ -43,6 +60,8 @@ class StopSignals:
 
     def agreed(self) -> int:
         """The signal that some rank has received, the same on every rank; 0 for none."""
+        if signal.SIGTERM in signal.sigpending():
+            self._received = signal.SIGTERM
         if self._group is None:
             return self._received
         received = torch.tensor(self._received)
