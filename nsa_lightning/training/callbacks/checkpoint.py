@@ -60,10 +60,9 @@ class RunCheckpoint(ModelCheckpoint):
         self._signals.release()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave nothing behind that keeps the process from ending."""
+        """SIGTERM ends the process again."""
         super().on_exception(trainer, pl_module, exception)
         self._signals.release()
-        self._signals.abandon_workers()
 
     def _stop_if_told_to(self, trainer: Trainer) -> None:
         signum = self._signals.agreed()

@@ -1,5 +1,6 @@
 """SIGTERM and Ctrl-C: noted when they come, acted on between two steps by all ranks together."""
 
+import atexit
 import multiprocessing
 import signal
 import threading
@@ -41,17 +42,12 @@ class StopSignals:
             for signum in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(signum, self._note)
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+            atexit.unregister(_abandon_workers)
+            atexit.register(_abandon_workers)
 
     def release(self) -> None:
         """Let SIGTERM through again; before the previous handlers are back, for one may be waiting."""
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
-
-    def abandon_workers(self) -> None:
-        """End the processes that make batches: they are deaf to SIGTERM, and Python would wait for them at its exit."""
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise
-        for process in multiprocessing.active_children():
-            process.kill()
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         if signum == self._received == signal.SIGINT:  # the second Ctrl-C does not wait
@@ -67,3 +63,10 @@ class StopSignals:
         received = torch.tensor(self._received)
         distributed.all_reduce(received, distributed.ReduceOp.MAX, group=self._group)
         return int(received)
+
+
+def _abandon_workers() -> None:
+    """End the processes that make batches: they are deaf to SIGTERM, and Python would wait for them at its exit."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise
+    for process in multiprocessing.active_children():
+        process.kill()
