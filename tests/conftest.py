@@ -8,6 +8,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read as Triton is imported, which no test has done yet
 
+with torch.device("cpu"):
+    torch.empty(0)  # device contexts list the functions they change at their first use: before these are patched below
+
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread_a_worker():

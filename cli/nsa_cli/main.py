@@ -9,7 +9,10 @@ _TRAINER_COMMANDS = {
     "predict": "score each piece of a validation document with a checkpoint",
 }
 
-_OTHER_COMMANDS = {"bench": "check and time the attention operator: nsa bench kernels"}
+_OTHER_COMMANDS = {
+    "bench": "check and time the attention operator: nsa bench kernels",
+    "consolidate": "write a sharded checkpoint as one file",
+}
 
 _HELP = """usage: nsa COMMAND [options]
 
@@ -47,6 +50,10 @@ def main() -> int:
         from nsa_cli.bench import run as run_benchmark
 
         return run_benchmark()
+    if command == "consolidate":
+        from nsa_cli.consolidate import run as run_consolidate
+
+        return run_consolidate()
     names = ", ".join(_TRAINER_COMMANDS | _OTHER_COMMANDS)
     print(f"nsa: error: no command {command!r}; the commands are {names}", file=sys.stderr)
     return 2

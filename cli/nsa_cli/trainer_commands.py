@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from jsonargparse import set_parsing_settings
+from jsonargparse import Namespace, set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.plugins import CheckpointIO
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from nsa_cli.errors import print_error, raised_by_own_code
@@ -20,13 +22,16 @@ from nsa_lightning.training.callbacks import (
     DocumentScores,
     FitReport,
     GateMonitor,
+    LossGuard,
     RunCheckpoint,
     TokenThroughput,
 )
+from nsa_lightning.training.checkpoints import RunCheckpointIO, find_best, find_last, read_summary
 from nsa_lightning.training.module import LanguageModel
 from nsa_lightning.training.optimizer import ADAMW_DEFAULTS
 
-_CHECKPOINT_WORDS = ("best", "last", "hpc", "registry")
+_FOREIGN_WORDS = ("hpc", "registry")
+"""Words for a checkpoint that Lightning knows and we do not."""
 
 
 class NSAParser(LightningArgumentParser):
@@ -63,6 +68,7 @@ class NSACommandLine(LightningCLI):
         """Add the callbacks that every run has, and tie settings that must agree."""
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.add_lightning_class_args(GateMonitor, "gate_monitor")
+        parser.add_lightning_class_args(LossGuard, "loss_guard")
         parser.add_lightning_class_args(TokenThroughput, "throughput")
         parser.add_lightning_class_args(LearningRateMonitor, "learning_rate_monitor")
         parser.add_lightning_class_args(DocumentScores, "document_scores")
@@ -97,17 +103,23 @@ class NSACommandLine(LightningCLI):
                 "the learning-rate schedule ends there. Set --trainer.max_steps"
             )
         path = config.get("ckpt_path")
-        if path:
+        if path in ("best", "last"):
+            config.ckpt_path = _find_checkpoint(path, _run_directory(config), required=self.subcommand != "fit")
+        elif path:
             _check_checkpoint(Path(path))
         elif self.subcommand != "fit":
             raise ValueError("ckpt_path must name the checkpoint to measure, got none. Set --ckpt_path")
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
-        """Leave out the callbacks that the trainer's own switches turn off."""
+        """Leave out the callbacks that the trainer's own switches turn off; write checkpoints our way."""
         if config.get("logger") is False:
             callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]
         if config.get("enable_checkpointing") is False:
             callbacks = [callback for callback in callbacks if not isinstance(callback, ModelCheckpoint)]
+        plugins = config.get("plugins") or []
+        plugins = plugins if isinstance(plugins, list) else [plugins]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            config["plugins"] = [*plugins, RunCheckpointIO()]
         return super()._instantiate_trainer(config, callbacks)
 
     def _parse_ckpt_path(self) -> None:
@@ -137,27 +149,39 @@ def run() -> int:
             raise
         print_error(sys.argv[1], str(error))
         return 2
-    except SIGTERMException:  # Lightning has ended the run after its batch
-        return 128 + signal.SIGTERM
+    except SIGTERMException as stop:  # the run has ended after its batch
+        return stop.code if isinstance(stop.code, int) else 128 + signal.SIGTERM
     return 0
 
 
 def _check_checkpoint(path: Path) -> None:
     """Refuse what is no checkpoint of `nsa fit`, before anything is read that takes long."""
-    if str(path) in _CHECKPOINT_WORDS:
-        raise ValueError(f"ckpt_path must be the path of a checkpoint, got the word {path}")
+    if str(path) in _FOREIGN_WORDS:
+        raise ValueError(f"ckpt_path must be the path of a checkpoint, best or last, got the word {path}")
     if not path.exists():
         raise ValueError(f"ckpt_path must be an existing checkpoint, got {path}")
-    if path.is_dir():
-        raise ValueError(f"ckpt_path must be a file, got the directory {path}")
-    try:
-        keys = set(torch.load(path, mmap=True, weights_only=True, map_location="meta"))
-    except Exception as error:  # anything may stand in a file: what went wrong is said, and the file is named
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise ValueError(f"ckpt_path must be a checkpoint of nsa fit, got {path}: {reason}") from error
-    missing = {"state_dict", "pytorch-lightning_version"} - keys
-    if missing:
-        raise ValueError(f"ckpt_path must be a checkpoint of nsa fit, got {path}, which lacks {sorted(missing)}")
+    read_summary(path)
+
+
+def _find_checkpoint(word: str, root: Path, required: bool) -> str | None:
+    """The best or last complete checkpoint of all versions of a run; none where a run may start anew."""
+    path = {"best": find_best, "last": find_last}[word](root)
+    if path is None and required:
+        raise ValueError(f"ckpt_path={word} needs a complete checkpoint under {root}, there is none")
+    rank_zero_info(f"ckpt_path={word}: {path}" if path else f"ckpt_path={word}: nothing under {root}, starting anew")
+    return str(path) if path else None
+
+
+def _run_directory(config: Namespace) -> Path:
+    """Where runs with this config write their checkpoints, whatever their version."""
+    logger = config.trainer.logger[0] if isinstance(config.trainer.logger, list) else config.trainer.logger
+    root = config.trainer.default_root_dir or "."
+    if config.checkpoint.dirpath is not None:
+        return Path(config.checkpoint.dirpath)
+    if logger is False:
+        return Path(root, "checkpoints")
+    settings = logger.get("init_args", Namespace()) if isinstance(logger, Namespace) else Namespace()
+    return Path(settings.get("save_dir") or root, settings.get("name", "lightning_logs") or "")
 
 
 def _is_deliberate(error: Exception) -> bool:

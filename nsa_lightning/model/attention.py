@@ -133,14 +133,11 @@ class BlockSummary(nn.Module):
         self.in_bias = nn.Parameter(torch.zeros(num_kv_heads, hidden))
         self.out_weight = nn.Parameter(torch.zeros(num_kv_heads, hidden, head_dim)) if mlp else None
         self.out_bias = nn.Parameter(torch.zeros(num_kv_heads, head_dim)) if mlp else None
-        self.reset_parameters()
 
-    def reset_parameters(self) -> None:
-        """Zero e and the last layer of f, so that the summary starts as the mean."""
-        for parameter in self.parameters():
-            nn.init.zeros_(parameter)
-        if self.out_weight is not None:
-            nn.init.normal_(self.in_weight, std=self.in_weight.shape[1] ** -0.5)
+    @property
+    def in_std(self) -> float:
+        """Deviation of the first layer's weights to begin with; everything else is 0, so the summary is the mean."""
+        return self.in_weight.shape[1] ** -0.5 if self.out_weight is not None else 0.0
 
     @property
     def multiplied_weights(self) -> int:

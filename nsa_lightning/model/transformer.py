@@ -1,20 +1,23 @@
 """The decoder: pre-norm blocks of attention and SwiGLU, as Llama 2/3, Mistral, Qwen2 and Qwen3 have them."""
 
-import math
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
+import torch
 from nsa_kernels.packing import batch_layout, compressed_block_centres
 from torch import Tensor, nn
 
 from nsa_lightning.model.attention import (
     AttentionKind,
+    BlockSummary,
     LayerShape,
     NSALayerConfig,
     PackedContext,
     build_attention,
 )
 from nsa_lightning.model.feed_forward import FeedForward
+from nsa_lightning.model.initialization import fill_normal
+from nsa_lightning.model.recompute import Recompute, recomputed
 from nsa_lightning.model.rope import RopeConfig, RotaryEmbedding
 from nsa_lightning.model.statistics import BranchStatistics
 
@@ -152,8 +155,9 @@ class TransformerConfig:
 class Block(nn.Module):
     """One decoder layer: x + attention(norm(x)), then x + feed_forward(norm(x))."""
 
-    def __init__(self, config: TransformerConfig, attention: AttentionKind) -> None:
+    def __init__(self, config: TransformerConfig, attention: AttentionKind, recompute: Recompute = "none") -> None:
         super().__init__()
+        self.recompute = recompute
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.self_attn = build_attention(attention, config.layer_shape, config.nsa, config.sliding_window)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
@@ -161,6 +165,9 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, context: PackedContext, watch: bool) -> tuple[Tensor, BranchStatistics | None]:
         """[T, hidden_size] -> [T, hidden_size], and the statistics of an NSA layer if `watch`."""
+        return recomputed(self.recompute, self._layer, x, context, watch)
+
+    def _layer(self, x: Tensor, context: PackedContext, watch: bool) -> tuple[Tensor, BranchStatistics | None]:
         attended, statistics = self.self_attn(self.input_layernorm(x), context, watch)
         x = x + attended
         return x + self.mlp(self.post_attention_layernorm(x)), statistics
@@ -174,34 +181,53 @@ class TransformerOutput(NamedTuple):
 
 
 class Transformer(nn.Module):
-    """The decoder without its loss. Parameters carry the names of Hugging Face checkpoints."""
+    """The decoder without its loss. Parameters carry the names of Hugging Face checkpoints.
 
-    def __init__(self, config: TransformerConfig) -> None:
+    Args:
+        config: sizes and choices.
+        recompute: what backward computes again instead of keeping it.
+    """
+
+    def __init__(self, config: TransformerConfig, recompute: Recompute = "none") -> None:
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, kind) for kind in config.layer_attention)
+        self.layers = nn.ModuleList(Block(config, kind, recompute) for kind in config.layer_attention)
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.rotary = RotaryEmbedding(config.rope, config.query_head_dim)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
-        self.init_weights()
+        if not self.norm.weight.is_meta:
+            self.init_weights()
 
-    def init_weights(self) -> None:
+    def init_weights(self, seed: int | None = None) -> None:
         """Normal weights of deviation 1 / sqrt(inputs), those that write to the residual stream smaller.
 
-        Their deviation is divided by sqrt(2 · layers).
+        Their deviation is divided by sqrt(2 · layers). Every parameter has its own generator: its numbers depend on
+        the seed and its name, not on how the model is sharded.
+
+        Args:
+            seed: drawn from torch's own generator if not given.
         """
-        residual = 1 / math.sqrt(2 * self.config.num_layers)
-        for name, module in self.named_modules():
-            if isinstance(module, nn.Embedding):  # its width counts as inputs: tied, it is the output layer too
-                nn.init.normal_(module.weight, std=module.embedding_dim**-0.5)
-            elif isinstance(module, nn.Linear):
-                scale = residual if name.endswith(("o_proj", "down_proj")) else 1.0
-                nn.init.normal_(module.weight, std=scale * module.in_features**-0.5)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        seed = int(torch.randint(2**62, ())) if seed is None else seed
+        for name, parameter in self.named_parameters():
+            fill_normal(parameter, *self._first_values(name), seed, name)
+
+    def _first_values(self, name: str) -> tuple[float, float]:
+        """Mean and deviation of the parameter of that name."""
+        path, _, kind = name.rpartition(".")
+        module = self.get_submodule(path)
+        if isinstance(module, nn.RMSNorm):
+            return 1.0, 0.0
+        if isinstance(module, nn.Embedding):  # its width counts as inputs: tied, it is the output layer too
+            return 0.0, module.embedding_dim**-0.5
+        if isinstance(module, nn.Linear) and kind == "weight":
+            scale = (2 * self.config.num_layers) ** -0.5 if path.endswith(("o_proj", "down_proj")) else 1.0
+            return 0.0, scale * module.in_features**-0.5
+        if isinstance(module, BlockSummary) and kind == "in_weight":
+            return 0.0, module.in_std
+        return 0.0, 0.0
 
     @property
     def output_embedding(self) -> Tensor:

@@ -1,6 +1,7 @@
 """The LightningModule: it wires the decoder, its loss, optimizer and metrics together, and nothing more."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,16 +10,21 @@ from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from nsa_lightning.data.batch import IGNORE_INDEX, PackedBatch
 from nsa_lightning.model.flops import training_flops
+from nsa_lightning.model.initialization import materialise
 from nsa_lightning.model.loss import summed_cross_entropy, token_cross_entropy
+from nsa_lightning.model.recompute import Recompute
 from nsa_lightning.model.statistics import BranchStatistics
 from nsa_lightning.model.transformer import Transformer, TransformerConfig, TransformerOutput
+from nsa_lightning.training.checkpoints import check_same_sizes
 from nsa_lightning.training.metrics import LanguageModelingMetrics
 from nsa_lightning.training.optimizer import ADAMW_DEFAULTS, Schedule, WarmupCosine, parameter_groups
+from nsa_lightning.training.strategy import FSDP2Strategy
 
 
 class LanguageModel(LightningModule):
@@ -29,6 +35,8 @@ class LanguageModel(LightningModule):
         optimizer: any torch optimizer; weight decay goes to matrices only.
         schedule: learning rate over the run, WarmupCosine or WarmupStableDecay; needs trainer.max_steps.
         compile: compile every decoder block with torch.compile.
+        activation_checkpointing: what backward computes again to save memory: `none`, every `block`, or `selective`,
+            which keeps attention outputs and chosen blocks and computes the rest of a block again.
     """
 
     def __init__(
@@ -37,6 +45,7 @@ class LanguageModel(LightningModule):
         optimizer: OptimizerCallable = lambda params: AdamW(params, **ADAMW_DEFAULTS),
         schedule: Schedule = WarmupCosine(),  # noqa: B008 (not changed after its creation)
         compile: bool = False,
+        activation_checkpointing: Recompute = "none",
     ) -> None:
         super().__init__()
         if isinstance(transformer, dict):  # load_from_checkpoint hands over the saved settings
@@ -46,19 +55,36 @@ class LanguageModel(LightningModule):
         self.optimizer_callable = optimizer
         self.schedule = schedule
         self.compile_blocks = compile
+        self.activation_checkpointing = activation_checkpointing
         self.model: Transformer | None = None
         self.metrics = LanguageModelingMetrics()
         self.watch_attention = False
+        self.before_step: Callable[[Optimizer, Tensor, Tensor], None] | None = None  # optimizer, loss, gradient norm
         self.attention_statistics: dict[int, BranchStatistics] = {}
         self._cu_seqlens: Tensor | None = None
 
     def configure_model(self) -> None:
-        """Build the decoder, once."""
-        if self.model is None:
-            self.model = Transformer(self.transformer_config)
-            if self.compile_blocks:
-                for block in self.model.layers:
-                    block.compile()
+        """Build the decoder, once, sharded if the strategy says so: on the meta device, then its weights in place.
+
+        The first weights depend on rank 0's seed alone, not on the number of ranks.
+        """
+        if self.model is not None:
+            return
+        with torch.device("meta"):
+            model = Transformer(self.transformer_config, self.activation_checkpointing)
+        if self.compile_blocks:
+            for block in model.layers:
+                block.compile()
+        seed, device = torch.initial_seed(), torch.device("cpu")
+        if self._trainer is not None:
+            strategy = self._trainer.strategy
+            seed, device = strategy.broadcast(seed), strategy.root_device
+            if isinstance(strategy, FSDP2Strategy):
+                strategy.shard(model)
+                device = strategy.parameter_device
+        materialise(model, device)
+        model.init_weights(seed)
+        self.model = model
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer over two parameter groups, and the schedule stepped after every optimizer step."""
@@ -82,13 +108,22 @@ class LanguageModel(LightningModule):
         return nats, (batch.targets != IGNORE_INDEX).sum(), output
 
     def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
-        """Mean loss over the scored tokens of this rank's batch; 0 for a batch that is all padding."""
+        """This rank's share of the mean loss over the scored tokens of all ranks; logs that mean.
+
+        Strategies average gradients over the ranks, so the share is scaled by their number: the gradient is that of
+        one process with the same sequences. A batch that is all padding has loss 0.
+        """
         nats, tokens, output = self.summed_loss(batch, self.watch_attention)
-        loss = nats / tokens.clamp(min=1)
-        self.log("train/loss", loss, prog_bar=True)
+        total = torch.stack([nats.detach().double(), tokens.double()])
+        if torch.distributed.is_initialized():  # not through the strategy, which would wait for the device
+            torch.distributed.all_reduce(total)
+        global_nats, global_tokens = total.float().unbind()
+        global_tokens = global_tokens.clamp(min=1)
+        self.global_loss = global_nats / global_tokens
+        self.log("train/loss", self.global_loss, prog_bar=True)
         self.attention_statistics = output.statistics
         self._cu_seqlens = batch.cu_seqlens
-        return loss
+        return nats * (self.trainer.world_size / global_tokens)
 
     def validation_step(self, batch: PackedBatch, batch_idx: int) -> None:
         """Add the batch to the metrics."""
@@ -107,7 +142,7 @@ class LanguageModel(LightningModule):
 
     def _log_metrics(self, stage: str) -> None:
         values = {f"{stage}/{name}": value for name, value in self.metrics.compute().items()}
-        self.log_dict(values, prog_bar=True)
+        self.log_dict(values, prog_bar=True, sync_dist=True)
         self.metrics.reset()
 
     def predict_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
@@ -136,25 +171,18 @@ class LanguageModel(LightningModule):
             return
         parameters = [p for p in self.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         self.log("train/grad_norm", norm)
         if gradient_clip_val and gradient_clip_algorithm == "value":
             torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val)
         elif gradient_clip_val:
             torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
+        if self.before_step is not None and getattr(self.trainer.precision_plugin, "scaler", None) is None:
+            self.before_step(optimizer, self.global_loss, norm)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another model, naming what differs."""
-        own, loaded = self.state_dict(), checkpoint["state_dict"]
-        differing = [
-            f"{name} is {_shape(loaded, name)} in the checkpoint and {_shape(own, name)} in the model"
-            for name in sorted(own.keys() | loaded.keys())
-            if _shape(own, name) != _shape(loaded, name)
-        ]
-        if differing:
-            raise ValueError(
-                f"ckpt_path must hold a model of the configured sizes; {len(differing)} parameters differ, "
-                f"first: {'; '.join(differing[:3])}. Check model.transformer and data.tokenizer"
-            )
+        check_same_sizes(checkpoint["state_dict"], self.state_dict())
         saved = checkpoint.get("hyper_parameters", {}).get("transformer", {})
         changed = _differences(saved, dataclasses.asdict(self.transformer_config))
         if changed:
@@ -184,7 +212,3 @@ def _differences(saved: dict[str, Any], current: dict[str, Any], prefix: str = "
         elif old != new:
             found.append(f"{prefix}{name} was {old}, is {new}")
     return found
-
-
-def _shape(state: dict[str, Any], name: str) -> str:
-    return str(tuple(state[name].shape)) if name in state else "missing"

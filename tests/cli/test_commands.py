@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -11,6 +12,8 @@ import pytest
 import torch
 import yaml
 from nsa_cli.main import main
+
+from nsa_lightning.model.transformer import Transformer, TransformerConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -107,8 +110,11 @@ def test_validate_and_predict_read_what_fit_wrote(workplace, monkeypatch, capsys
         (["--trainer.accelerator", "gpu"], "trainer.accelerator must name hardware that PyTorch can use, got gpu"),
         (["--model.schedule", "WarmupCosine", "--model.schedule.final_ratio", "2"], "final_ratio must be from 0 to 1"),
         (["--data.tokenizer.path", "missing.json"], "missing.json"),
-        (["--ckpt_path", "last"], "ckpt_path must be the path of a checkpoint, got the word last"),
-        (["--ckpt_path", "texts"], "ckpt_path must be a file, got the directory texts"),
+        (["--ckpt_path", "hpc"], "ckpt_path must be the path of a checkpoint, best or last, got the word hpc"),
+        (["--ckpt_path", "texts"], "ckpt_path must be a checkpoint of nsa fit, got the directory texts"),
+        (["--trainer.strategy", "fsdp2", "--trainer.precision", "bf16-true"],
+         "trainer.precision must be 32-true or bf16-mixed with trainer.strategy=fsdp2, got bf16-true"),
+        (["--loss_guard.spike_ratio", "1"], "loss_guard.spike_ratio must be above 1, got 1.0"),
         (["--ckpt_path", "small.yaml"], "ckpt_path must be a checkpoint of nsa fit, got small.yaml: "),
         (["--trainer.max_steps", "-1", "--trainer.max_epochs", "1"], "trainer.max_steps must be at least 1, got -1"),
     ],
@@ -184,14 +190,16 @@ def test_two_processes_train_and_report(workplace):
     assert list(workplace.glob("runs/**/last.ckpt"))
 
 
-def test_a_run_that_is_terminated_does_not_look_finished(workplace):
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_run_that_is_told_to_stop_saves_and_does_not_look_finished(workplace, signum, status):
     command = [sys.executable, "-m", "nsa_cli.main", "fit", "--config", "small.yaml", "--data.sources", '["texts"]']
-    run = subprocess.Popen([*command, *LOGGED, "--trainer.max_steps", "1000000"], stderr=subprocess.DEVNULL)
+    command += [*LOGGED, "--trainer.max_steps", "1000000", "--data.num_workers", "1"]
+    run = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
     deadline = time.monotonic() + 120
     while not list(workplace.glob("runs/**/last.ckpt")) and run.poll() is None and time.monotonic() < deadline:
         time.sleep(0.2)
-    run.terminate()
-    assert run.wait(timeout=60) == 143
+    os.killpg(run.pid, signum)  # as a scheduler and a terminal do: to the process that makes batches too
+    assert run.wait(timeout=60) == status
     (path,) = workplace.glob("runs/**/last.ckpt")
     assert torch.load(path, weights_only=True)["global_step"] >= 3
 
@@ -250,6 +258,19 @@ def test_every_shipped_config_is_accepted(config, monkeypatch, capsys):
     written = yaml.safe_load(config.read_text())
     assert printed["data"]["seq_len"] == written["data"]["seq_len"]
     assert printed["model"]["transformer"]["hidden_size"] == written["model"]["transformer"]["hidden_size"]
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"), [("150m", 0.15), ("1b", 1.3), ("8b", 8.9), ("70b", 71.4), ("paper", 4.0)]
+)
+def test_recipes_have_the_parameters_that_they_say(name, billions, monkeypatch, capsys):
+    """1b, 8b and 70b as Llama's with the parts that NSA adds: own keys and values for the branches, block summaries."""
+    assert run(monkeypatch, "fit", "--config", str(CONFIGS / f"nsa_{name}.yaml"), "--print_config") == 0
+    settings = yaml.safe_load(capsys.readouterr().out)
+    vocabulary = {"vocab_size": settings["data"]["tokenizer"]["vocab_size"]}
+    with torch.device("meta"):
+        model = Transformer(TransformerConfig.from_dict(settings["model"]["transformer"] | vocabulary))
+    assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, rel=0.04)
 
 
 @pytest.mark.skipif(os.environ.get("CI") == "true", reason="a shared machine's clock is no measure")

@@ -1,17 +1,75 @@
-"""Checkpoints: the best by validation, and the last step of the run whatever it was."""
+"""Checkpoints: the best by validation, and the last step of the run whatever ended it."""
+
+from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
+
+from nsa_lightning.training.callbacks.stop_signals import StopRequested, StopSignals
 
 
 class RunCheckpoint(ModelCheckpoint):
-    """Lightning's ModelCheckpoint that also writes `last.ckpt` where training ends.
+    """Lightning's ModelCheckpoint that also writes `last.ckpt` where training ends or is told to.
 
-    Lightning itself leaves it at the last validation: the steps after that would be lost.
+    Lightning itself leaves it at the last validation: the steps after that would be lost. At SIGTERM or Ctrl-C, on
+    any rank, all ranks finish their step, save it and end with status 143 or 130; a validation is broken off and not
+    made up for.
+
+    Args:
+        last_every_n_steps: steps between two savings of `last.ckpt`, beside those after a validation: what a run that
+            is killed can lose.
     """
+
+    def __init__(self, *args: Any, last_every_n_steps: int | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if last_every_n_steps is not None and last_every_n_steps < 1:
+            raise ValueError(f"checkpoint.last_every_n_steps must be at least 1, got {last_every_n_steps}")
+        self.last_every_n_steps = last_every_n_steps
+        self._signals = StopSignals()
+
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Watch for signals from the first batch on."""
+        self._signals.install()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Watch for signals, where nothing was validated first."""
+        super().on_train_start(trainer, pl_module)
+        self._signals.install()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save if it is time to, or time to stop."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if trainer.fit_loop._should_accumulate():
+            return
+        if self.last_every_n_steps is not None and trainer.global_step % self.last_every_n_steps == 0:
+            self._save_last_step(trainer)
+        self._stop_if_told_to(trainer)
+
+    def on_validation_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        """Break off a validation within a fit: it may take longer than there is time to stop."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._stop_if_told_to(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the last step unless it is saved already."""
         super().on_train_end(trainer, pl_module)
+        self._save_last_step(trainer)
+        self._signals.release()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """SIGTERM ends the process again."""
+        super().on_exception(trainer, pl_module, exception)
+        self._signals.release()
+
+    def _stop_if_told_to(self, trainer: Trainer) -> None:
+        signum = self._signals.agreed()
+        if signum:
+            self._save_last_step(trainer)
+            raise StopRequested(trainer, signum)
+
+    def _save_last_step(self, trainer: Trainer) -> None:
         if self._last_global_step_saved != trainer.global_step and not self._should_skip_saving_checkpoint(trainer):
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))

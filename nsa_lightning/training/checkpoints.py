@@ -1,0 +1,148 @@
+"""Checkpoints on disk: written beside their predecessor and then put in its place, found again by a new run."""
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.plugins import TorchCheckpointIO
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from nsa_lightning.training.sharded_checkpoint import META, read_contents, read_meta, read_whole
+
+
+def save_file(content: Any, path: Path) -> None:
+    """Write a file that is either the old one or the new one, whole, whenever the process ends."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    publish(temporary, path)
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Put a complete checkpoint in the place of the previous one.
+
+    A directory cannot be replaced in one step: for a moment the previous one has the suffix `.old`, where
+    `find_checkpoints` sees it.
+    """
+    old = path.with_name(path.name + ".old")
+    if path.is_dir():
+        remove(old)
+        path.rename(old)
+    temporary.replace(path)
+    remove(old)
+
+
+def remove(path: Path) -> None:
+    """Remove a checkpoint, be it a file or a directory, or nothing."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def read_summary(path: Path) -> dict[str, Any]:
+    """A checkpoint without the numbers in its tensors.
+
+    Raises:
+        ValueError: it is incomplete, or none of ours.
+    """
+    if path.is_dir() and not (path / META).is_file():
+        raise ValueError(f"ckpt_path must be a checkpoint of nsa fit, got the directory {path}, which lacks {META}")
+    try:
+        if path.is_dir():
+            summary = read_meta(path)
+            shapes = {name: torch.empty(entry.size, device="meta") for name, entry in read_contents(path).items()}
+            prefix = "state_dict."
+            own = {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
+            summary["state_dict"] = own
+        else:
+            summary = torch.load(path, mmap=True, weights_only=True, map_location="meta")
+    except Exception as error:  # anything may stand in a file: what went wrong is said, and the file is named
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise ValueError(f"ckpt_path must be a checkpoint of nsa fit, got {path}: {reason}") from error
+    missing = {"state_dict", "pytorch-lightning_version"} - set(summary)
+    if missing:
+        raise ValueError(f"ckpt_path must be a checkpoint of nsa fit, got {path}, which lacks {sorted(missing)}")
+    return summary
+
+
+def check_same_sizes(saved: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    """Refuse a checkpoint of another model, naming what differs.
+
+    Raises:
+        ValueError: a parameter is missing on one side or has another shape.
+    """
+    differing = [
+        f"{name} is {_shape(saved, name)} in the checkpoint and {_shape(own, name)} in the model"
+        for name in sorted(own.keys() | saved.keys())
+        if _shape(own, name) != _shape(saved, name)
+    ]
+    if differing:
+        raise ValueError(
+            f"ckpt_path must hold a model of the configured sizes; {len(differing)} parameters differ, "
+            f"first: {'; '.join(differing[:3])}. Check model.transformer and data.tokenizer"
+        )
+
+
+def _shape(state: Mapping[str, Tensor], name: str) -> str:
+    return str(tuple(state[name].shape)) if name in state else "missing"
+
+
+def find_checkpoints(root: Path) -> list[Path]:
+    """Everything under a directory that looks like a checkpoint, complete or not, the last written first."""
+    found = [path for path in root.glob("**/*.ckpt*") if path.is_file() or (path / META).is_file()]
+    return sorted(found, key=_written, reverse=True)
+
+
+def find_last(root: Path) -> Path | None:
+    """The complete checkpoint under a directory that was written last; incomplete ones are passed over, with a word."""
+    for path in find_checkpoints(root):
+        try:
+            read_summary(path)
+        except ValueError as error:
+            rank_zero_warn(f"passed over: {error}")
+        else:
+            return path
+    return None
+
+
+def find_best(root: Path) -> Path | None:
+    """The checkpoint with the best validation, as the last one under a directory knows it."""
+    last = find_last(root)
+    if last is None:
+        return None
+    states = read_summary(last).get("callbacks", {}).values()
+    paths = [Path(state["best_model_path"]) for state in states if state.get("best_model_path")]
+    return next((path for path in paths if path.exists()), None)
+
+
+def _written(path: Path) -> float:
+    return (path / META if path.is_dir() else path).stat().st_mtime
+
+
+class RunCheckpointIO(TorchCheckpointIO):
+    """Checkpoints of one file, replaced in one step; a sharded directory is read as if it were one.
+
+    Lightning's own holds the whole file in memory, and goes through another file system if the system's directory for
+    temporary files is on one.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Write one file."""
+        if storage_options is not None or "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        save_file(checkpoint, Path(path))
+
+    def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Read a file or a directory; tensors and plain types only."""
+        if Path(path).is_dir():
+            return read_whole(Path(path))
+        return super().load_checkpoint(path, *args, **kwargs | {"weights_only": True})

@@ -1,0 +1,146 @@
+"""Checkpoints as directories: every rank writes its shards, any number of ranks reads them.
+
+Tensors lie in torch's distributed format under `state_dict.NAME` and `optimizer_states.INDEX.NAME.KEY`; everything else
+is in `meta.pt`, written last. So nothing in a directory has to be unpickled without restraint.
+"""
+
+import pickle
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint import metadata as storage
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.optim import Optimizer
+
+META = "meta.pt"
+
+Names = list[str]  # of parameters, in the order of their optimizer's groups
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Knows the types of a checkpoint's table of contents and no others."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """The named type.
+
+        Raises:
+            pickle.UnpicklingError: it is none of those.
+        """
+        found = super().find_class(module, name) if module.split(".", maxsplit=1)[0] in ("torch", "pathlib") else None
+        described = isinstance(found, type) and found.__module__ in (storage.__name__, "pathlib")
+        known = (module, name) in (
+            ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+            ("torch.serialization", "_get_layout"),
+            ("torch", "Size"),
+        )
+        if described or known or isinstance(found, torch.dtype):
+            return found
+        raise pickle.UnpicklingError(f"a checkpoint's table of contents holds {module}.{name}")
+
+
+class _Reader(FileSystemReader):
+    """Torch's reader with a safe table of contents."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> storage.Metadata:
+        """Read `.metadata`."""
+        with Path(self.path, ".metadata").open("rb") as file:
+            contents: storage.Metadata = _MetadataUnpickler(file).load()
+        contents.storage_meta = contents.storage_meta or storage.StorageMeta()
+        contents.storage_meta.load_id = self.load_id
+        return contents
+
+
+def split(checkpoint: dict[str, Any], orders: list[Names]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Part a checkpoint of one file's layout into tensors by name and the rest.
+
+    Args:
+        checkpoint: `state_dict`, `optimizer_states` as torch numbers them, and more.
+        orders: what those numbers stand for, by optimizer.
+    """
+    rest = dict(checkpoint)
+    tensors = {f"state_dict.{name}": tensor for name, tensor in rest.pop("state_dict").items()}
+    groups, values = [], []
+    for index, (state, order) in enumerate(zip(rest.pop("optimizer_states", []), orders, strict=False)):
+        groups.append([group | {"params": [order[i] for i in group["params"]]} for group in state["param_groups"]])
+        entries = {(order[i], key): value for i, entry in state["state"].items() for key, value in entry.items()}
+        values.append([(*name, value) for name, value in entries.items() if not isinstance(value, Tensor)])
+        tensors |= {
+            f"optimizer_states.{index}.{name}.{key}": value
+            for (name, key), value in entries.items()
+            if isinstance(value, Tensor)
+        }
+    return tensors, rest | {"optimizer_groups": groups, "optimizer_values": values}
+
+
+def join(tensors: dict[str, Tensor], meta: dict[str, Any]) -> dict[str, Any]:
+    """The opposite of `split`."""
+    meta = dict(meta)
+    groups_of, values_of = meta.pop("optimizer_groups"), meta.pop("optimizer_values")
+    prefix = "state_dict."
+    kept = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    states = []
+    for index, (groups, values) in enumerate(zip(groups_of, values_of, strict=True)):
+        numbers = {name: i for i, name in enumerate(chain.from_iterable(group["params"] for group in groups))}
+        state: dict[int, dict[str, Any]] = {}
+        for name, key, value in chain(_entries(tensors, f"optimizer_states.{index}."), values):
+            state.setdefault(numbers[name], {})[key] = value
+        numbered = [group | {"params": [numbers[name] for name in group["params"]]} for group in groups]
+        states.append({"state": state, "param_groups": numbered})
+    return meta | {"state_dict": kept, "optimizer_states": states}
+
+
+def _entries(tensors: dict[str, Any], prefix: str) -> Iterator[tuple[str, str, Any]]:
+    """Parameter, key and value of an optimizer's entries."""
+    for full, value in tensors.items():
+        if full.startswith(prefix):
+            name, _, key = full.removeprefix(prefix).rpartition(".")
+            yield name, key, value
+
+
+def read_contents(path: Path) -> dict[str, storage.TensorStorageMetadata]:
+    """Sizes and dtypes of the tensors of a sharded checkpoint, by name."""
+    contents = _Reader(path).read_metadata().state_dict_metadata
+    return {name: entry for name, entry in contents.items() if isinstance(entry, storage.TensorStorageMetadata)}
+
+
+def read_meta(path: Path) -> dict[str, Any]:
+    """What a sharded checkpoint holds beside tensors."""
+    return torch.load(path / META, weights_only=True, map_location="cpu")
+
+
+def read_whole(path: Path) -> dict[str, Any]:
+    """A sharded checkpoint in the layout of one file, in host memory; needs no other rank."""
+    tensors = {
+        name: torch.zeros(entry.size, dtype=entry.properties.dtype) for name, entry in read_contents(path).items()
+    }
+    dcp.load(tensors, storage_reader=_Reader(path), no_dist=True)
+    return join(tensors, read_meta(path))
+
+
+def read_shards(path: Path, parameters: dict[str, Tensor], optimizers: list[Optimizer]) -> dict[str, Any]:
+    """A sharded checkpoint in the layout of one file, every rank its own shards.
+
+    Args:
+        path: the directory.
+        parameters: the model's own tensors by name; they are overwritten.
+        optimizers: over these parameters; not changed.
+    """
+    meta, contents = read_meta(path), read_contents(path)
+    if not optimizers:
+        meta |= {"optimizer_groups": [], "optimizer_values": []}
+    wanted = {f"state_dict.{name}": tensor for name, tensor in parameters.items()}
+    for index in range(len(optimizers)):
+        prefix = f"optimizer_states.{index}."
+        for name, key, entry in _entries(contents, prefix):
+            like, dtype = parameters[name], entry.properties.dtype
+            a_value_a_weight = entry.size == like.shape  # the count of steps is not
+            wanted[f"{prefix}{name}.{key}"] = (
+                torch.zeros_like(like, dtype=dtype) if a_value_a_weight else torch.zeros(entry.size, dtype=dtype)
+            )
+    dcp.load(wanted, storage_reader=_Reader(path))
+    return join(wanted, meta)

@@ -1,0 +1,179 @@
+"""Small training runs, in this process or as a job of several."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Callback, Trainer, seed_everything
+from torch.distributed.tensor import DTensor
+
+from nsa_lightning.data.datamodule import PackedTextDataModule
+from nsa_lightning.data.tokenizer import TokenizerConfig
+from nsa_lightning.model.attention import NSALayerConfig
+from nsa_lightning.model.transformer import TransformerConfig
+from nsa_lightning.training.callbacks import LossGuard
+from nsa_lightning.training.checkpoints import RunCheckpointIO
+from nsa_lightning.training.module import LanguageModel
+from nsa_lightning.training.optimizer import WarmupCosine
+from nsa_lightning.training.strategy import FSDP2Strategy
+
+NSA = NSALayerConfig(
+    compress_block_size=8, compress_stride=4, select_block_size=8, num_selected_blocks=4, window_size=16
+)
+CONFIG = TransformerConfig(
+    vocab_size=300, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=1, intermediate_size=48, nsa=NSA
+)
+
+
+def write_corpus(root):
+    """Twelve small source files."""
+    for index in range(12):
+        lines = [f"def function_{index}_{i}(x):\n    return x * {i} + {index}\n" for i in range(12)]
+        (root / f"file_{index}.py").write_text("\n".join(lines))
+
+
+def data_module(corpus, **changes):
+    settings = {
+        "sources": [str(corpus / "*.py")],
+        "tokenizer": TokenizerConfig(vocab_size=300),
+        "seq_len": 128,
+        "batch_size": 2,
+        "val_fraction": 0.2,
+        "test_fraction": 0.2,
+        "num_workers": 0,
+        "cache_dir": str(corpus / "cache"),
+    }
+    return PackedTextDataModule(**(settings | changes))
+
+
+def language_model(**changes):
+    return LanguageModel(CONFIG, schedule=WarmupCosine(warmup_steps=2), **changes)
+
+
+def whole(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+class Notes(Callback):
+    """Loss and gradient norm of every step, and the gradients of the last one before they are clipped."""
+
+    def __init__(self):
+        self.losses, self.norms, self.gradients = [], [], {}
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.gradients = {name: whole(p.grad).clone() for name, p in pl_module.named_parameters()}
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if not trainer.fit_loop._should_accumulate():
+            self.losses.append(trainer.callback_metrics["train/loss"].item())
+            self.norms.append(trainer.callback_metrics["train/grad_norm"].item())
+
+
+STRATEGIES = {
+    "fsdp2_one_file": {"save_distributed_checkpoint": False},
+    "fsdp2_offload": {"cpu_offload": True},
+    "fsdp2_async": {"async_checkpoint": True},
+    "fsdp2_reducing": {"reduce_every_batch": True},
+}
+"""Variants of the strategy, by a name that a job can be told."""
+
+
+def make_trainer(root, *callbacks, strategy="auto", **changes):
+    settings = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "strategy": FSDP2Strategy(**STRATEGIES[strategy]) if strategy in STRATEGIES else strategy,
+        "max_steps": 4,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "use_distributed_sampler": False,
+        "default_root_dir": root,
+        "logger": False,
+        "enable_checkpointing": False,
+        "num_sanity_val_steps": 0,
+        "check_val_every_n_epoch": None,
+        "limit_val_batches": 0,
+        "gradient_clip_val": 0.5,
+        "callbacks": list(callbacks),
+        "plugins": [RunCheckpointIO()],
+    }
+    return Trainer(**(settings | changes))
+
+
+class SaveAfter(Callback):
+    """Save a checkpoint after some step, where RunCheckpoint would."""
+
+    def __init__(self, step, path):
+        self.step, self.path = step, path
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == self.step and not trainer.fit_loop._should_accumulate():
+            trainer.save_checkpoint(self.path)
+
+
+class Poison(Callback):
+    """In one step, a gradient of the last rank is not a number."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_after_backward(self, trainer, pl_module):
+        if trainer.global_step == self.step and trainer.global_rank == trainer.world_size - 1:
+            gradient = pl_module.model.layers[0].mlp.up_proj.weight.grad
+            (gradient.to_local() if isinstance(gradient, DTensor) else gradient)[0, 0] = float("nan")
+
+
+def fit(root, corpus, *, resume=None, save=None, save_after=None, poison=None, data=None, model=None, **settings):
+    """What a run did: losses, norms, the last gradients, the weights, and its validation metrics if it validates."""
+    seed_everything(0, verbose=False)
+    notes = Notes()
+    others = [SaveAfter(save_after, save)] if save else []
+    others += [Poison(poison), LossGuard(skip=True)] if poison is not None else []
+    trainer = make_trainer(root, notes, *others, **settings)
+    module = language_model(**(model or {}))
+    trainer.fit(module, data_module(corpus, **(data or {})), ckpt_path=resume)
+    weights = {name: whole(value).clone() for name, value in module.model.state_dict().items()}
+    metrics = {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+    return {
+        "losses": notes.losses,
+        "norms": notes.norms,
+        "gradients": notes.gradients,
+        "weights": weights,
+        "metrics": metrics,
+    }
+
+
+def run_job(folder, *runs, ranks=2):
+    """Results of several `fit` calls in a job of several processes, as rank 0 saw them."""
+    result = folder / "results.pt"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
+    command = [sys.executable, "-m", "support.training", str(result), json.dumps(runs)]
+    processes = [
+        subprocess.Popen(
+            command, env=environment | {"LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        for rank in range(ranks)
+    ]
+    outputs = [process.communicate(timeout=120) for process in processes]
+    for process, (_, error) in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, error.decode()[-3000:]
+    return torch.load(result, weights_only=True)
+
+
+def main():
+    torch.set_num_threads(1)
+    target, runs, ranks = sys.argv[1], json.loads(sys.argv[2]), int(os.environ["WORLD_SIZE"])
+    results = [fit(Path(run.pop("root")), Path(run.pop("corpus")), devices=ranks, **run) for run in runs]
+    if os.environ["LOCAL_RANK"] == "0":
+        torch.save(results, target)
+
+
+if __name__ == "__main__":
+    main()

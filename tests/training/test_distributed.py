@@ -1,0 +1,144 @@
+"""Two processes compute what one does, with every strategy, and read each other's checkpoints."""
+
+import pytest
+import torch
+from support.training import fit, run_job, write_corpus
+from torch import distributed
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from nsa_lightning.model.transformer import Transformer, TransformerConfig
+from nsa_lightning.training.sharding import shard_transformer
+
+FIRST, ALL = 3, 5  # steps before the checkpoint, and in all
+SCHEDULED = {"max_steps": ALL, "max_epochs": -1}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("distributed")
+    (root / "corpus").mkdir()
+    write_corpus(root / "corpus")
+    return root
+
+
+@pytest.fixture(scope="module")
+def single(folder):
+    """The whole run in this process, saved on its way."""
+    return fit(folder / "single", folder / "corpus", **SCHEDULED, save_after=FIRST, save=str(folder / "single.ckpt"))
+
+
+@pytest.fixture(scope="module")
+def jobs(folder, single):
+    """Runs of two processes, by name: one sequence a rank where the single process has two."""
+    common = {"corpus": str(folder / "corpus"), "root": str(folder / "two"), "data": {"batch_size": 1}} | SCHEDULED
+    first = {"save_after": FIRST}
+    runs = {
+        "ddp": {"strategy": "ddp", "save": str(folder / "ddp.ckpt")} | first,
+        "fsdp2": {"strategy": "fsdp2", "save": str(folder / "sharded.ckpt")} | first,
+        "one file": {"strategy": "fsdp2_one_file", "save": str(folder / "gathered.ckpt")} | first,
+        "async": {"strategy": "fsdp2_async", "save": str(folder / "async.ckpt")} | first,
+        "offload": {"strategy": "fsdp2_offload", "model": {"activation_checkpointing": "block"}},
+        "selective": {"strategy": "fsdp2", "model": {"activation_checkpointing": "selective"}},
+        "validating": {"strategy": "fsdp2", "limit_val_batches": 1.0, "val_check_interval": 2, "save_after": 4,
+                       "save": str(folder / "validated.ckpt")},
+        "accumulating": {"strategy": "fsdp2", "accumulate_grad_batches": 2},
+        "reducing": {"strategy": "fsdp2_reducing", "accumulate_grad_batches": 2},
+        "bf16": {"strategy": "fsdp2", "precision": "bf16-mixed"},
+        "poisoned ddp": {"strategy": "ddp", "poison": 2},
+        "poisoned fsdp2": {"strategy": "fsdp2", "poison": 2},
+        "sharded to ddp": {"strategy": "ddp", "resume": str(folder / "sharded.ckpt")},
+        "sharded to fsdp2": {"strategy": "fsdp2", "resume": str(folder / "sharded.ckpt")},
+        "single to fsdp2": {"strategy": "fsdp2", "resume": str(folder / "single.ckpt")},
+    }  # fmt: skip
+    return dict(zip(runs, run_job(folder, *(common | run for run in runs.values())), strict=True))
+
+
+def assert_same_run(actual, expected, *, steps=ALL, tolerance=1e-4):
+    """Losses, norms, the last gradients and weights, within what float32 sums in another order differ by."""
+    for name in ("losses", "norms"):
+        assert actual[name] == pytest.approx(expected[name][-steps:], rel=1e-5)
+        assert len(actual[name]) == steps
+    for name in ("gradients", "weights"):
+        assert actual[name].keys() == expected[name].keys()
+        for key, value in expected[name].items():
+            torch.testing.assert_close(actual[name][key], value, rtol=0, atol=tolerance * float(value.abs().max()))
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", "one file", "async", "offload", "selective", "validating"])
+def test_two_ranks_train_as_one(jobs, single, name):
+    assert_same_run(jobs[name], single)
+    assert single["norms"][0] > 0.5  # the norm at which the test's trainer clips
+
+
+def test_validation_in_a_sharded_run_scores_every_token_once(jobs, folder):
+    expected = fit(folder / "val", folder / "corpus", **SCHEDULED, limit_val_batches=1.0, val_check_interval=2)
+    assert jobs["validating"]["metrics"] == pytest.approx(expected["metrics"], rel=1e-4)
+    assert set(expected["metrics"]) == {"val/loss", "val/perplexity", "val/bits_per_byte"}
+
+
+@pytest.mark.parametrize("name", ["accumulating", "reducing"])
+def test_accumulated_gradients_are_reduced_to_the_same_sum(jobs, folder, name):
+    expected = fit(folder / "acc", folder / "corpus", **SCHEDULED, accumulate_grad_batches=2)
+    assert_same_run(jobs[name], expected)
+
+
+def test_bf16_computes_in_bf16_and_keeps_float32_weights(jobs, single):
+    weights = jobs["bf16"]["weights"]
+    assert all(value.dtype == torch.float32 for value in weights.values())
+    assert any((value != value.bfloat16()).any() for value in weights.values())
+    assert jobs["bf16"]["losses"] == pytest.approx(single["losses"], rel=0.02)
+    assert jobs["bf16"]["losses"] != pytest.approx(single["losses"], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["poisoned ddp", "poisoned fsdp2"])
+def test_all_ranks_leave_out_the_step_that_one_rank_spoils(jobs, folder, single, name):
+    expected = fit(folder / "poisoned", folder / "corpus", **SCHEDULED, poison=2)
+    for key, value in expected["weights"].items():
+        torch.testing.assert_close(jobs[name]["weights"][key], value, rtol=0, atol=1e-4 * float(value.abs().max()))
+    assert jobs[name]["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+    assert expected["losses"][:3] == single["losses"][:3]
+    assert expected["losses"][3:] != single["losses"][3:]
+
+
+@pytest.mark.parametrize("name", ["sharded to ddp", "sharded to fsdp2", "single to fsdp2"])
+def test_two_ranks_go_on_from_any_checkpoint(jobs, single, name):
+    assert_same_run(jobs[name], single, steps=ALL - FIRST)
+
+
+@pytest.mark.parametrize("name", ["ddp", "sharded", "gathered", "async"])
+def test_one_process_goes_on_from_a_checkpoint_of_two(jobs, single, folder, name):
+    resumed = fit(folder / "resumed", folder / "corpus", **SCHEDULED, resume=str(folder / f"{name}.ckpt"))
+    assert_same_run(resumed, single, steps=ALL - FIRST)
+
+
+def test_seventy_billion_weights_are_built_without_memory_and_shared_evenly():
+    """Over 64 ranks, of which this process plays one; the block summaries have 8 KV heads to share."""
+    distributed.init_process_group("fake", rank=0, world_size=64, store=FakeStore())
+    try:
+        with torch.device("meta"):
+            model = Transformer(
+                TransformerConfig(
+                    vocab_size=128256,
+                    hidden_size=8192,
+                    num_layers=80,
+                    num_heads=64,
+                    num_kv_heads=8,
+                    intermediate_size=28672,
+                    tie_embeddings=False,
+                )
+            )
+        mesh = init_device_mesh("cpu", (64,))
+        shard_transformer(model, mesh, MixedPrecisionPolicy(param_dtype=torch.bfloat16), OffloadPolicy())
+        parameters = list(model.parameters())
+        assert all(p.is_meta for p in parameters)
+        assert sum(p.to_local().numel() for p in parameters) < 1.002 * sum(p.numel() for p in parameters) / 64
+    finally:
+        distributed.destroy_process_group()
+
+
+def test_a_checkpoint_saved_after_validation_resumes(jobs, single, folder):
+    """After a validation the root's weights are still gathered."""
+    resumed = fit(folder / "resumed", folder / "corpus", **SCHEDULED, resume=str(folder / "validated.ckpt"))
+    assert_same_run(resumed, single, steps=1)
