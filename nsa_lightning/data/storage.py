@@ -125,6 +125,7 @@ class _RetriedFile(io.RawIOBase):
         self._url = url
         self._position = 0
         self._stream: Any = None
+        filesystem_of(url)  # what cannot be helped is said at once
         self._size = retried(url, lambda: self._open().size)
 
     def readable(self) -> bool:
