@@ -9,7 +9,10 @@ _TRAINER_COMMANDS = {
     "predict": "score each piece of a validation document with a checkpoint",
 }
 
-_OTHER_COMMANDS = {"bench": "check and time the attention operator: nsa bench kernels"}
+_OTHER_COMMANDS = {
+    "prepare": "tokenise texts of any size into a set to train on",
+    "bench": "check and time the attention operator: nsa bench kernels",
+}
 
 _HELP = """usage: nsa COMMAND [options]
 
@@ -43,6 +46,10 @@ def main() -> int:
         from nsa_cli.trainer_commands import run
 
         return run()
+    if command == "prepare":
+        from nsa_cli.prepare import run as run_prepare
+
+        return run_prepare()
     if command == "bench":
         from nsa_cli.bench import run as run_benchmark
 

@@ -142,6 +142,13 @@ def token_dtype(tokenizer: Tokenizer) -> np.dtype[Any]:
     return np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
 
 
+def permutation(size: int, key: tuple[int, int], block: int = 0) -> NDArray[np.int64]:
+    """Sort by the raw stream of a counter-based generator: no library version may change the order."""
+    counter = np.array([0, 0, 0, block], dtype=np.uint64)
+    keys = np.random.Philox(key=np.array(key, dtype=np.uint64), counter=counter).random_raw(size)
+    return np.argsort(keys, kind="stable")
+
+
 class _ShardWriter:
     """What is known of a shard while its documents stream by; the documents of a block wait to be shuffled."""
 
@@ -175,7 +182,7 @@ class _ShardWriter:
 
     def flush(self) -> None:
         """Write the block that is held."""
-        shuffled = [self._held[index] for index in _permutation(len(self._held), self.order, self._blocks)]
+        shuffled = [self._held[index] for index in self._shuffled()]
         for split, tokens in shuffled:
             if split not in self._streams:
                 stream = (self.path / f"{SPLITS[split]}.bin").open("wb", buffering=2**20)
@@ -184,6 +191,10 @@ class _ShardWriter:
         for split, lengths in enumerate(self._lengths):
             lengths.append(np.array([len(tokens) for other, tokens in shuffled if other == split], dtype=np.int64))
         self._held, self.held_bytes, self._blocks = [], 0, self._blocks + 1
+
+    def _shuffled(self) -> NDArray[np.int64]:
+        count = len(self._held)
+        return np.arange(count) if self.order is None else permutation(count, self.order, self._blocks)
 
     def finish(self) -> None:
         """Write what the shard holds, once its token files are closed."""
@@ -211,15 +222,6 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
             batch, size = [], 0
     if batch:
         yield batch
-
-
-def _permutation(size: int, order: tuple[int, int] | None, block: int) -> NDArray[np.int64]:
-    """Sort by the raw stream of a counter-based generator: no library version may change the order."""
-    if order is None:
-        return np.arange(size)
-    counter = np.array([0, 0, 0, block], dtype=np.uint64)
-    keys = np.random.Philox(key=np.array(order, dtype=np.uint64), counter=counter).random_raw(size)
-    return np.argsort(keys, kind="stable")
 
 
 def _total(sizes: list[SplitSize]) -> SplitSize:

@@ -157,8 +157,8 @@ def test_relative_globs_look_below_a_url_and_not_above_it(bucket: str) -> None:
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("memory:///bucket/none.txt", "memory://bucket/none.txt cannot be read: FileNotFoundError"),
-        ("memory:///bucket/*.md", "data.sources must match files, 'memory://bucket/*.md' matches none"),
+        ("memory:///bucket/none.txt", "memory:///bucket/none.txt cannot be read: FileNotFoundError"),
+        ("memory:///bucket/*.md", "data.sources must match files, 'memory:///bucket/*.md' matches none"),
         ("nowhere://x", "nowhere://x cannot be read: Protocol not known: nowhere"),
         ("zip://*.txt::memory:///bucket/a.zip", "data.sources must not chain filesystems, got 'zip://*.txt::"),
     ],
