@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from nsa_cli.errors import print_error, raised_by_own_code
 from nsa_lightning.data.datamodule import PackedTextDataModule
-from nsa_lightning.data.tokenizer import vocab_size_of
+from nsa_lightning.data.sets import configured_vocab_size
 from nsa_lightning.training.callbacks import (
     DocumentScores,
     FitReport,
@@ -78,9 +78,9 @@ class NSACommandLine(LightningCLI):
         )
         parser.link_arguments("data.seq_len", "model.transformer.max_seq_len")
         parser.link_arguments(
-            ("data.tokenizer.path", "data.tokenizer.vocab_size"),
+            ("data.tokenizer.path", "data.tokenizer.vocab_size", "data.prepared", "data.mixture"),
             "model.transformer.vocab_size",
-            compute_fn=lambda path, trained: vocab_size_of(path) if path else trained,
+            compute_fn=configured_vocab_size,
         )
 
     def before_instantiate_classes(self) -> None:

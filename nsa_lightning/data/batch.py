@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 IGNORE_INDEX = -100
@@ -17,3 +18,21 @@ class PackedBatch(NamedTuple):
     cu_seqlens: Tensor  # int32 [N + 1]
     max_seqlen: int  # an upper bound on the longest document's length
     target_bytes: Tensor  # int64 [], UTF-8 bytes that the scored targets stand for
+
+
+def allocate_flat(num_tokens: int, num_documents: int, max_seqlen: int) -> Tensor:
+    """Memory for a batch as one tensor: between processes every tensor costs as much as thousands of tokens.
+
+    int64 [3T + ceil((N + 1) / 2) + 4]: tokens, targets, positions, cu_seqlens (int32), T, N, max_seqlen, target_bytes.
+    """
+    flat = torch.empty(3 * num_tokens + (num_documents + 2) // 2 + 4, dtype=torch.int64)
+    flat[-4:] = torch.tensor([num_tokens, num_documents, max_seqlen, 0])
+    return flat
+
+
+def view_flat(flat: Tensor) -> PackedBatch:
+    """The batch in such a tensor; its fields share the tensor's memory."""
+    num_tokens, num_documents, max_seqlen = flat[-4:-1].tolist()
+    tokens, targets, positions = flat[: 3 * num_tokens].view(3, num_tokens)
+    cu_seqlens = flat[3 * num_tokens : -4].view(torch.int32)[: num_documents + 1]
+    return PackedBatch(tokens, targets, positions, cu_seqlens, max_seqlen, target_bytes=flat[-1])
