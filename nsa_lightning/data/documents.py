@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import io
 import json
+import logging
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -14,6 +15,8 @@ from nsa_lightning.data.storage import open_binary
 
 SPLITS = ("train", "val", "test")
 
+log = logging.getLogger(__name__)
+
 
 class Document(NamedTuple):
     """One text and where it stands."""
@@ -22,11 +25,11 @@ class Document(NamedTuple):
     text: str
 
 
-def iter_documents(parts: Iterable[Part], text_field: str) -> Iterator[Document]:
+def iter_documents(parts: Iterable[Part], text_field: str, *, skip_binary: bool = False) -> Iterator[Document]:
     """Read the documents of `parts` in order, empty ones too: who stores them counts and skips those.
 
     A `.jsonl` line or a `.parquet` row is one document, its `text_field`; any other file is one document. Text and
-    jsonl may be compressed (`.gz`, `.zst`).
+    jsonl may be compressed (`.gz`, `.zst`). With `skip_binary` a file that is no UTF-8 text is an empty document.
 
     Raises:
         ValueError: a file cannot be read or decoded, or has no such field.
@@ -38,7 +41,7 @@ def iter_documents(parts: Iterable[Part], text_field: str) -> Iterator[Document]
         elif kind.endswith(".parquet"):
             yield from _read_parquet(part, text_field)
         else:
-            yield Document(part.name, _read_text(part.name))
+            yield Document(part.name, _read_text(part.name, skip_binary))
 
 
 def text_fraction(text: str) -> float:
@@ -74,7 +77,7 @@ def _opened(name: str) -> Iterator[BinaryIO]:
             yield raw
 
 
-def _read_text(name: str) -> str:
+def _read_text(name: str, skip_binary: bool) -> str:
     with _opened(name) as stream:
         raw = stream.read()
     try:
@@ -83,7 +86,10 @@ def _read_text(name: str) -> str:
         return raw.decode()
     except UnicodeDecodeError as error:
         reason = f"{error.reason} at byte {error.start}"
-        raise ValueError(f"{name} is not UTF-8 text: {reason}; leave it out with data.exclude") from error
+        if not skip_binary:
+            raise ValueError(f"{name} is not UTF-8 text: {reason}; leave it out with data.exclude") from error
+        log.warning("%s is left out, it is not UTF-8 text: %s", name, reason)
+        return ""
 
 
 def _read_jsonl(part: Part, text_field: str) -> Iterator[Document]:

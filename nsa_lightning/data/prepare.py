@@ -71,6 +71,7 @@ def make_plan(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     text_field: str = "text",
+    skip_binary: bool = False,
     val_fraction: float = 0.01,
     test_fraction: float = 0.01,
     seed: int = 0,
@@ -84,6 +85,7 @@ def make_plan(
         include: globs of what to keep.
         exclude: globs of what to leave out.
         text_field: the field of a jsonl line, or the column of a parquet file, that holds the text.
+        skip_binary: take a file that is no UTF-8 text for an empty document, and go on.
         val_fraction: share of documents held out for validation, by a hash of their text.
         test_fraction: share of documents held out for the test, by the same hash.
         seed: shuffles the documents.
@@ -100,6 +102,7 @@ def make_plan(
     settings: dict[str, str | int | float] = {
         "format_version": FORMAT_VERSION,
         "text_field": text_field,
+        "skip_binary": skip_binary,
         "tokenizer": f"trained, vocab_size {tokenizer.vocab_size}" if opened is None else opened.fingerprint,
         "val_fraction": val_fraction,
         "test_fraction": test_fraction,
@@ -124,6 +127,8 @@ def prepare(plan: Plan, path: Path, num_workers: int | None = None) -> TokenStor
     Raises:
         ValueError: `path` holds another plan's set, a file cannot be read or written, or no document holds text.
     """
+    if num_workers is not None and num_workers < 0:
+        raise ValueError(f"num_workers must be at least 0, got {num_workers}")
     if not (path / "manifest.json").exists():
         with writable(path):
             path.mkdir(parents=True, exist_ok=True)
@@ -140,6 +145,7 @@ def prepare_set(
     include: list[str] = [],  # noqa: B006
     exclude: list[str] = [],  # noqa: B006
     text_field: str = "text",
+    skip_binary: bool = False,
     tokenizer: TokenizerConfig = TokenizerConfig(),  # noqa: B008  (frozen)
     val_fraction: float = 0.01,
     test_fraction: float = 0.01,
@@ -161,6 +167,7 @@ def prepare_set(
         include: globs of the files to read; left out, all. A relative one, such as *.c, at any depth.
         exclude: globs of files and directories to leave out; the same.
         text_field: the field of a jsonl line, or the column of a parquet file, that holds the text.
+        skip_binary: take a file that is no UTF-8 text for an empty document, and go on.
         tokenizer: how text becomes tokens.
         val_fraction: share of documents held out for validation, by a hash of their text.
         test_fraction: share of documents held out for the test, by the same hash.
@@ -190,6 +197,7 @@ def prepare_set(
         include=include,
         exclude=exclude,
         text_field=text_field,
+        skip_binary=skip_binary,
         val_fraction=val_fraction,
         test_fraction=test_fraction,
         seed=seed,
@@ -226,6 +234,7 @@ def _prepare(plan: Plan, path: Path, num_workers: int | None) -> None:
     job = ShardJob(
         path=path,
         text_field=str(plan.settings["text_field"]),
+        skip_binary=bool(plan.settings["skip_binary"]),
         end_of_text=tokenizer.end_of_text,
         seed=int(plan.settings["seed"]),
         block_size=int(plan.settings["shard_size"]),
@@ -261,7 +270,9 @@ def _open_tokenizer(plan: Plan, path: Path, shards: list[list[Part]]) -> Tokeniz
 
 def _training_texts(plan: Plan, shards: list[list[Part]]) -> Iterator[str]:
     read = 0
-    for document in iter_documents(itertools.chain.from_iterable(shards), str(plan.settings["text_field"])):
+    parts = itertools.chain.from_iterable(shards)
+    field, skip_binary = str(plan.settings["text_field"]), bool(plan.settings["skip_binary"])
+    for document in iter_documents(parts, field, skip_binary=skip_binary):
         if split_of(document.text, **_fractions(plan)) == "train":
             yield document.text
         read += len(document.text)

@@ -67,7 +67,7 @@ class Manifest:
         """Tokens of all splits."""
         return sum(size.tokens for size in self.splits.values())
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """The identity of the data: changes with any token and any document's bounds, not with where the set lies."""
         data = {name: value for name, value in self.checksums.items() if name.endswith((".bin", ".offsets.npy"))}

@@ -29,6 +29,7 @@ class ShardJob:
 
     path: Path
     text_field: str
+    skip_binary: bool
     end_of_text: str
     val_fraction: float
     test_fraction: float
@@ -46,7 +47,7 @@ class ShardJob:
         def documents() -> Iterator[Document]:
             nonlocal done
             for part in parts:
-                yield from iter_documents([part], self.text_field)
+                yield from iter_documents([part], self.text_field, skip_binary=self.skip_binary)
                 done += part.size
 
         def progress(tokens: int) -> None:

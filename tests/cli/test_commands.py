@@ -222,7 +222,7 @@ def test_help_names_every_command_without_importing_torch():
     code = "import sys; sys.argv = ['nsa', '--help']; from nsa_cli.main import main; main()"
     code += "; assert 'torch' not in sys.modules"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    for command in ("fit", "validate", "test", "predict", "bench"):
+    for command in ("fit", "validate", "test", "predict", "prepare", "bench"):
         assert f"  {command}" in result.stdout
 
 

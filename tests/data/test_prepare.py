@@ -187,6 +187,14 @@ def test_a_bad_document_is_named_and_whole_shards_are_kept(
     assert "mended" in texts(prepare(plan, tmp_path / "set", num_workers=0))
 
 
+def test_binary_files_can_be_skipped_and_are_counted(
+    plan_of: Callable[..., Plan], corpus: Path, tmp_path: Path
+) -> None:
+    (corpus / "picture.png").write_bytes(b"\x89PNG")
+    store = prepare(plan_of(skip_binary=True, tokenizer=TRAINED), tmp_path / "set", num_workers=0)
+    assert (store.manifest.num_documents, store.manifest.empty_documents) == (60, 1)
+
+
 def test_a_full_disk_is_named_and_leaves_nothing_broken(
     plan_of: Callable[..., Plan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
