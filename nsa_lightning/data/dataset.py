@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -64,7 +65,7 @@ class PackedSplit:
 
 
 class PackedDataset(Dataset[Tensor]):
-    """The batches of one or more splits, each as one flat tensor for `view_flat`.
+    """The batches of one or more splits, a few at a time as one tensor for `view_flats`.
 
     Args:
         splits: where the sequences come from.
@@ -94,6 +95,9 @@ class PackedDataset(Dataset[Tensor]):
         index, number = self.order.place(epoch, sequence)
         return Row(self.splits[index].tokens, self.splits[index].plan.pieces(number))
 
-    def __getitem__(self, key: SequenceRange) -> Tensor:
-        rows = [self.row(key.epoch, sequence) for sequence in range(key.start, key.stop)]
-        return pack_documents(rows, self.seq_len, self.byte_lengths, padding=self.padding, max_seqlen=key.max_seqlen)
+    def __getitem__(self, batches: Sequence[SequenceRange]) -> Tensor:
+        return torch.cat([self._pack(batch) for batch in batches])
+
+    def _pack(self, batch: SequenceRange) -> Tensor:
+        rows = [self.row(batch.epoch, sequence) for sequence in range(batch.start, batch.stop)]
+        return pack_documents(rows, self.seq_len, self.byte_lengths, padding=self.padding, max_seqlen=batch.max_seqlen)

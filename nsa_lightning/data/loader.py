@@ -1,13 +1,17 @@
 """Batches of one rank, handed out by workers, and the place in the training data that a checkpoint keeps."""
 
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
-from nsa_lightning.data.batch import PackedBatch, view_flat
+from nsa_lightning.data.batch import PackedBatch, view_flats
 from nsa_lightning.data.dataset import PackedDataset, SequenceRange
+
+TOKENS_AT_ONCE = 2**16
+"""What a worker sends at least, in as many batches as that takes: each message costs about a millisecond."""
 
 
 class PackedLoader:
@@ -73,8 +77,8 @@ class PackedLoader:
                 pin_memory=self._pin_memory,
                 persistent_workers=self._num_workers > 0,
             )
-        for flat in self._loader:
-            yield view_flat(flat)
+        for flats in self._loader:
+            yield from view_flats(flats)
 
 
 class ResumableLoader(PackedLoader):
@@ -169,8 +173,8 @@ class ResumableLoader(PackedLoader):
 _PLACE = ("epoch", "consumed", "batches", "steps")
 
 
-class _RankSampler(Sampler[SequenceRange]):
-    """Which sequences one rank reads, from a place in an epoch to the epoch's end."""
+class _RankSampler(Sampler[list[SequenceRange]]):
+    """Which batches one rank reads, from a place in an epoch to the epoch's end, and which a worker sends at once."""
 
     def __init__(self, loader: PackedLoader, first: int, batch_size: int) -> None:
         self.loader = loader
@@ -180,11 +184,13 @@ class _RankSampler(Sampler[SequenceRange]):
         self.start = 0
         self.batches = 0
 
-    def __iter__(self) -> Iterator[SequenceRange]:
+    def __iter__(self) -> Iterator[list[SequenceRange]]:
         epoch, size, loader = self.epoch, self.batch_size, self.loader
         firsts = range(self.start + self.first, loader.num_sequences + self.first, loader.global_batch)
         batches = enumerate(firsts, start=self.batches)
-        return (SequenceRange(epoch, first, first + size, loader.max_seqlen(index)) for index, first in batches)
+        ranges = (SequenceRange(epoch, first, first + size, loader.max_seqlen(index)) for index, first in batches)
+        at_once = max(1, TOKENS_AT_ONCE // (size * loader.dataset.seq_len))
+        return iter(lambda: list(islice(ranges, at_once)), [])
 
 
 def _as_is(batch: Any) -> Any:

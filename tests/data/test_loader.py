@@ -242,7 +242,7 @@ def test_sets_are_evaluated_one_after_the_other(make_store: Callable[..., TokenS
 
 
 def test_a_dataset_travels_to_a_worker_without_its_tokens(dataset: PackedDataset) -> None:
-    whole = SequenceRange(1, 0, 20, 8)
+    whole = [SequenceRange(1, 0, 20, 8)]
     expected = dataset[whole].tolist()
     dataset.byte_lengths = dataset.byte_lengths[:1].repeat(200)
     pickled = pickle.dumps(dataset)
