@@ -5,12 +5,13 @@ from collections.abc import Callable
 
 from nsa_cli.function_command import run_function
 from nsa_lightning.benchmark.kernels import bench_kernels
+from nsa_lightning.benchmark.loader import bench_loader
 
-_BENCHMARKS: dict[str, Callable[..., int]] = {"kernels": bench_kernels}
+_BENCHMARKS: dict[str, Callable[..., int]] = {"kernels": bench_kernels, "loader": bench_loader}
 
 _HELP = """usage: nsa bench WHAT [options]
 
-Measure the attention operator.
+Measure the attention operator, or what feeds it.
 
 benchmarks:
 {benchmarks}

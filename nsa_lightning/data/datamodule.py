@@ -10,13 +10,13 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_info
 
 from nsa_lightning.data.best_fit import BEST_FIT
-from nsa_lightning.data.dataset import PackedDataset, PackedSplit, Packing
+from nsa_lightning.data.dataset import PackedDataset, PackedSplit
 from nsa_lightning.data.documents import SPLITS
 from nsa_lightning.data.loader import PackedLoader, ResumableLoader
 from nsa_lightning.data.order import ORDER, InTurn, Order, Shuffled
 from nsa_lightning.data.packing import SEQUENTIAL
 from nsa_lightning.data.prepare import check_fractions, make_plan, prepare
-from nsa_lightning.data.sets import MixtureSet, check_origin, common_tokenizer
+from nsa_lightning.data.sets import MixtureSet, Packing, check_origin, common_tokenizer
 from nsa_lightning.data.storage import is_url
 from nsa_lightning.data.token_store import TokenStore
 from nsa_lightning.data.tokenizer import Tokenizer, TokenizerConfig

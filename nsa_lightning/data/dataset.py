@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,9 +14,8 @@ from torch.utils.data import Dataset
 from nsa_lightning.data.best_fit import BEST_FIT, BestFitPlan, write_plan
 from nsa_lightning.data.order import Order
 from nsa_lightning.data.packing import PackPlan, Row, SequentialPlan, pack_documents
+from nsa_lightning.data.sets import Packing
 from nsa_lightning.data.token_store import TokenStore
-
-Packing = Literal["sequential", "best_fit"]
 
 
 class SequenceRange(NamedTuple):

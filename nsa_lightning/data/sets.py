@@ -1,11 +1,14 @@
-"""Which prepared sets a run reads, and the tokenizer that they share."""
+"""What names the data of a run: prepared sets, and the tokenizer that they share."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from nsa_lightning.data.token_store import TokenStore
 from nsa_lightning.data.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer, vocab_size_of
+
+Packing = Literal["sequential", "best_fit"]
+"""How documents are laid in sequences."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,9 +11,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nsa_lightning.data.batch import PackedBatch
-from nsa_lightning.data.dataset import PackedDataset, PackedSplit, Packing, SequenceRange
+from nsa_lightning.data.dataset import PackedDataset, PackedSplit, SequenceRange
 from nsa_lightning.data.loader import PackedLoader, ResumableLoader
 from nsa_lightning.data.order import InTurn, Shuffled
+from nsa_lightning.data.sets import Packing
 from nsa_lightning.data.token_store import TokenStore
 
 BYTE_LENGTHS = np.ones(4096, dtype=np.int64)
