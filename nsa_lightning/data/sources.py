@@ -9,7 +9,7 @@ import sysconfig
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from nsa_lightning.data.storage import filesystem_of, is_url, open_binary, retried
 
@@ -171,25 +171,28 @@ def _url_files(url: str) -> tuple[str, list[SourceFile]]:
         raise ValueError(f"data.sources must not chain filesystems, got {url!r}")
     filesystem, path = filesystem_of(url)
 
-    def look() -> tuple[str, dict[str, dict[str, object]]]:
+    def look() -> tuple[str, dict[str, dict[str, Any]]]:
         if "*" in path:
-            return path.partition("*")[0].rpartition("/")[0], filesystem.glob(path, detail=True)
-        info = filesystem.info(path)
-        if info["type"] != "directory":
-            return path.rpartition("/")[0], {path: info}
-        names = filesystem.find(path, detail=True)
-        return path, {name: info for name, info in names.items() if "/." not in name.removeprefix(path.rstrip("/"))}
+            return path.partition("*")[0].rpartition("/")[0], sized(filesystem.glob(path, detail=True))
+        if url.endswith("/") or filesystem.info(path)["type"] == "directory":
+            below = filesystem.find(path, detail=True).items()
+            return path, sized({name: info for name, info in below if "/." not in name.removeprefix(path.rstrip("/"))})
+        return path.rpartition("/")[0], {path: filesystem.info(path)}
+
+    def sized(found: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        """A listing over http has no sizes."""
+        return {name: filesystem.info(name) if info["size"] is None else info for name, info in found.items()}
 
     root, found = retried(f"data.sources: {url}", look)
     files = [
-        SourceFile(filesystem.unstrip_protocol(name), int(info.get("size") or 0), _version(info))  # type: ignore[call-overload]
+        SourceFile(filesystem.unstrip_protocol(name), info["size"] or 0, _version(info))
         for name, info in found.items()
         if info["type"] == "file"
     ]
     return filesystem.unstrip_protocol(root), files
 
 
-def _version(info: dict[str, object]) -> str:
+def _version(info: dict[str, Any]) -> str:
     names = ("ETag", "etag", "mtime", "LastModified", "last_modified", "created")
     return next((str(info[name]) for name in names if info.get(name)), "")
 

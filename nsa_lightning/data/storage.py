@@ -54,11 +54,11 @@ def retried(name: str, action: Callable[[], Result]) -> Result:
     for attempt, pause in enumerate((*PAUSES, None), start=1):
         try:
             return action()
-        except (FileNotFoundError, PermissionError) as error:
-            reason = error.strerror or f"{type(error).__name__}: {error}"
-            raise ValueError(f"{name} cannot be read: {reason}") from error
         except Exception as error:  # every filesystem raises its own
-            reason = f"{type(error).__name__}: {error}"
+            cause = error.__cause__ or error
+            reason = f"{type(cause).__name__}: {cause}"
+            if _is_lasting(error):
+                raise ValueError(f"{name} cannot be read: {reason}") from error
             if pause is None:
                 raise ValueError(f"{name} cannot be read, {attempt} attempts failed: {reason}") from error
             log.warning("%s cannot be read (%s), trying again in %g s", name, reason, pause)
@@ -116,6 +116,15 @@ def writable(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise ValueError(f"{error.filename or path} cannot be written: {error.strerror or error}") from error
+
+
+def _is_lasting(error: Exception) -> bool:
+    """Whether trying again is of no use. Over http any failure is told as a missing file, with its cause."""
+    if isinstance(error, FileNotFoundError):
+        cause = error.__cause__
+        status = getattr(cause, "status", 404)
+        return not isinstance(cause, OSError) and status < 500 and status != 429
+    return isinstance(error, PermissionError | ValueError)
 
 
 class _RetriedFile(io.RawIOBase):
