@@ -71,7 +71,8 @@ def _opened(name: str) -> Iterator[BinaryIO]:
         elif kind.endswith(".zst"):
             import pyarrow as pa
 
-            with io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(raw, "r"), "zstd"), 2**20) as stream:
+            frames = pa.CompressedInputStream(pa.PythonFile(cast(Any, raw), "r"), "zstd")
+            with io.BufferedReader(cast(Any, frames), 2**20) as stream:
                 yield cast(BinaryIO, stream)
         else:
             yield raw

@@ -231,7 +231,7 @@ class TokenSplit:
             ValueError: a file cannot be read or is truncated.
         """
         tokens = np.empty(int(lengths.sum()), dtype=self._dtype)
-        buffer = memoryview(tokens).cast("B")
+        buffer = tokens.view(np.uint8).data
         ranges = list(self._ranges(starts, lengths))
         if is_url(self.store.path):
             self._fetch(ranges, buffer)
