@@ -1,9 +1,12 @@
 """What a Trainer is handed: over epochs, ranks, stops and resumes."""
 
 import json
+import multiprocessing
 import re
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,9 +16,11 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 
 from nsa_lightning.data.batch import IGNORE_INDEX, PackedBatch
 from nsa_lightning.data.datamodule import PackedTextDataModule
+from nsa_lightning.data.sets import MixtureSet
 from nsa_lightning.data.tokenizer import Tokenizer, TokenizerConfig
 
 STEPS = 20  # three epochs of the corpus and some
@@ -186,10 +191,91 @@ def test_a_batch_reaches_the_step_as_it_was_packed(make_data: Callable[..., Pack
     assert batch.target_bytes.item() == data.tokenizer.byte_lengths[scored.numpy()].sum() > 100
 
 
+def test_a_run_that_is_killed_goes_on_from_its_last_checkpoint(
+    make_data: Callable[..., PackedTextDataModule], tmp_path: Path
+) -> None:
+    saving = ModelCheckpoint(tmp_path / "checkpoints", "{step}", every_n_train_steps=1, save_top_k=-1)
+    options = {"max_steps": 10**6}
+    make_data().prepare_data()  # the tokenizer's threads do not survive a fork
+    run = multiprocessing.get_context("fork").Process(
+        target=fit, args=(make_data(num_workers=1), saving), kwargs=options
+    )
+    run.start()
+    deadline = time.monotonic() + 60
+    while len(list(tmp_path.glob("checkpoints/step=*.ckpt"))) < 10 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    run.kill()
+    run.join()
+    last = max(tmp_path.glob("checkpoints/step=*.ckpt"), key=step_of)
+    whole = fit(make_data(), max_steps=step_of(last) + 9).stream
+    assert fit(make_data(num_workers=2), ckpt=str(last), max_steps=step_of(last) + 9).stream == whole[step_of(last) :]
+    assert run.exitcode == -signal.SIGKILL
+
+
+@pytest.fixture
+def mixture(make_data: Callable[..., PackedTextDataModule], corpus: Path, tmp_path: Path) -> dict[str, MixtureSet]:
+    """Two prepared sets with one tokenizer: most of the corpus and the rest of it."""
+    data = [make_data(exclude="0*.txt")]
+    data[0].setup("fit")
+    path = str(data[0].stores[0].place("tokenizer.json"))
+    data.append(make_data(sources=[str(corpus / "0*.txt")], tokenizer=TokenizerConfig(path=path), test_fraction=0.3))
+    data[1].setup("fit")
+    many, few = (str(each.stores[0].path) for each in data)
+    return {"many": MixtureSet(prepared=many, weight=3), "few": MixtureSet(prepared=few, weight=1)}
+
+
+@pytest.mark.parametrize("packing", ["sequential", "best_fit"])
+def test_a_mixture_under_a_curriculum_resumes_exactly(
+    make_data: Callable[..., PackedTextDataModule], mixture: dict[str, MixtureSet], tmp_path: Path, packing: str
+) -> None:
+    def run(ckpt: str | None = None, callback: L.Callback | None = None) -> list[tuple[int, list[int], list[int]]]:
+        curriculum = {0: 16, 2: 50, 5: 128}
+        data = make_data(sources=[], mixture=mixture, packing=packing, curriculum=curriculum, batch_size=1)
+        batches = fit(data, callback, ckpt, max_steps=15, accumulate_grad_batches=3).batches
+        return [(batch.max_seqlen, batch.tokens.tolist(), batch.targets.tolist()) for batch in batches]
+
+    saving = ModelCheckpoint(tmp_path / "checkpoints", "{step}", every_n_train_steps=1, save_top_k=-1)
+    whole = run(callback=saving)
+    assert [length for length, _, _ in whole[:16]] == [16] * 6 + [50] * 9 + [128]
+    lengths = []
+    for step in (1, 4, 5, 6, 11):
+        resumed = run(str(tmp_path / "checkpoints" / f"step={step}.ckpt"))
+        assert resumed == whole[-len(resumed) :], step
+        lengths.append(len(resumed))
+    assert len(whole) > lengths[0] > lengths[1] > lengths[2] > lengths[3] > lengths[4] > 6
+
+
+def test_every_held_out_document_of_a_mixture_is_evaluated_once(
+    make_data: Callable[..., PackedTextDataModule], mixture: dict[str, MixtureSet]
+) -> None:
+    data, recorder = make_data(sources=[], mixture=mixture, packing="best_fit"), Recorder()
+    trainer().test(recorder, data)
+    batches = [torch.bincount(batch.tokens, minlength=300) for batch in recorder.evaluated]
+    stored = [store.split("test").read(np.zeros(1, int), store.split("test").offsets[-1:]) for store in data.stores]
+    expected = np.bincount(np.concatenate(stored), minlength=300)
+    assert (sum(batches).numpy()[1:] == expected[1:]).all()
+    assert all(map(len, stored))
+
+
+def test_padding_and_cut_documents_are_logged_once(
+    make_data: Callable[..., PackedTextDataModule], tmp_path: Path
+) -> None:
+    data, logger = make_data(packing="best_fit", seq_len=64), CSVLogger(tmp_path)
+    fit(data, max_epochs=2, logger=logger, reload_dataloaders_every_n_epochs=1)
+    lines = Path(logger.log_dir, "metrics.csv").read_text().splitlines()
+    (logged,) = [dict(zip(lines[0].split(","), line.split(","), strict=True)) for line in lines[1:]]
+    lengths = np.diff(data.stores[0].split("train").offsets)
+    assert int(float(logged["data/cut_documents"])) == (lengths > 64).sum() > 0
+    sequences = 64 * data.train_dataloader().num_sequences
+    assert float(logged["data/padding_fraction"]) == pytest.approx(1 - lengths.sum() / sequences)
+    assert logged["step"] == "0"
+
+
 TWO_RANKS = """
 import sys, json, torch, lightning as L
 from pathlib import Path
 from nsa_lightning.data.datamodule import PackedTextDataModule
+from nsa_lightning.data.sets import MixtureSet
 from nsa_lightning.data.tokenizer import TokenizerConfig
 
 class Recorder(L.LightningModule):
