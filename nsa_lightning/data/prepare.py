@@ -269,15 +269,19 @@ def _open_tokenizer(plan: Plan, path: Path, shards: list[list[Part]]) -> Tokeniz
 
 
 def _training_texts(plan: Plan, shards: list[list[Part]]) -> Iterator[str]:
-    read = 0
-    parts = itertools.chain.from_iterable(shards)
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
+    parts = list(itertools.chain.from_iterable(shards))
+    read, total = 0, min(TRAINING_TEXT, sum(part.size for part in parts))
     field, skip_binary = str(plan.settings["text_field"]), bool(plan.settings["skip_binary"])
-    for document in iter_documents(parts, field, skip_binary=skip_binary):
-        if split_of(document.text, **_fractions(plan)) == "train":
-            yield document.text
-        read += len(document.text)
-        if read >= TRAINING_TEXT:
-            return
+    with tqdm(total=total, desc="read for the tokenizer", unit="B", unit_scale=True, disable=None) as bar:
+        for document in iter_documents(parts, field, skip_binary=skip_binary):
+            if split_of(document.text, **_fractions(plan)) == "train":
+                yield document.text
+            bar.update(len(document.text))
+            read += len(document.text)
+            if read >= TRAINING_TEXT:
+                return
 
 
 def _fractions(plan: Plan) -> dict[str, float]:

@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
@@ -17,7 +18,10 @@ from nsa_lightning.data.shards import shard_path, write_shard
 from nsa_lightning.data.sources import Part
 from nsa_lightning.data.tokenizer import Tokenizer, load_tokenizer
 
-SMALL = 2**24  # bytes of text that are tokenised before a process has started
+SMALL = 2**22  # bytes of text that are tokenised before a process has started
+
+Task = tuple[int, Sequence[Part]]
+"""A shard's number and parts."""
 
 Report = Callable[[int, int], None]
 """Is told bytes of text, as planned, and tokens, as they are done."""
@@ -104,7 +108,7 @@ def tokenise_shards(job: ShardJob, shards: Sequence[Sequence[Part]], missing: Se
             _in_processes(job, [(number, shards[number]) for number in missing], num_workers, report)
 
 
-def _in_processes(job: ShardJob, tasks: Sequence[tuple[int, Sequence[Part]]], num_workers: int, report: Report) -> None:
+def _in_processes(job: ShardJob, tasks: Sequence[Task], num_workers: int, report: Report) -> None:
     context = multiprocessing.get_context("spawn")  # a fork would take over locks that threads hold
     waiting = iter(tasks)
     workers: dict[Connection, SpawnProcess] = {}
@@ -114,7 +118,7 @@ def _in_processes(job: ShardJob, tasks: Sequence[tuple[int, Sequence[Part]]], nu
             workers[pipe] = context.Process(target=_work, args=(theirs, job), daemon=True)
             workers[pipe].start()
             theirs.close()
-            pipe.send(first)
+            _hand(pipe, first)
         busy = set(workers)
         while busy:
             for pipe in busy.intersection(wait(busy)):
@@ -123,7 +127,7 @@ def _in_processes(job: ShardJob, tasks: Sequence[tuple[int, Sequence[Part]]], nu
                         report(size, tokens)
                     case None:
                         task = next(waiting, None)
-                        busy.remove(pipe) if task is None else pipe.send(task)
+                        busy.remove(pipe) if task is None else _hand(pipe, task)
                     case failure:
                         raise ValueError(failure)
     finally:
@@ -131,6 +135,11 @@ def _in_processes(job: ShardJob, tasks: Sequence[tuple[int, Sequence[Part]]], nu
             worker.terminate()
         for worker in workers.values():
             worker.join()
+
+
+def _hand(pipe: Connection, task: Task) -> None:
+    with suppress(BrokenPipeError):  # of a worker that ended: `_receive` says so
+        pipe.send(task)
 
 
 def _receive(pipe: Connection, worker: SpawnProcess) -> tuple[int, int] | str | None:

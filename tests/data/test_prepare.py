@@ -18,13 +18,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nsa_lightning.data import prepare as module
 from nsa_lightning.data import workers
-from nsa_lightning.data.documents import SPLITS
+from nsa_lightning.data.documents import SPLITS, split_of
 from nsa_lightning.data.prepare import Plan, make_plan, prepare
 from nsa_lightning.data.shards import _ShardWriter
 from nsa_lightning.data.sources import Part, SourceFile
 from nsa_lightning.data.token_store import TokenStore
-from nsa_lightning.data.tokenizer import Tokenizer, TokenizerConfig
+from nsa_lightning.data.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
 
 TRAINED = TokenizerConfig(vocab_size=300)
 
@@ -187,6 +188,21 @@ def test_a_bad_document_is_named_and_whole_shards_are_kept(
     assert "mended" in texts(prepare(plan, tmp_path / "set", num_workers=0))
 
 
+def test_a_tokenizer_is_trained_on_a_bounded_sample_of_the_training_texts(
+    plan_of: Callable[..., Plan], corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained: list[str] = []
+    train = train_tokenizer
+    monkeypatch.setattr(module, "train_tokenizer", lambda texts, size: train(trained.extend(texts) or texts, size))
+    prepare(plan_of(tokenizer=TRAINED), tmp_path / "all", num_workers=0)
+    expected = [path.read_text() for path in corpus.iterdir()]
+    assert sorted(trained) == sorted(text for text in expected if split_of(text, 0.2, 0.1) == "train")
+    trained.clear()
+    monkeypatch.setattr(module, "TRAINING_TEXT", 2000)
+    prepare(plan_of(tokenizer=TRAINED), tmp_path / "some", num_workers=0)
+    assert 0 < sum(map(len, trained)) < 2000 + max(map(len, expected))
+
+
 def test_binary_files_can_be_skipped_and_are_counted(
     plan_of: Callable[..., Plan], corpus: Path, tmp_path: Path
 ) -> None:
@@ -242,10 +258,10 @@ def test_a_killed_run_ends_its_workers_and_the_next_one_gives_the_same_set(
     tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     rng = random.Random(0)
-    lines = (json.dumps({"text": " ".join(rng.choices(WORDS, k=9000))}, ensure_ascii=False) for _ in range(500))
+    lines = (json.dumps({"text": " ".join(rng.choices(WORDS, k=9000))}, ensure_ascii=False) for _ in range(150))
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     tokenizer.save(tmp_path / "tokenizer.json")
-    arguments = ["--sources", "a.jsonl", "--tokenizer.path", "tokenizer.json", "--shard_size", "1000000"]
+    arguments = ["--sources", "a.jsonl", "--tokenizer.path", "tokenizer.json", "--shard_size", "200000"]
     command = [*COMMAND, *arguments, "--num_workers", "2", "--output_dir"]
     run = subprocess.Popen([*command, "killed"], cwd=tmp_path, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
