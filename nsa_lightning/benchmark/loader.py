@@ -7,7 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from nsa_lightning.data.sets import Packing
+from nsa_lightning.data.sets import Packing, open_set
 
 if TYPE_CHECKING:  # torch takes seconds to import, `--help` does not
     from nsa_lightning.data.dataset import PackedSplit
@@ -52,10 +52,9 @@ def bench_loader(
         if value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
     from nsa_lightning.benchmark.report import text_table
-    from nsa_lightning.data.token_store import TokenStore
 
     with TemporaryDirectory() as folder:
-        store = TokenStore(prepared, Path(folder))
+        store = open_set("prepared", prepared, Path(folder))
         if not store.manifest.splits["train"].documents:
             raise ValueError(f"prepared must have training documents, {prepared} has none")
         rows = [

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from nsa_lightning.data.packing import Pieces
+from nsa_lightning.data.packing import Pieces, release_pages
 from nsa_lightning.data.storage import whole_directory
 
 BEST_FIT = "best_fit-1"
@@ -74,6 +74,11 @@ class BestFitPlan:
         """How many documents stand in more than one sequence."""
         documents = self._long[:-1, 0]
         return int(np.count_nonzero(self._offsets[documents + 1] - self._offsets[documents] > self._seq_len))
+
+    def release(self) -> None:
+        """Give back the memory that reading the plan took."""
+        for array in (self._offsets, self._bounds, self._documents, self._long):
+            release_pages(array)
 
     def _whole(self, number: int) -> Pieces:
         index = int(np.searchsorted(self._long[:, 1], np.int64(number), side="right")) - 1

@@ -16,8 +16,7 @@ from nsa_lightning.data.loader import PackedLoader, ResumableLoader
 from nsa_lightning.data.order import ORDER, InTurn, Order, Shuffled
 from nsa_lightning.data.packing import SEQUENTIAL
 from nsa_lightning.data.prepare import check_fractions, make_plan, prepare
-from nsa_lightning.data.sets import MixtureSet, Packing, check_origin, common_tokenizer
-from nsa_lightning.data.storage import is_url
+from nsa_lightning.data.sets import MixtureSet, Packing, check_origin, common_tokenizer, open_set
 from nsa_lightning.data.token_store import TokenStore
 from nsa_lightning.data.tokenizer import Tokenizer, TokenizerConfig
 
@@ -145,7 +144,7 @@ class PackedTextDataModule(L.LightningDataModule):
         except OSError as error:
             raise ValueError(f"data.cache_dir={str(self.cache_dir)!r} cannot be made: {error.strerror}") from error
         self._places = [self._prepare_sources()] if self.sources else list(self._configured.values())
-        for store in map(self._open, self._places):
+        for store in self._open_sets():
             if self.verify_checksums:
                 store.verify()
             for split in SPLITS:
@@ -158,8 +157,7 @@ class PackedTextDataModule(L.LightningDataModule):
             self._places = self.trainer.strategy.broadcast(self._places)
         if self._places is None:
             self.prepare_data()
-        assert self._places is not None
-        self._stores = [self._open(place) for place in self._places]
+        self._stores = self._open_sets()
         self._tokenizer = common_tokenizer(
             dict(zip(self._configured, self._stores, strict=True)), self.tokenizer_config
         )
@@ -294,8 +292,9 @@ class PackedTextDataModule(L.LightningDataModule):
             return {f"data.mixture.{name}.prepared": each.prepared for name, each in self.mixture.items()}
         return {"data.prepared": self.prepared} if self.prepared else {"data.sources": ""}
 
-    def _open(self, place: str) -> TokenStore:
-        return TokenStore(place if is_url(place) else Path(place).expanduser(), self.cache_dir)
+    def _open_sets(self) -> list[TokenStore]:
+        assert self._places is not None
+        return [open_set(*named, self.cache_dir) for named in zip(self._configured, self._places, strict=True)]
 
     def _has_validation(self) -> bool:
         return any(store.manifest.val_fraction > 0 for store in self.stores)

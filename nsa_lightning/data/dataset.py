@@ -1,12 +1,14 @@
 """Batches of one split of one or more prepared sets, made where they are asked for: in a worker or in the training."""
 
 import hashlib
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from filelock import FileLock
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -51,7 +53,7 @@ class PackedSplit:
         name = f"{BEST_FIT}\0{store.fingerprint}\0{split}\0{seq_len}"
         path = cache_dir / f"plan-{hashlib.blake2b(name.encode(), digest_size=12).hexdigest()}"
         if not path.exists():
-            write_plan(path, offsets, seq_len)
+            _make_plan(path, offsets, seq_len)
         self.plan = BestFitPlan(path, offsets, seq_len)
 
     def __reduce__(self) -> tuple[type["PackedSplit"], tuple[Any, ...]]:
@@ -95,8 +97,21 @@ class PackedDataset(Dataset[Tensor]):
         return Row(self.splits[index].tokens, self.splits[index].plan.pieces(number))
 
     def __getitem__(self, batches: Sequence[SequenceRange]) -> Tensor:
-        return torch.cat([self._pack(batch) for batch in batches])
+        packed = torch.cat([self._pack(batch) for batch in batches])
+        for split in self.splits:
+            split.plan.release()
+        return packed
 
     def _pack(self, batch: SequenceRange) -> Tensor:
         rows = [self.row(batch.epoch, sequence) for sequence in range(batch.start, batch.stop)]
         return pack_documents(rows, self.seq_len, self.byte_lengths, padding=self.padding, max_seqlen=batch.max_seqlen)
+
+
+def _make_plan(path: Path, offsets: NDArray[np.int64], seq_len: int) -> None:
+    """Write a plan, unless another process does; what one left that was killed is removed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.parent / "plans.lock"):
+        for leftover in path.parent.glob(f"{path.name}.tmp-*"):
+            shutil.rmtree(leftover)
+        if not path.exists():
+            write_plan(path, offsets, seq_len)

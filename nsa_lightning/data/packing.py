@@ -1,7 +1,8 @@
 """Documents to packed sequences of exactly `seq_len` tokens: what stands where, and the batches made of it."""
 
+import mmap
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +34,9 @@ class PackPlan(Protocol):
 
     def cut_documents(self) -> int:
         """How many documents stand in more than one sequence."""
+
+    def release(self) -> None:
+        """Give back the memory that reading the plan took."""
 
 
 SEQUENTIAL = "sequential-2"
@@ -69,8 +73,24 @@ class SequentialPlan:
         stretches = range(0, len(self._offsets) - 1, 2**20)
         return sum(self._cut(self._offsets[start : start + 2**20 + 1]) for start in stretches)
 
+    def release(self) -> None:
+        """Give back the memory that reading the plan took."""
+        release_pages(self._offsets)
+
     def _cut(self, bounds: NDArray[np.int64]) -> int:
         return int(np.count_nonzero(bounds[:-1] // self._seq_len != (bounds[1:] - 1) // self._seq_len))
+
+
+def release_pages(array: NDArray[Any]) -> None:
+    """Unmap what was read of a memory-mapped array; it stays in the system's cache and is mapped again when needed.
+
+    Else a process that reads here and there comes to hold all of it.
+    """
+    owner: Any = array
+    while isinstance(owner, np.ndarray):
+        owner = owner.base
+    if isinstance(owner, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        owner.madvise(mmap.MADV_DONTNEED)
 
 
 class Row(NamedTuple):

@@ -2,8 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
+from nsa_lightning.data.storage import is_url
 from nsa_lightning.data.token_store import TokenStore
 from nsa_lightning.data.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer, vocab_size_of
 
@@ -39,6 +41,20 @@ def check_origin(sources: Sequence[str], prepared: str | None, mixture: Mapping[
     for name, each in mixture.items():
         if not 0 < each.weight < float("inf"):
             raise ValueError(f"data.mixture.{name}.weight must be a number above 0, got {each.weight}")
+
+
+def open_set(setting: str, place: str, cache_dir: Path | None = None) -> TokenStore:
+    """Open the prepared set that a setting names.
+
+    Raises:
+        ValueError: there is none, or it is damaged.
+    """
+    if is_url(place):
+        return TokenStore(place, cache_dir)
+    path = Path(place).expanduser()
+    if not (path / "manifest.json").exists():
+        raise ValueError(f"{setting} must be a set that nsa prepare has finished, got {place}: it has no manifest.json")
+    return TokenStore(path, cache_dir)
 
 
 def common_tokenizer(stores: Mapping[str, TokenStore], config: TokenizerConfig) -> Tokenizer:
@@ -80,7 +96,7 @@ def configured_vocab_size(
         prepared: data.prepared.
         mixture: data.mixture, as parsed.
     """
-    place = prepared or next((each["prepared"] for each in (mixture or {}).values()), None)
-    if place:
-        return TokenStore(place).manifest.vocab_size
+    sets = {f"data.mixture.{name}.prepared": each["prepared"] for name, each in (mixture or {}).items()}
+    for setting, place in ({"data.prepared": prepared} if prepared else sets).items():
+        return open_set(setting, place).manifest.vocab_size
     return vocab_size_of(path) if path else trained

@@ -37,7 +37,7 @@ def test_it_prints_how_each_packing_does_at_each_length(prepared, monkeypatch, c
     [
         (["--seq_lens", "1"], "seq_lens must be at least 2, got 1"),
         (["--packings", "tight"], "packings"),
-        (["--prepared", "nowhere"], "nowhere"),
+        (["--prepared", "nowhere"], "prepared must be a set that nsa prepare has finished, got nowhere"),
     ],
 )
 def test_a_mistake_ends_in_one_line(prepared, monkeypatch, capsys, words, message):

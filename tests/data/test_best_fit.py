@@ -1,5 +1,7 @@
 import pickle
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -126,4 +128,37 @@ def test_a_plan_that_cannot_be_written_leaves_nothing_behind(
     monkeypatch.setattr(best_fit, "pack_best_fit", full)
     with pytest.raises(ValueError, match=r"plan-.* cannot be written: No space left on device"):
         PackedSplit(store, "train", 8, "best_fit", tmp_path / "cache")
-    assert list((tmp_path / "cache").iterdir()) == []
+    assert list((tmp_path / "cache").glob("plan-*")) == []
+
+
+PLANNER = """
+import sys, time
+from pathlib import Path
+from nsa_lightning.data import best_fit
+from nsa_lightning.data.dataset import PackedSplit
+from nsa_lightning.data.token_store import TokenStore
+
+def slow(offsets, seq_len, pack=best_fit.pack_best_fit):
+    print("planning", flush=True)
+    time.sleep(float(sys.argv[3]))
+    yield from pack(offsets, seq_len)
+
+best_fit.pack_best_fit = slow
+print(PackedSplit(TokenStore(sys.argv[1]), "train", 8, "best_fit", Path(sys.argv[2])).plan.num_sequences)
+"""
+
+
+def test_of_two_processes_one_plans_and_a_killed_one_leaves_nothing(store: TokenStore, tmp_path: Path) -> None:
+    def start(seconds: float) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", PLANNER, str(store.path), str(tmp_path / "cache"), str(seconds)]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+    killed = start(60)
+    assert killed.stdout is not None
+    assert killed.stdout.readline() == "planning\n"
+    both = [start(0.5), start(0.5)]
+    killed.kill()
+    printed = sorted(process.communicate(timeout=60)[0] for process in both)
+    killed.communicate()
+    assert printed == ["5\n", "planning\n5\n"]
+    assert [path.name.count(".") for path in (tmp_path / "cache").glob("plan-*")] == [0]

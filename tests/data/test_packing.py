@@ -1,7 +1,9 @@
 from itertools import pairwise
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -137,6 +139,22 @@ def test_a_sequence_past_the_plan_is_not_scored_at_all() -> None:
     assert batch.targets.tolist() == [IGNORE_INDEX] * 8
     assert batch.cu_seqlens.tolist() == [0, 4, 8]
     assert batch.target_bytes.item() == 0
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="tells what is mapped on Linux only")
+def test_what_was_read_of_a_map_is_given_back(tmp_path: Path) -> None:
+    def mapped() -> int:
+        region = Path("/proc/self/smaps").read_text().split(str(path))[1]
+        return int(region.split("Rss:")[1].split()[0])
+
+    path = tmp_path / "offsets.npy"
+    np.save(path, np.arange(2**18))
+    plan = SequentialPlan(np.asarray(np.load(path, mmap_mode="r")), 4)
+    assert plan.cut_documents() == 0
+    assert mapped() >= 2048
+    plan.release()
+    assert mapped() == 0
+    assert plan.pieces(2**16 - 2).documents[0] == 2**18 - 8
 
 
 def test_a_plan_does_not_read_all_offsets_to_find_a_sequence() -> None:
