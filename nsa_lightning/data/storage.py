@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 from uuid import uuid4
 
 if TYPE_CHECKING:
@@ -66,10 +66,10 @@ def retried(name: str, action: Callable[[], Result]) -> Result:
     raise AssertionError
 
 
-def open_binary(place: Path | str) -> BinaryIO:
+def open_binary(place: Path | str) -> io.BufferedReader:
     """Open a local file or a URL for reading; a URL goes on where a failure interrupted it."""
     if is_url(place):
-        return cast(BinaryIO, io.BufferedReader(_RetriedFile(str(place)), READ_AHEAD))
+        return io.BufferedReader(_RetriedFile(str(place)), READ_AHEAD)
     return Path(place).open("rb")
 
 

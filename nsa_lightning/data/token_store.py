@@ -14,7 +14,7 @@ import os
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -89,6 +89,10 @@ class TokenStore:
         self.path = path if is_url(path) else Path(path)
         self.cache_dir = cache_dir
         self._splits: dict[str, TokenSplit] = {}
+        if isinstance(self.path, Path) and not (self.path / "manifest.json").exists():
+            raise ValueError(
+                f"{path} is not a whole prepared set, it has no manifest.json: nsa prepare writes that last"
+            )
         try:
             self.manifest = _read_manifest(self.place("manifest.json"))
             if not is_url(self.path):
@@ -288,7 +292,7 @@ def token_files(manifest: Manifest, split: str) -> Iterator[tuple[str, int]]:
 def checksum(place: Path | str) -> str:
     """blake2b of a file's content."""
     with open_binary(place) as stream:
-        return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()  # type: ignore[arg-type]
+        return hashlib.file_digest(stream, partial(hashlib.blake2b, digest_size=16)).hexdigest()
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:

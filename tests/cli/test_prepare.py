@@ -63,7 +63,7 @@ def test_lists_are_words_or_yaml(workplace, monkeypatch):
         ([*SMALL, "--output_dir", "s3://bucket/set"], "output_dir must be a local directory, got s3://bucket/set"),
         ([*SMALL, "--output_dir", "texts/1.txt"], "texts/1.txt cannot be written: File exists"),
         ([*SMALL, "--sources", "texts", "nowhere/*.c"], "'nowhere/*.c' matches none"),
-        (["--output_dir", "texts", "--verify", "true"], "texts/manifest.json"),
+        (["--output_dir", "texts", "--verify", "true"], "texts is not a whole prepared set, it has no manifest.json"),
     ],
 )
 def test_a_mistake_ends_in_one_line_that_names_it(workplace, monkeypatch, capsys, arguments, message):

@@ -197,6 +197,14 @@ def test_a_damaged_set_names_the_file_and_the_remedy(
         [TokenStore(store.path).split(split).num_tokens + len(store.token_counts(split)) for split in SPLITS]
 
 
+def test_a_directory_without_a_manifest_is_no_set(store: TokenStore) -> None:
+    Path(store.path, "manifest.json").unlink()
+    with pytest.raises(
+        ValueError, match=f"{store.path} is not a whole prepared set, it has no manifest.json: nsa prepare"
+    ):
+        TokenStore(store.path)
+
+
 def test_verify_names_every_file_that_differs(store: TokenStore) -> None:
     for name in "shards/00000/train.bin", "counts.npy":
         path = Path(store.path, name)
