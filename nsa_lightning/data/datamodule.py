@@ -257,16 +257,14 @@ class PackedTextDataModule(L.LightningDataModule):
         if not empty or (split != "train" and len(empty) < len(self.stores)):
             return
         manifest = empty[0].manifest
-        place = "" if self.sources else f" in {empty[0].path}"
+        total, prefix = manifest.num_documents, "data." if self.sources else f"{empty[0].path} was prepared with "
         if split == "train":
-            fractions = f"data.val_fraction={manifest.val_fraction} and data.test_fraction={manifest.test_fraction}"
-            raise ValueError(
-                f"{fractions} leave no training document among {manifest.num_documents}{place}; lower them"
-            )
+            fractions = f"val_fraction={manifest.val_fraction} and test_fraction={manifest.test_fraction}"
+            raise ValueError(f"{prefix}{fractions}, which leave no training document among {total}; lower them")
         word = {"val": "validation", "test": "test"}[split]
         fraction = {"val": manifest.val_fraction, "test": manifest.test_fraction}[split]
         raise ValueError(
-            f"data.{split}_fraction={fraction} leaves no {word} document among {manifest.num_documents}{place}; "
+            f"{prefix}{split}_fraction={fraction}, which leaves no {word} document among {total}; "
             "raise it, set it to 0 or add documents"
         )
 

@@ -96,7 +96,9 @@ def configured_vocab_size(
         prepared: data.prepared.
         mixture: data.mixture, as parsed.
     """
-    sets = {f"data.mixture.{name}.prepared": each["prepared"] for name, each in (mixture or {}).items()}
-    for setting, place in ({"data.prepared": prepared} if prepared else sets).items():
-        return open_set(setting, place).manifest.vocab_size
+    if prepared:
+        return open_set("data.prepared", prepared).manifest.vocab_size
+    for name, each in (mixture or {}).items():  # all have one tokenizer
+        place = each.get("init_args", each)["prepared"]  # LightningCLI's parser nests the fields
+        return open_set(f"data.mixture.{name}.prepared", place).manifest.vocab_size
     return vocab_size_of(path) if path else trained

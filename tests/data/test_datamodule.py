@@ -125,12 +125,14 @@ def test_a_setting_out_of_range_is_named(
 
 def test_a_split_without_documents_names_the_setting(make_data: Callable[..., PackedTextDataModule]) -> None:
     few = {"val_fraction": 1e-6, "test_fraction": 0.0}
-    with pytest.raises(ValueError, match=r"data.val_fraction=1e-06 leaves no validation document among 60; raise it"):
+    with pytest.raises(
+        ValueError, match=r"data.val_fraction=1e-06, which leaves no validation document among 60; raise"
+    ):
         make_data(**few).setup("fit")
-    with pytest.raises(ValueError, match=r"data.test_fraction=0.0 leaves no test document among 60; raise it"):
+    with pytest.raises(ValueError, match=r"data.test_fraction=0.0, which leaves no test document among 60; raise it"):
         make_data(**few).setup("test")
     with pytest.raises(
-        ValueError, match=r"data.val_fraction=0.999999 and .* leave no training document among 60; lower"
+        ValueError, match=r"data.val_fraction=0.999999 and .*, which leave no training document among 60; lower"
     ):
         make_data(val_fraction=0.999999, test_fraction=0.0).setup("fit")
 

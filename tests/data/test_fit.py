@@ -224,6 +224,16 @@ def mixture(make_data: Callable[..., PackedTextDataModule], corpus: Path, tmp_pa
     return {"many": MixtureSet(prepared=many, weight=3), "few": MixtureSet(prepared=few, weight=1)}
 
 
+def test_a_run_goes_on_with_its_set_behind_a_url(
+    make_data: Callable[..., PackedTextDataModule], tmp_path: Path
+) -> None:
+    data = make_data(packing="best_fit")
+    saving = ModelCheckpoint(tmp_path / "checkpoints", "{step}", every_n_train_steps=3, save_top_k=-1)
+    whole = fit(data, saving, max_steps=STEPS).stream
+    remote = make_data(sources=[], prepared=f"file://{data.stores[0].path}", packing="best_fit", num_workers=1)
+    assert fit(remote, ckpt=str(tmp_path / "checkpoints" / "step=3.ckpt"), max_steps=STEPS).stream == whole[3:]
+
+
 @pytest.mark.parametrize("packing", ["sequential", "best_fit"])
 def test_a_mixture_under_a_curriculum_resumes_exactly(
     make_data: Callable[..., PackedTextDataModule], mixture: dict[str, MixtureSet], tmp_path: Path, packing: str
@@ -327,7 +337,7 @@ def test_two_processes_share_each_epoch_even_if_lightning_may_put_a_sampler_in(
 def test_a_fit_without_validation_can_be_asked_for(make_data: Callable[..., PackedTextDataModule]) -> None:
     data = make_data(val_fraction=0.0)
     assert fit(data, max_epochs=1).evaluated == []
-    with pytest.raises(ValueError, match=r"data.val_fraction=0.0 leaves no validation document"):
+    with pytest.raises(ValueError, match=r"data.val_fraction=0.0, which leaves no validation document"):
         data.setup("validate")
 
 
