@@ -87,7 +87,7 @@ class PackedTextDataModule(L.LightningDataModule):
         self.text_field = text_field
         self.tokenizer_config = tokenizer
         self.prepared = prepared
-        self.mixture = mixture or {}
+        self.mixture = dict(sorted((mixture or {}).items()))  # the order in which they are written changes nothing
         self.packing: Packing = packing
         self.seq_len = seq_len
         self.curriculum = curriculum or {}

@@ -65,8 +65,8 @@ class PackedSplit:
         return self.plan.num_sequences * self.seq_len - self.tokens.num_tokens
 
 
-class PackedDataset(Dataset[Tensor]):
-    """The batches of one or more splits, a few at a time as one tensor for `view_flats`.
+class PackedDataset(Dataset[Tensor | ValueError]):
+    """The batches of one or more splits, a few at a time as one tensor for `view_flats`, or why they cannot be read.
 
     Args:
         splits: where the sequences come from.
@@ -96,8 +96,11 @@ class PackedDataset(Dataset[Tensor]):
         index, number = self.order.place(epoch, sequence)
         return Row(self.splits[index].tokens, self.splits[index].plan.pieces(number))
 
-    def __getitem__(self, batches: Sequence[SequenceRange]) -> Tensor:
-        packed = torch.cat([self._pack(batch) for batch in batches])
+    def __getitem__(self, batches: Sequence[SequenceRange]) -> Tensor | ValueError:
+        try:
+            packed = torch.cat([self._pack(batch) for batch in batches])
+        except ValueError as error:  # raised in a worker its message would come wrapped in a traceback
+            return error
         for split in self.splits:
             split.plan.release()
         return packed

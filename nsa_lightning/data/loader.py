@@ -46,7 +46,7 @@ class PackedLoader:
         self._sampler = _RankSampler(self, rank * batch_size, batch_size)
         self._num_workers = num_workers
         self._pin_memory = pin_memory
-        self._loader: DataLoader[Tensor] | None = None
+        self._loader: DataLoader[Tensor | ValueError] | None = None
 
     def __len__(self) -> int:
         return self._batches_from(0)
@@ -78,6 +78,8 @@ class PackedLoader:
                 persistent_workers=self._num_workers > 0,
             )
         for flats in self._loader:
+            if isinstance(flats, ValueError):
+                raise flats
             yield from view_flats(flats)
 
 

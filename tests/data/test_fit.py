@@ -240,7 +240,8 @@ def test_a_mixture_under_a_curriculum_resumes_exactly(
 ) -> None:
     def run(ckpt: str | None = None, callback: L.Callback | None = None) -> list[tuple[int, list[int], list[int]]]:
         curriculum = {0: 16, 2: 50, 5: 128}
-        data = make_data(sources=[], mixture=mixture, packing=packing, curriculum=curriculum, batch_size=1)
+        sets = dict(reversed(mixture.items())) if ckpt else mixture
+        data = make_data(sources=[], mixture=sets, packing=packing, curriculum=curriculum, batch_size=1)
         batches = fit(data, callback, ckpt, max_steps=15, accumulate_grad_batches=3).batches
         return [(batch.max_seqlen, batch.tokens.tolist(), batch.targets.tolist()) for batch in batches]
 

@@ -1,4 +1,5 @@
 import json
+import os
 import pickle
 from collections.abc import Callable, Iterable
 from itertools import islice
@@ -249,6 +250,14 @@ def test_a_dataset_travels_to_a_worker_without_its_tokens(dataset: PackedDataset
     pickled = pickle.dumps(dataset)
     assert len(pickled) < 3500
     assert pickle.loads(pickled)[whole].tolist() == expected
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_shard_that_is_truncated_meanwhile_is_named(dataset: PackedDataset, num_workers: int) -> None:
+    path = Path(dataset.splits[0].store.path, "shards", "00001", "train.bin")
+    os.truncate(path, 20)
+    with pytest.raises(ValueError, match=f"^{path} is truncated$"):
+        list(PackedLoader(dataset, batch_size=1, num_workers=num_workers))
 
 
 def test_other_data_cannot_be_resumed_and_the_setting_is_named(dataset: PackedDataset) -> None:
