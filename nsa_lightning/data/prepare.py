@@ -263,8 +263,7 @@ def _open_tokenizer(plan: Plan, path: Path, shards: list[list[Part]]) -> Tokeniz
     else:
         texts = _training_texts(plan, shards)
         tokenizer = train_tokenizer(training_sample(texts), plan.vocab_size)
-    with writable(kept):
-        tokenizer.save(kept)
+    tokenizer.save(kept)
     return tokenizer
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nsa_lightning.data.documents import SPLITS, Document, split_of
-from nsa_lightning.data.storage import whole_directory, whole_file, writable
+from nsa_lightning.data.storage import whole_directory, whole_file
 from nsa_lightning.data.token_store import FORMAT_VERSION, Manifest, SplitSize, TokenStore, checksum, write_manifest
 from nsa_lightning.data.tokenizer import GROUP, Tokenizer
 
@@ -109,8 +109,7 @@ def merge_shards(
     for name in SPLITS:
         with whole_file(path / f"{name}.offsets.npy") as stream:
             _write_offsets(stream, name, splits[name].documents, zip(folders, shards, strict=True))
-    with writable(path):
-        tokenizer.save(path / "tokenizer.json")
+    tokenizer.save(path / "tokenizer.json")
     names = ["tokenizer.json", "counts.npy", *(f"{name}.offsets.npy" for name in SPLITS)]
     checksums = {name: checksum(path / name) for name in names}
     for folder, shard in zip(folders, shards, strict=True):

@@ -170,7 +170,7 @@ class TokenStore:
     @property
     def _remedy(self) -> str:
         if is_url(self.path):
-            return f"copy the prepared set {self.path} again"
+            return f"if the URL is right, copy the prepared set to {self.path} again"
         return f"delete {Path(self.path, 'manifest.json')} and what is damaged, and prepare again: the rest is kept"
 
     def _local(self, name: str) -> Path:
@@ -242,8 +242,7 @@ class TokenSplit:
         else:
             place = 0
             for file, first, size in ranges:
-                if os.preadv(self._descriptor(file), [buffer[place : place + size]], first) != size:
-                    raise ValueError(f"{self.store.place(self._names[file])} is truncated")
+                self._read_file(file, first, buffer[place : place + size])
                 place += size
         return tokens.astype(np.int64)
 
@@ -258,6 +257,15 @@ class TokenSplit:
                 end = min(stop, self._bounds[file + 1])
                 yield file, (first - self._bounds[file]) * itemsize, (end - first) * itemsize
                 first = end  # noqa: PLW2901
+
+    def _read_file(self, file: int, first: int, buffer: memoryview) -> None:
+        place = self.store.place(self._names[file])
+        try:
+            whole = os.preadv(self._descriptor(file), [buffer], first) == len(buffer)
+        except OSError as error:
+            raise ValueError(f"{place} cannot be read: {error.strerror}") from error
+        if not whole:
+            raise ValueError(f"{place} is truncated")
 
     def _descriptor(self, file: int) -> int:
         if file not in self._open:

@@ -253,10 +253,17 @@ def test_a_dataset_travels_to_a_worker_without_its_tokens(dataset: PackedDataset
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_shard_that_is_truncated_meanwhile_is_named(dataset: PackedDataset, num_workers: int) -> None:
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [(lambda path: os.truncate(path, 20), "is truncated"), (Path.unlink, "cannot be read: No such file or directory")],
+    ids=["truncated", "gone"],
+)
+def test_a_shard_that_is_damaged_meanwhile_is_named(
+    dataset: PackedDataset, num_workers: int, damage: Callable[[Path], None], message: str
+) -> None:
     path = Path(dataset.splits[0].store.path, "shards", "00001", "train.bin")
-    os.truncate(path, 20)
-    with pytest.raises(ValueError, match=f"^{path} is truncated$"):
+    damage(path)
+    with pytest.raises(ValueError, match=f"^{path} {message}$"):
         list(PackedLoader(dataset, batch_size=1, num_workers=num_workers))
 
 
