@@ -88,7 +88,7 @@ class BestFitPlan:
 
 
 def write_plan(path: Path, offsets: NDArray[np.int64], seq_len: int) -> None:
-    """Pack a split and keep the plan in a directory, which appears when it is whole.
+    """Pack a split and keep the plan in a directory, which appears when it is whole; a bar shows how far it is.
 
     Raises:
         ValueError: the plan cannot be written.
@@ -130,17 +130,21 @@ def pack_best_fit(offsets: NDArray[np.int64], seq_len: int) -> Iterator[Packed]:
         offsets: where each document begins, and the end of the last, int64 [N + 1].
         seq_len: tokens in a sequence.
     """
-    group_tokens = GROUP_SEQUENCES * seq_len
-    start = 0
-    while start < len(offsets) - 1:
-        stop = _chunk_end(offsets, start, group_tokens)
-        ends = np.asarray(offsets[start : stop + 1])
-        whole, rest = np.divmod(np.diff(ends), seq_len)
-        kept, long = np.flatnonzero(rest), np.flatnonzero(whole)
-        sequence = _pack_groups(rest[kept], ends[kept] // group_tokens, seq_len)
-        order = np.argsort(sequence, kind="stable")
-        yield Packed(start + kept[order], np.bincount(sequence), start + long, whole[long])
-        start = stop
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
+    group_tokens, num_documents, start = GROUP_SEQUENCES * seq_len, len(offsets) - 1, 0
+    title = f"plan sequences of {seq_len}"
+    with tqdm(total=num_documents, desc=title, unit="documents", unit_scale=True, delay=1, disable=None) as bar:
+        while start < num_documents:
+            stop = _chunk_end(offsets, start, group_tokens)
+            ends = np.asarray(offsets[start : stop + 1])
+            whole, rest = np.divmod(np.diff(ends), seq_len)
+            kept, long = np.flatnonzero(rest), np.flatnonzero(whole)
+            sequence = _pack_groups(rest[kept], ends[kept] // group_tokens, seq_len)
+            order = np.argsort(sequence, kind="stable")
+            yield Packed(start + kept[order], np.bincount(sequence), start + long, whole[long])
+            bar.update(stop - start)
+            start = stop
 
 
 def _chunk_end(offsets: NDArray[np.int64], start: int, group_tokens: int) -> int:
