@@ -11,7 +11,7 @@ _TRAINER_COMMANDS = {
 
 _OTHER_COMMANDS = {
     "prepare": "tokenise texts of any size into a set to train on",
-    "bench": "check and time the attention operator: nsa bench kernels",
+    "bench": "measure the attention operator or the loader: nsa bench kernels, nsa bench loader",
 }
 
 _HELP = """usage: nsa COMMAND [options]

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import lightning as L
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_info
+from numpy.typing import NDArray
 
 from nsa_lightning.data.best_fit import BEST_FIT
 from nsa_lightning.data.dataset import PackedDataset, PackedSplit
@@ -37,6 +38,7 @@ class PackedTextDataModule(L.LightningDataModule):
         include: globs of the files to read among `sources`; left out, all.
         exclude: globs of files and directories to leave out; a relative one, such as `test_*.py`, at any depth.
         text_field: the field of a jsonl line, or the column of a parquet file, that holds the text.
+        skip_binary: take a file of `sources` that is no UTF-8 text for an empty document, and go on.
         tokenizer: how text becomes tokens; a prepared set has its own.
         prepared: the directory or URL of a set that `nsa prepare` made.
         mixture: prepared sets by name, each with a weight: its share of the sequences. An epoch lasts until every set
@@ -66,6 +68,7 @@ class PackedTextDataModule(L.LightningDataModule):
         include: Sequence[str] | str = (),
         exclude: Sequence[str] | str = (),
         text_field: str = "text",
+        skip_binary: bool = False,
         tokenizer: TokenizerConfig = TokenizerConfig(),  # noqa: B008  (frozen)
         prepared: str | None = None,
         mixture: dict[str, MixtureSet] | None = None,
@@ -85,6 +88,7 @@ class PackedTextDataModule(L.LightningDataModule):
         self.include = _listed(include)
         self.exclude = _listed(exclude)
         self.text_field = text_field
+        self.skip_binary = skip_binary
         self.tokenizer_config = tokenizer
         self.prepared = prepared
         self.mixture = dict(sorted((mixture or {}).items()))  # the order in which they are written changes nothing
@@ -102,7 +106,7 @@ class PackedTextDataModule(L.LightningDataModule):
         self._places: list[str] | None = None
         self._tokenizer: Tokenizer | None = None
         self._stores: list[TokenStore] = []
-        self._loaders: list[PackedLoader] = []
+        self._loaders: dict[str, PackedLoader] = {}
         self._train_state: dict[str, Any] | None = None
         self._train_loader: ResumableLoader | None = None
 
@@ -127,13 +131,13 @@ class PackedTextDataModule(L.LightningDataModule):
     def unigram_bits_per_byte(self) -> float:
         """What a model that knows only how frequent each token is reaches on the validation split.
 
-        The frequencies are those of the training split, with one added to each. A document's first token is not
-        predicted.
+        The counts are those of the training split, of a mixture each set's by its weight, with one added to each. A
+        document's first token is not predicted.
         """
         self._check_split("val")
-        counts, val_counts = (
-            np.sum([store.token_counts(split) for store in self.stores], axis=0) for split in ("train", "val")
-        )
+        train, val = (np.stack([store.token_counts(split) for store in self.stores]) for split in ("train", "val"))
+        totals, val_counts = train.sum(axis=1), val.sum(axis=0)
+        counts = self._shares * totals.sum() / np.maximum(totals, 1) @ train
         bits = val_counts @ -np.log2((counts + 1) / (counts + 1).sum())
         return float(bits / (val_counts @ self.tokenizer.byte_lengths))
 
@@ -170,11 +174,12 @@ class PackedTextDataModule(L.LightningDataModule):
     def train_dataloader(self) -> PackedLoader:
         """Shuffled epochs without end, from where a checkpoint left them."""
         splits = [self._packed(store, "train") for store in self.stores]
-        weights = {name: each.weight for name, each in self.mixture.items()} or {"": 1.0}
-        dataset = self._dataset(splits, Shuffled([split.plan.num_sequences for split in splits], weights, self.seed))
+        sizes = [split.plan.num_sequences for split in splits]
+        dataset = self._dataset(splits, Shuffled(sizes, self._weights, self.seed))
         if getattr(self.trainer, "overfit_batches", 0) > 0:
-            return self._loader(PackedLoader, dataset)
+            return self._loader("train", PackedLoader, dataset)
         loader = self._loader(
+            "train",
             ResumableLoader,
             dataset,
             fingerprint=self._fingerprint(),
@@ -206,7 +211,7 @@ class PackedTextDataModule(L.LightningDataModule):
 
     def teardown(self, stage: str) -> None:
         """End the workers."""
-        for loader in self._loaders:
+        for loader in self._loaders.values():
             loader.close()
         self._loaders.clear()
 
@@ -276,6 +281,7 @@ class PackedTextDataModule(L.LightningDataModule):
             include=self.include,
             exclude=self.exclude,
             text_field=self.text_field,
+            skip_binary=self.skip_binary,
             val_fraction=self.val_fraction,
             test_fraction=self.test_fraction,
         )
@@ -289,6 +295,17 @@ class PackedTextDataModule(L.LightningDataModule):
         if self.mixture:
             return {f"data.mixture.{name}.prepared": each.prepared for name, each in self.mixture.items()}
         return {"data.prepared": self.prepared} if self.prepared else {"data.sources": ""}
+
+    @property
+    def _weights(self) -> dict[str, float]:
+        """The weight of each set by its name; one that is not mixed has none."""
+        return {name: each.weight for name, each in self.mixture.items()} or {"": 1.0}
+
+    @property
+    def _shares(self) -> NDArray[np.float64]:
+        """The share of the training sequences that comes from each set."""
+        weights = np.array(list(self._weights.values()))
+        return weights / weights.sum()
 
     def _open_sets(self) -> list[TokenStore]:
         assert self._places is not None
@@ -315,18 +332,22 @@ class PackedTextDataModule(L.LightningDataModule):
 
     def _in_turn(self, split: str) -> PackedLoader:
         splits = [self._packed(store, split) for store in self.stores if store.manifest.splits[split].documents]
-        return self._loader(PackedLoader, self._dataset(splits, InTurn([each.plan.num_sequences for each in splits])))
+        order = InTurn([each.plan.num_sequences for each in splits])
+        return self._loader(split, PackedLoader, self._dataset(splits, order))
 
     def _dataset(self, splits: list[PackedSplit], order: Order) -> PackedDataset:
         return PackedDataset(splits, order, self.tokenizer.byte_lengths, self.tokenizer.end_of_text_id)
 
-    def _loader(self, kind: type[Loader], dataset: PackedDataset, **options: Any) -> Loader:
+    def _loader(self, split: str, kind: type[Loader], dataset: PackedDataset, **options: Any) -> Loader:
+        """The loader of a split; the one before it, if there was one, ends its workers."""
         replicas = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
         if replicas:
             options |= {"rank": replicas["rank"], "world_size": replicas["num_replicas"]}
         on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
         loader = kind(dataset, batch_size=self.batch_size, num_workers=self.num_workers, pin_memory=on_gpu, **options)
-        self._loaders.append(loader)
+        if split in self._loaders:
+            self._loaders[split].close()
+        self._loaders[split] = loader
         return loader
 
     def _report(self, splits: list[PackedSplit]) -> None:
@@ -335,7 +356,9 @@ class PackedTextDataModule(L.LightningDataModule):
             return
         sequences = sum(split.plan.num_sequences for split in splits)
         documents = sum(split.tokens.num_documents for split in splits)
-        padding = sum(split.num_padding for split in splits) / (sequences * self.seq_len)
+        padding = (
+            float(self._shares @ [split.num_padding / split.plan.num_sequences for split in splits]) / self.seq_len
+        )
         cut = sum(split.plan.cut_documents() for split in splits)
         rank_zero_info(
             f"{self.packing} packing: {documents} documents in {sequences} sequences of {self.seq_len} tokens, "

@@ -88,7 +88,9 @@ def _read_text(name: str, skip_binary: bool) -> str:
     except UnicodeDecodeError as error:
         reason = f"{error.reason} at byte {error.start}"
         if not skip_binary:
-            raise ValueError(f"{name} is not UTF-8 text: {reason}; leave it out with data.exclude") from error
+            raise ValueError(
+                f"{name} is not UTF-8 text: {reason}; leave it out with data.exclude or data.skip_binary"
+            ) from error
         log.warning("%s is left out, it is not UTF-8 text: %s", name, reason)
         return ""
 

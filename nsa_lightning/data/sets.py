@@ -37,7 +37,10 @@ def check_origin(sources: Sequence[str], prepared: str | None, mixture: Mapping[
             "data.sources must name files, directories, globs or URLs, got none; or set data.prepared or data.mixture"
         )
     if len(given) > 1:
-        raise ValueError(f"exactly one of {', '.join(settings)} must be set, got {' and '.join(given)}")
+        raise ValueError(
+            f"exactly one of {', '.join(settings)} must be set, got {' and '.join(given)}; "
+            "clear the others: data.sources with '[]', the rest with null"
+        )
     for name, each in mixture.items():
         if not 0 < each.weight < float("inf"):
             raise ValueError(f"data.mixture.{name}.weight must be a number above 0, got {each.weight}")

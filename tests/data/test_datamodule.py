@@ -83,6 +83,39 @@ def test_the_unigram_baseline_is_the_smoothed_cross_entropy(make_data: Callable[
     assert 1 < expected < 8
 
 
+def test_the_unigram_baseline_of_a_mixture_counts_each_set_by_its_weight(
+    make_data: Callable[..., PackedTextDataModule], corpus: Path, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    tokenizer.save(tmp_path / "tokenizer.json")
+    config = TokenizerConfig(path=str(tmp_path))
+    data = [make_data(sources=[str(corpus / glob)], tokenizer=config) for glob in ("[0-3]*.txt", "[45]*.txt")]
+    for each in data:
+        each.setup("fit")
+    weights = {"a": 3.0, "b": 0.5}
+    sets = zip(weights.items(), data, strict=True)
+    mixture = {name: MixtureSet(prepared=str(each.stores[0].path), weight=weight) for (name, weight), each in sets}
+    mixed = make_data(sources=[], mixture=mixture)
+    mixed.setup("fit")
+    counts = [each.stores[0].token_counts("train") for each in data]
+    frequency = sum(weight / 3.5 * each / each.sum() for weight, each in zip(weights.values(), counts, strict=True))
+    total = sum(each.sum() for each in counts)
+    val = sum(each.stores[0].token_counts("val") for each in data)
+    bits = -val @ np.log2((frequency * total + 1) / (total + tokenizer.vocab_size))
+    size = sum(each.stores[0].manifest.splits["val"].bytes for each in data)
+    assert mixed.unigram_bits_per_byte == pytest.approx(bits / size)
+
+
+def test_binary_files_are_named_or_skipped_on_request(
+    make_data: Callable[..., PackedTextDataModule], corpus: Path
+) -> None:
+    (corpus / "picture.png").write_bytes(b"\x89PNG")
+    with pytest.raises(ValueError, match=r"picture.png is not UTF-8 text: .* data.exclude or data.skip_binary"):
+        make_data().setup("fit")
+    data = make_data(skip_binary=True)
+    data.setup("fit")
+    assert (data.stores[0].manifest.num_documents, data.stores[0].manifest.empty_documents) == (60, 1)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

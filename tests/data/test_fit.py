@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 import numpy as np
@@ -152,9 +152,20 @@ def test_overfit_batches_repeats_the_same_batches(make_data: Callable[..., Packe
     assert stream[0] != stream[1]
 
 
-def test_reloading_the_loaders_goes_on_with_the_stream(make_data: Callable[..., PackedTextDataModule]) -> None:
-    plain = fit(make_data(), max_epochs=3).stream
-    assert fit(make_data(), max_epochs=3, reload_dataloaders_every_n_epochs=1).stream == plain
+def test_reloading_the_loaders_goes_on_with_the_stream_and_leaves_no_workers(
+    make_data: Callable[..., PackedTextDataModule],
+) -> None:
+    class Workers(L.Callback):
+        numbers: ClassVar[list[int]] = []
+
+        def on_train_epoch_end(self, *_: Any) -> None:
+            self.numbers.append(len(multiprocessing.active_children()))
+
+    plain = fit(make_data(), max_epochs=4).stream
+    data = make_data(num_workers=1)
+    reloaded = fit(data, Workers(), max_epochs=4, reload_dataloaders_every_n_epochs=1, enable_checkpointing=False)
+    assert reloaded.stream == plain
+    assert Workers.numbers == [2] * 4  # one for training, one for validation
 
 
 def test_a_second_fit_goes_on_with_its_trainer_and_starts_anew_with_another(
