@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,9 +24,10 @@ class PackedBatch(NamedTuple):
 def allocate_flat(num_tokens: int, num_documents: int, max_seqlen: int) -> Tensor:
     """Memory for a batch as one tensor, for between processes every tensor costs as much as 100,000 tokens.
 
-    int64: tokens, targets, positions, cu_seqlens (int32), T, N, max_seqlen, target_bytes.
+    int64: tokens, targets, positions, cu_seqlens (int32), T, N, max_seqlen, target_bytes. The memory is numpy's: torch
+    aligns its own, which glibc is slow to use again, and a worker with long sequences would grow by hundreds of MB.
     """
-    flat = torch.empty(_flat_size(num_tokens, num_documents), dtype=torch.int64)
+    flat = torch.from_numpy(np.empty(_flat_size(num_tokens, num_documents), dtype=np.int64))
     flat[-4:] = torch.tensor([num_tokens, num_documents, max_seqlen, 0])
     return flat
 

@@ -98,7 +98,8 @@ class PackedDataset(Dataset[Tensor | ValueError]):
 
     def __getitem__(self, batches: Sequence[SequenceRange]) -> Tensor | ValueError:
         try:
-            packed = torch.cat([self._pack(batch) for batch in batches])
+            flats = [self._pack(batch) for batch in batches]
+            packed = flats[0] if len(flats) == 1 else torch.cat(flats)
         except ValueError as error:  # raised in a worker its message would come wrapped in a traceback
             return error
         for split in self.splits:

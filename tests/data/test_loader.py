@@ -10,11 +10,14 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from nsa_lightning.data.batch import PackedBatch
 from nsa_lightning.data.dataset import PackedDataset, PackedSplit, SequenceRange
 from nsa_lightning.data.loader import PackedLoader, ResumableLoader
 from nsa_lightning.data.order import InTurn, Shuffled
+from nsa_lightning.data.packing import Row, SequentialPlan, pack_documents
 from nsa_lightning.data.sets import Packing
 from nsa_lightning.data.token_store import TokenStore
 
@@ -250,6 +253,31 @@ def test_a_dataset_travels_to_a_worker_without_its_tokens(dataset: PackedDataset
     pickled = pickle.dumps(dataset)
     assert len(pickled) < 3500
     assert pickle.loads(pickled)[whole].tolist() == expected
+
+
+class LongSequences(Dataset[Tensor]):
+    """Batches of half a million tokens, 12 MB each, no two of a size."""
+
+    offsets = np.array([0, 2**19])
+
+    def __len__(self) -> int:
+        return 100
+
+    def __getitem__(self, index: int) -> Tensor:
+        row: Any = Row(self, SequentialPlan(self.offsets, 2**19).pieces(0))  # type: ignore[arg-type]
+        return pack_documents([row], 2**19 + index * 16, BYTE_LENGTHS, padding=0, max_seqlen=2**19)
+
+    def read(self, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        return np.ones(lengths.sum(), dtype=np.int64)
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="tells the memory of a process on Linux only")
+def test_a_worker_does_not_grow_with_the_long_sequences_it_has_packed() -> None:
+    batches: Any = iter(DataLoader(LongSequences(), batch_size=None, num_workers=1))
+    for _ in batches:
+        lines = Path(f"/proc/{batches._workers[0].pid}/smaps_rollup").read_text().splitlines()
+        private = sum(int(line.split()[1]) for line in lines if line.startswith("Private_"))
+    assert private < 50_000  # kB
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
