@@ -193,7 +193,7 @@ def _url_files(url: str) -> tuple[str, list[SourceFile]]:
 
 
 def _version(info: dict[str, Any]) -> str:
-    names = ("ETag", "etag", "mtime", "LastModified", "last_modified", "created")
+    names = ("ETag", "etag", "mtime", "LastModified", "last_modified", "Last-Modified", "created")
     return next((str(info[name]) for name in names if info.get(name)), "")
 
 

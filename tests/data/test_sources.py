@@ -1,7 +1,10 @@
 import os
 import re
 import sysconfig
+import threading
 from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import fsspec
@@ -152,6 +155,20 @@ def test_urls_name_files_directories_and_globs(bucket: str, source: str, found: 
 def test_relative_globs_look_below_a_url_and_not_above_it(bucket: str) -> None:
     assert [file.name for file in find_files([f"{bucket}/x/test"], ["*.txt"], ["x"])] == [f"{bucket}/x/test/c.txt"]
     assert [file.name for file in find_files([bucket], (), [f"{bucket}/x"])] == [f"{bucket}/a.txt"]
+
+
+def test_a_file_that_is_written_again_on_a_web_server_is_another_version(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.txt")
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/a.txt"
+        (before,) = find_files([url])
+        os.utime(path, (10**9, 10**9))
+        (after,) = find_files([url])
+        server.shutdown()
+    assert (before.name, before.size) == (after.name, after.size) == (url, 4)
+    assert before.version != after.version
 
 
 @pytest.mark.parametrize(
