@@ -1,5 +1,6 @@
 """`nsa fit | validate | test | predict`: LightningCLI with our model, data and callbacks."""
 
+import re
 import signal
 import sys
 from pathlib import Path
@@ -27,14 +28,15 @@ from nsa_lightning.training.module import LanguageModel
 from nsa_lightning.training.optimizer import ADAMW_DEFAULTS
 
 _CHECKPOINT_WORDS = ("best", "last", "hpc", "registry")
+_LINK_FAILURE = re.compile(r"^Call to compute_fn of link .*? failed: ", re.DOTALL)
 
 
 class NSAParser(LightningArgumentParser):
     """Lightning's parser that says a mistake in one line instead of below all its options."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print the message and exit with status 2."""
-        print_error(sys.argv[1], message.strip())
+        """Print the message, without jsonargparse's words on linked settings, and exit with status 2."""
+        print_error(sys.argv[1], _LINK_FAILURE.sub("", message.strip()))
         sys.exit(2)
 
 

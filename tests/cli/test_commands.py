@@ -112,7 +112,7 @@ def test_prepared_sets_are_mixed_with_the_vocabulary_they_have(workplace, monkey
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--data.prepared", "nowhere"], "data.prepared must be a set that nsa prepare has finished, got nowhere"),
+        (["--data.prepared", "nowhere"], "fit: error: data.prepared must be a set that nsa prepare has finished"),
         (["--data.mixture", "{a: {prepared: x, weigth: 2}}"], "weigth"),
         (["--model.transformer.hiden_size", "8"], "hiden_size"),
         (["--model.transformer.num_heads", "3", "--model.transformer.num_kv_heads", "2"],
