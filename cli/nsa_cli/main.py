@@ -1,6 +1,7 @@
 """The `nsa` command: looks at the first word and imports what that command needs, no more."""
 
 import sys
+from importlib import import_module
 
 _TRAINER_COMMANDS = {
     "fit": "train a model",
@@ -10,8 +11,9 @@ _TRAINER_COMMANDS = {
 }
 
 _OTHER_COMMANDS = {
-    "bench": "check and time the attention operator: nsa bench kernels",
+    "prepare": "tokenise texts of any size into a set to train on",
     "consolidate": "write a sharded checkpoint as one file",
+    "bench": "measure the attention operator or the loader: nsa bench kernels, nsa bench loader",
 }
 
 _HELP = """usage: nsa COMMAND [options]
@@ -42,18 +44,9 @@ def main() -> int:
 
         print(f"nsa-lightning {version('nsa-lightning')}")
         return 0
-    if command in _TRAINER_COMMANDS:
-        from nsa_cli.trainer_commands import run
-
-        return run()
-    if command == "bench":
-        from nsa_cli.bench import run as run_benchmark
-
-        return run_benchmark()
-    if command == "consolidate":
-        from nsa_cli.consolidate import run as run_consolidate
-
-        return run_consolidate()
+    if command in _TRAINER_COMMANDS | _OTHER_COMMANDS:
+        module = "trainer_commands" if command in _TRAINER_COMMANDS else command
+        return int(import_module(f"nsa_cli.{module}").run())
     names = ", ".join(_TRAINER_COMMANDS | _OTHER_COMMANDS)
     print(f"nsa: error: no command {command!r}; the commands are {names}", file=sys.stderr)
     return 2

@@ -1,5 +1,6 @@
 """`nsa fit | validate | test | predict`: LightningCLI with our model, data and callbacks."""
 
+import re
 import signal
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from nsa_cli.errors import print_error, raised_by_own_code
 from nsa_lightning.data.datamodule import PackedTextDataModule
-from nsa_lightning.data.tokenizer import vocab_size_of
+from nsa_lightning.data.sets import configured_vocab_size
 from nsa_lightning.training.callbacks import (
     DocumentScores,
     FitReport,
@@ -32,14 +33,15 @@ from nsa_lightning.training.optimizer import ADAMW_DEFAULTS
 
 _FOREIGN_WORDS = ("hpc", "registry")
 """Words for a checkpoint that Lightning knows and we do not."""
+_LINK_FAILURE = re.compile(r"^Call to compute_fn of link .*? failed: ", re.DOTALL)
 
 
 class NSAParser(LightningArgumentParser):
     """Lightning's parser that says a mistake in one line instead of below all its options."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print the message and exit with status 2."""
-        print_error(sys.argv[1], message.strip())
+        """Print the message, without jsonargparse's words on linked settings, and exit with status 2."""
+        print_error(sys.argv[1], _LINK_FAILURE.sub("", message.strip()))
         sys.exit(2)
 
 
@@ -84,9 +86,9 @@ class NSACommandLine(LightningCLI):
         )
         parser.link_arguments("data.seq_len", "model.transformer.max_seq_len")
         parser.link_arguments(
-            ("data.tokenizer.path", "data.tokenizer.vocab_size"),
+            ("data.tokenizer.path", "data.tokenizer.vocab_size", "data.prepared", "data.mixture"),
             "model.transformer.vocab_size",
-            compute_fn=lambda path, trained: vocab_size_of(path) if path else trained,
+            compute_fn=configured_vocab_size,
         )
 
     def before_instantiate_classes(self) -> None:

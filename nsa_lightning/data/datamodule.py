@@ -1,51 +1,61 @@
-"""Files to batches: what `nsa fit` reads, and where it goes on after a stop."""
+"""Prepared sets to batches: what `nsa fit` reads, and where it goes on after a stop."""
 
-import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import lightning as L
 import numpy as np
+from lightning.pytorch.utilities import rank_zero_info
+from numpy.typing import NDArray
 
-from nsa_lightning.data.documents import fingerprint_files, iter_documents, resolve_files, split_of, text_bytes
+from nsa_lightning.data.best_fit import BEST_FIT
+from nsa_lightning.data.dataset import PackedDataset, PackedSplit
+from nsa_lightning.data.documents import SPLITS
 from nsa_lightning.data.loader import PackedLoader, ResumableLoader
-from nsa_lightning.data.packing import PackedDataset
-from nsa_lightning.data.token_store import FORMAT_VERSION, TokenStore, build_token_store
-from nsa_lightning.data.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer, train_tokenizer, training_sample
+from nsa_lightning.data.order import ORDER, InTurn, Order, Shuffled
+from nsa_lightning.data.packing import SEQUENTIAL
+from nsa_lightning.data.prepare import check_fractions, make_plan, prepare
+from nsa_lightning.data.sets import MixtureSet, Packing, check_origin, common_tokenizer, open_set
+from nsa_lightning.data.token_store import TokenStore
+from nsa_lightning.data.tokenizer import Tokenizer, TokenizerConfig
 
 Loader = TypeVar("Loader", bound=PackedLoader)
 
-PACKING = "sequential-1"
-"""Names the rule that lays documents in sequences: data made by another rule cannot be resumed."""
-
-
-class _Prepared(NamedTuple):
-    """What one process found or made in the cache, for the others to open."""
-
-    tokenizer: str  # path of a tokenizer.json
-    store: Path
-    corpus: str  # fingerprint_files
+_RULES = {"sequential": SEQUENTIAL, "best_fit": BEST_FIT}
 
 
 class PackedTextDataModule(L.LightningDataModule):
-    """Text files, tokenised once into a cache and packed into sequences of `seq_len` tokens.
+    """Tokens of text files or of prepared sets, packed into sequences of `seq_len`.
+
+    Exactly one of `sources`, `prepared` and `mixture` says where the text comes from.
 
     Args:
-        sources: files, directories and globs (`**` for any depth) of text, code, `.jsonl` and `.parquet`; text and
-            jsonl also as `.gz`. `~` is expanded, and `{stdlib}` stands for Python's standard library.
+        sources: files, directories, globs (`**` for any depth) and URLs of text, code, `.jsonl` and `.parquet`; text
+            and jsonl also as `.gz` and `.zst`. `~` is expanded, and `{stdlib}` stands for Python's standard library.
+            They are prepared once, in the cache.
+        include: globs of the files to read among `sources`; left out, all.
         exclude: globs of files and directories to leave out; a relative one, such as `test_*.py`, at any depth.
         text_field: the field of a jsonl line, or the column of a parquet file, that holds the text.
-        tokenizer: how text becomes tokens.
-        seq_len: tokens in a sequence; a longer document goes on in the next one as a document of its own.
+        skip_binary: take a file of `sources` that is no UTF-8 text for an empty document, and go on.
+        tokenizer: how text becomes tokens; a prepared set has its own.
+        prepared: the directory or URL of a set that `nsa prepare` made.
+        mixture: prepared sets by name, each with a weight: its share of the sequences. An epoch lasts until every set
+            has been seen in full, smaller ones begin again.
+        packing: sequential cuts documents at the end of a sequence and lets them go on in another one; best_fit fits
+            whole documents together, cuts only those longer than `seq_len` and pads what stays free.
+        seq_len: tokens in a sequence.
+        curriculum: optimizer steps, the first of them 0, each with the longest piece of a document from there on:
+            `{0: 8192, 2000: 32768}`. Longer ones are cut into documents of their own; sequences stay as long.
         batch_size: sequences in a step on each rank.
-        val_fraction: share of documents held out for validation, by a hash of their text.
-        test_fraction: share of documents held out for the test, by the same hash.
-        seed: shuffles the training documents, anew each epoch.
+        val_fraction: share of the documents of `sources` held out for validation, by a hash of their text.
+        test_fraction: share of them held out for the test, by the same hash.
+        seed: shuffles the sequences, anew each epoch.
         num_workers: processes that make batches; 0 makes them in the training process.
-        cache_dir: where tokenizers and tokens are kept; left out, `$XDG_CACHE_HOME/nsa-lightning` or
+        cache_dir: where tokenizers, tokens and plans are kept; left out, `$XDG_CACHE_HOME/nsa-lightning` or
             `~/.cache/nsa-lightning`.
+        verify_checksums: read every file of the sets before the start, and compare it with its checksum.
 
     Raises:
         ValueError: a setting is out of its range.
@@ -54,35 +64,49 @@ class PackedTextDataModule(L.LightningDataModule):
     def __init__(
         self,
         *,
-        sources: Sequence[str] | str,
+        sources: Sequence[str] | str = (),
+        include: Sequence[str] | str = (),
         exclude: Sequence[str] | str = (),
         text_field: str = "text",
+        skip_binary: bool = False,
         tokenizer: TokenizerConfig = TokenizerConfig(),  # noqa: B008  (frozen)
+        prepared: str | None = None,
+        mixture: dict[str, MixtureSet] | None = None,
+        packing: Packing = "sequential",
         seq_len: int = 8192,
+        curriculum: dict[int, int] | None = None,
         batch_size: int = 1,
         val_fraction: float = 0.01,
         test_fraction: float = 0.01,
         seed: int = 0,
         num_workers: int = 1,
         cache_dir: str | None = None,
+        verify_checksums: bool = False,
     ) -> None:
         super().__init__()
-        self.sources = [sources] if isinstance(sources, str) else list(sources)
-        self.exclude = [exclude] if isinstance(exclude, str) else list(exclude)
+        self.sources = _listed(sources)
+        self.include = _listed(include)
+        self.exclude = _listed(exclude)
         self.text_field = text_field
+        self.skip_binary = skip_binary
         self.tokenizer_config = tokenizer
+        self.prepared = prepared
+        self.mixture = dict(sorted((mixture or {}).items()))  # the order in which they are written changes nothing
+        self.packing: Packing = packing
         self.seq_len = seq_len
+        self.curriculum = curriculum or {}
         self.batch_size = batch_size
         self.val_fraction = val_fraction
         self.test_fraction = test_fraction
         self.seed = seed
         self.num_workers = num_workers
         self.cache_dir = _cache_dir(cache_dir)
+        self.verify_checksums = verify_checksums
         self._check_settings()
-        self._prepared: _Prepared | None = None
+        self._places: list[str] | None = None
         self._tokenizer: Tokenizer | None = None
-        self._store: TokenStore | None = None
-        self._loaders: list[PackedLoader] = []
+        self._stores: list[TokenStore] = []
+        self._loaders: dict[str, PackedLoader] = {}
         self._train_state: dict[str, Any] | None = None
         self._train_loader: ResumableLoader | None = None
 
@@ -98,90 +122,96 @@ class PackedTextDataModule(L.LightningDataModule):
         return self.tokenizer.vocab_size
 
     @property
-    def store(self) -> TokenStore:
-        """The tokens, once `setup` has opened them."""
-        assert self._store is not None, "setup() opens the tokens"
-        return self._store
+    def stores(self) -> list[TokenStore]:
+        """The prepared sets, once `setup` has opened them."""
+        assert self._stores, "setup() opens the sets"
+        return self._stores
 
     @property
     def unigram_bits_per_byte(self) -> float:
         """What a model that knows only how frequent each token is reaches on the validation split.
 
-        The frequencies are those of the training split, with one added to each. A document's first token is not
-        predicted.
+        The counts are those of the training split, of a mixture each set's by its weight, with one added to each. A
+        document's first token is not predicted.
         """
         self._check_split("val")
-        counts = self.store.token_counts("train") + 1
-        val_counts = self.store.token_counts("val")
-        bits = val_counts @ -np.log2(counts / counts.sum())
+        train, val = (np.stack([store.token_counts(split) for store in self.stores]) for split in ("train", "val"))
+        totals, val_counts = train.sum(axis=1), val.sum(axis=0)
+        counts = self._shares * totals.sum() / np.maximum(totals, 1) @ train
+        bits = val_counts @ -np.log2((counts + 1) / (counts + 1).sum())
         return float(bits / (val_counts @ self.tokenizer.byte_lengths))
 
     def prepare_data(self) -> None:
-        """Train the tokenizer and tokenise the sources, unless the cache has them."""
-        files = resolve_files(self.sources, self.exclude)
-        corpus = fingerprint_files(files, self.text_field)
+        """Tokenise the sources and plan the sequences, unless the cache has them; verify the sets if asked to."""
         try:
             self.cache_dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ValueError(f"data.cache_dir={str(self.cache_dir)!r} cannot be made: {error.strerror}") from error
-        path = self.tokenizer_config.path or str(self._trained_tokenizer(files, corpus))
-        tokenizer = self._open_tokenizer(path)
-        name = _digest(FORMAT_VERSION, corpus, tokenizer.fingerprint, self.val_fraction, self.test_fraction)
-        store = build_token_store(
-            self.cache_dir / f"tokens-{name}",
-            iter_documents(files, self.text_field),
-            tokenizer,
-            val_fraction=self.val_fraction,
-            test_fraction=self.test_fraction,
-            expected_bytes=text_bytes(files),
-        )
-        self._prepared = _Prepared(path, store.path, corpus)
+        self._places = [self._prepare_sources()] if self.sources else list(self._configured.values())
+        for store in self._open_sets():
+            if self.verify_checksums:
+                store.verify()
+            for split in SPLITS:
+                if store.manifest.splits[split].documents:
+                    self._packed(store, split)
 
     def setup(self, stage: str) -> None:
-        """Open what `prepare_data` left in the cache."""
+        """Open what `prepare_data` found or left in the cache."""
         if self.trainer is not None:
-            self._prepared = self.trainer.strategy.broadcast(self._prepared)
-        if self._prepared is None:
+            self._places = self.trainer.strategy.broadcast(self._places)
+        if self._places is None:
             self.prepare_data()
-        assert self._prepared is not None
-        self._tokenizer = self._open_tokenizer(self._prepared.tokenizer)
-        self._store = TokenStore(self._prepared.store)
+        self._stores = self._open_sets()
+        self._tokenizer = common_tokenizer(
+            dict(zip(self._configured, self._stores, strict=True)), self.tokenizer_config
+        )
         for split in {"fit": ("train", "val"), "test": ("test",)}.get(stage, ("val",)):
-            if not (stage == "fit" and split == "val" and self.val_fraction == 0):
+            if not (stage == "fit" and split == "val" and not self._has_validation()):
                 self._check_split(split)
         if stage == "fit":
             self._train_state = self._train_loader = None
 
     def train_dataloader(self) -> PackedLoader:
         """Shuffled epochs without end, from where a checkpoint left them."""
-        dataset = self._dataset("train", self.seed)
+        splits = [self._packed(store, "train") for store in self.stores]
+        sizes = [split.plan.num_sequences for split in splits]
+        dataset = self._dataset(splits, Shuffled(sizes, self._weights, self.seed))
         if getattr(self.trainer, "overfit_batches", 0) > 0:
-            return self._loader(PackedLoader, dataset)
-        loader = self._loader(ResumableLoader, dataset, fingerprint=self._fingerprint())
+            return self._loader("train", PackedLoader, dataset)
+        loader = self._loader(
+            "train",
+            ResumableLoader,
+            dataset,
+            fingerprint=self._fingerprint(),
+            curriculum=self.curriculum,
+            accumulate=getattr(self.trainer, "accumulate_grad_batches", 1),
+        )
         if self._train_loader is not None:
             loader.load_state_dict(self._train_loader.state_dict())
         elif self._train_state is not None:
             loader.load_state_dict(self._train_state)
         elif self.trainer is not None:
             loader.epoch = self.trainer.current_epoch
+        if self._train_loader is None:
+            self._report(splits)
         self._train_loader = loader
         return loader
 
     def val_dataloader(self) -> PackedLoader | list[PackedLoader]:
-        """The validation split in order; nothing if `val_fraction` is 0."""
-        return self._loader(PackedLoader, self._dataset("val", None)) if self.val_fraction > 0 else []
+        """The validation splits of all sets in order; nothing if they were prepared without."""
+        return self._in_turn("val") if self._has_validation() else []
 
     def test_dataloader(self) -> PackedLoader:
-        """The test split in order."""
-        return self._loader(PackedLoader, self._dataset("test", None))
+        """The test splits of all sets in order."""
+        return self._in_turn("test")
 
     def predict_dataloader(self) -> PackedLoader | list[PackedLoader]:
-        """The validation split."""
+        """The validation splits."""
         return self.val_dataloader()
 
     def teardown(self, stage: str) -> None:
         """End the workers."""
-        for loader in self._loaders:
+        for loader in self._loaders.values():
             loader.close()
         self._loaders.clear()
 
@@ -202,17 +232,21 @@ class PackedTextDataModule(L.LightningDataModule):
         old = state_dict["tokenizer"], state_dict["vocab_size"]
         new = self.tokenizer.fingerprint, self.vocab_size
         if old != new:
-            origin = "" if self.tokenizer_config.path else ", trained on what data.sources hold now"
+            trained = self.sources and not self.tokenizer_config.path
+            origin = ", trained on what data.sources hold now" if trained else ""
+            remedy = (
+                "set data.tokenizer.path to the tokenizer.json beside that run's config.yaml"
+                if self.sources
+                else "use sets that were prepared with the tokenizer.json beside that run's config.yaml"
+            )
             raise ValueError(
                 f"the checkpoint was trained with tokenizer {old[0]} (vocabulary {old[1]}), "
-                f"data.tokenizer gives {new[0]} (vocabulary {new[1]}){origin}; "
-                "set data.tokenizer.path to the tokenizer.json beside that run's config.yaml"
+                f"the data has {new[0]} (vocabulary {new[1]}){origin}; {remedy}"
             )
         self._train_state = state_dict["train"]
 
     def _check_settings(self) -> None:
-        if not self.sources:
-            raise ValueError("data.sources must name files, directories or globs, got none")
+        check_origin(self.sources, self.prepared, self.mixture)
         for name, least in {"seq_len": 2, "batch_size": 1, "seed": 0, "num_workers": 0}.items():
             if getattr(self, name) < least:
                 raise ValueError(f"data.{name} must be at least {least}, got {getattr(self, name)}")
@@ -220,82 +254,133 @@ class PackedTextDataModule(L.LightningDataModule):
             raise ValueError(
                 f"data.batch_size times data.seq_len must be below 2**31, got {self.batch_size} and {self.seq_len}"
             )
-        fractions = self.val_fraction, self.test_fraction
-        if min(fractions) < 0 or sum(fractions) >= 1:
-            raise ValueError(
-                f"data.val_fraction and data.test_fraction must be 0 or more, below 1 in sum, got {fractions}"
-            )
+        check_fractions(self.val_fraction, self.test_fraction)
+        _check_curriculum(self.curriculum, self.seq_len)
 
     def _check_split(self, split: str) -> None:
-        if self.store.manifest.splits[split].documents > 0:
+        empty = [store for store in self.stores if not store.manifest.splits[split].documents]
+        if not empty or (split != "train" and len(empty) < len(self.stores)):
             return
-        total = self.store.manifest.num_documents
+        manifest = empty[0].manifest
+        total, prefix = manifest.num_documents, "data." if self.sources else f"{empty[0].path} was prepared with "
         if split == "train":
-            settings = f"data.val_fraction={self.val_fraction} and data.test_fraction={self.test_fraction}"
-            raise ValueError(f"{settings} leave no training document among {total}; lower them")
+            fractions = f"val_fraction={manifest.val_fraction} and test_fraction={manifest.test_fraction}"
+            raise ValueError(f"{prefix}{fractions}, which leave no training document among {total}; lower them")
         word = {"val": "validation", "test": "test"}[split]
-        fraction = {"val": self.val_fraction, "test": self.test_fraction}[split]
+        fraction = {"val": manifest.val_fraction, "test": manifest.test_fraction}[split]
         raise ValueError(
-            f"data.{split}_fraction={fraction} leaves no {word} document among {total}; "
+            f"{prefix}{split}_fraction={fraction}, which leaves no {word} document among {total}; "
             "raise it, set it to 0 or add documents"
         )
 
-    def _trained_tokenizer(self, files: list[Path], corpus: str) -> Path:
-        """The path of a tokenizer trained on the training split."""
-        vocab_size, fractions = self.tokenizer_config.vocab_size, (self.val_fraction, self.test_fraction)
-        path = self.cache_dir / f"tokenizer-{_digest(FORMAT_VERSION, corpus, vocab_size, *fractions)}.json"
-        if not path.exists():
-            texts = (document.text for document in iter_documents(files, self.text_field))
-            train = (text for text in texts if split_of(text, *fractions) == "train")
-            train_tokenizer(training_sample(train), vocab_size).save(path)
-        return path
+    def _prepare_sources(self) -> str:
+        """The directory of the set in the cache that holds `sources`."""
+        plan = make_plan(
+            self.sources,
+            self.tokenizer_config,
+            include=self.include,
+            exclude=self.exclude,
+            text_field=self.text_field,
+            skip_binary=self.skip_binary,
+            val_fraction=self.val_fraction,
+            test_fraction=self.test_fraction,
+        )
+        path = self.cache_dir / f"set-{plan.fingerprint}"
+        prepare(plan, path)
+        return str(path)
 
-    def _open_tokenizer(self, path: str) -> Tokenizer:
-        if self.tokenizer_config.path is not None:
-            return load_tokenizer(path, self.tokenizer_config.end_of_text)
-        try:
-            return load_tokenizer(path)
-        except ValueError as error:
-            raise ValueError(f"{error}; delete it and run again") from error
+    @property
+    def _configured(self) -> dict[str, str]:
+        """Where the sets lie, by the settings that name them; empty for `sources`, whose set is known later."""
+        if self.mixture:
+            return {f"data.mixture.{name}.prepared": each.prepared for name, each in self.mixture.items()}
+        return {"data.prepared": self.prepared} if self.prepared else {"data.sources": ""}
+
+    @property
+    def _weights(self) -> dict[str, float]:
+        """The weight of each set by its name; one that is not mixed has none."""
+        return {name: each.weight for name, each in self.mixture.items()} or {"": 1.0}
+
+    @property
+    def _shares(self) -> NDArray[np.float64]:
+        """The share of the training sequences that comes from each set."""
+        weights = np.array(list(self._weights.values()))
+        return weights / weights.sum()
+
+    def _open_sets(self) -> list[TokenStore]:
+        assert self._places is not None
+        return [open_set(*named, self.cache_dir) for named in zip(self._configured, self._places, strict=True)]
+
+    def _has_validation(self) -> bool:
+        return any(store.manifest.val_fraction > 0 for store in self.stores)
 
     def _fingerprint(self) -> dict[str, str | int | float]:
         """What the order of the training data depends on, by the name of its setting."""
-        assert self._prepared is not None
-        return {
-            "data.sources": self._prepared.corpus,
-            "data.tokenizer": self.tokenizer.fingerprint,
-            "data.val_fraction": self.val_fraction,
-            "data.test_fraction": self.test_fraction,
-            "data.seq_len": self.seq_len,
-            "data.seed": self.seed,
-            "packing": PACKING,
-        }
+        data: dict[str, str | int | float] = {"data.tokenizer": self.tokenizer.fingerprint}
+        if self.mixture:
+            for (name, each), store in zip(self.mixture.items(), self.stores, strict=True):
+                data |= {f"data.mixture.{name}.prepared": store.fingerprint, f"data.mixture.{name}.weight": each.weight}
+        else:
+            manifest = self.stores[0].manifest
+            data |= {"data.val_fraction": manifest.val_fraction, "data.test_fraction": manifest.test_fraction}
+            data["data.sources or data.prepared"] = manifest.fingerprint
+        rules = f"{_RULES[self.packing]} {ORDER}"
+        return {**data, "data.packing": rules, "data.seq_len": self.seq_len, "data.seed": self.seed}
 
-    def _dataset(self, split: str, seed: int | None) -> PackedDataset:
-        return PackedDataset(
-            self.store,
-            split,
-            seq_len=self.seq_len,
-            seed=seed,
-            byte_lengths=self.tokenizer.byte_lengths,
-            padding=self.tokenizer.end_of_text_id,
-        )
+    def _packed(self, store: TokenStore, split: str) -> PackedSplit:
+        return PackedSplit(store, split, self.seq_len, self.packing, self.cache_dir)
 
-    def _loader(self, kind: type[Loader], dataset: PackedDataset, **options: Any) -> Loader:
+    def _in_turn(self, split: str) -> PackedLoader:
+        splits = [self._packed(store, split) for store in self.stores if store.manifest.splits[split].documents]
+        order = InTurn([each.plan.num_sequences for each in splits])
+        return self._loader(split, PackedLoader, self._dataset(splits, order))
+
+    def _dataset(self, splits: list[PackedSplit], order: Order) -> PackedDataset:
+        return PackedDataset(splits, order, self.tokenizer.byte_lengths, self.tokenizer.end_of_text_id)
+
+    def _loader(self, split: str, kind: type[Loader], dataset: PackedDataset, **options: Any) -> Loader:
+        """The loader of a split; the one before it, if there was one, ends its workers."""
         replicas = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
         if replicas:
             options |= {"rank": replicas["rank"], "world_size": replicas["num_replicas"]}
         on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
         loader = kind(dataset, batch_size=self.batch_size, num_workers=self.num_workers, pin_memory=on_gpu, **options)
-        self._loaders.append(loader)
+        if split in self._loaders:
+            self._loaders[split].close()
+        self._loaders[split] = loader
         return loader
+
+    def _report(self, splits: list[PackedSplit]) -> None:
+        """Log once how much of the training sequences is padding, and how many documents are cut."""
+        if self.trainer is None or not self.trainer.is_global_zero:
+            return
+        sequences = sum(split.plan.num_sequences for split in splits)
+        documents = sum(split.tokens.num_documents for split in splits)
+        padding = (
+            float(self._shares @ [split.num_padding / split.plan.num_sequences for split in splits]) / self.seq_len
+        )
+        cut = sum(split.plan.cut_documents() for split in splits)
+        rank_zero_info(
+            f"{self.packing} packing: {documents} documents in {sequences} sequences of {self.seq_len} tokens, "
+            f"{padding:.2%} padding, {cut} documents cut"
+        )
+        for logger in self.trainer.loggers:
+            logger.log_metrics({"data/padding_fraction": padding, "data/cut_documents": cut}, step=0)
+
+
+def _check_curriculum(curriculum: Mapping[int, int], seq_len: int) -> None:
+    steps, lengths = sorted(curriculum), [curriculum[step] for step in sorted(curriculum)]
+    if steps and steps[0] != 0:
+        raise ValueError(f"data.curriculum must begin with step 0, got {steps[0]}")
+    if lengths != sorted(lengths) or any(not 2 <= length <= seq_len for length in lengths):
+        raise ValueError(f"data.curriculum must have ascending lengths from 2 to data.seq_len={seq_len}, got {lengths}")
+
+
+def _listed(names: Sequence[str] | str) -> list[str]:
+    return [names] if isinstance(names, str) else list(names)
 
 
 def _cache_dir(path: str | None) -> Path:
     if path is not None:
         return Path(path).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "nsa-lightning"
-
-
-def _digest(*parts: str | int | float) -> str:
-    return hashlib.blake2b(repr(parts).encode(), digest_size=12).hexdigest()

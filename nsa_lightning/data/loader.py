@@ -1,12 +1,17 @@
 """Batches of one rank, handed out by workers, and the place in the training data that a checkpoint keeps."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from itertools import islice
 from typing import Any
 
+from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
-from nsa_lightning.data.batch import PackedBatch
-from nsa_lightning.data.packing import PackedDataset, SequenceRange
+from nsa_lightning.data.batch import PackedBatch, view_flats
+from nsa_lightning.data.dataset import PackedDataset, SequenceRange
+
+TOKENS_AT_ONCE = 2**16
+"""What a worker sends at least, in as many batches as that takes: each message costs about a millisecond."""
 
 
 class PackedLoader:
@@ -38,26 +43,30 @@ class PackedLoader:
         self.dataset = dataset
         self.num_sequences = dataset.num_sequences
         self.global_batch = world_size * batch_size
-        self._sampler = _RankSampler(self.num_sequences, batch_size, rank, world_size)
+        self._sampler = _RankSampler(self, rank * batch_size, batch_size)
         self._num_workers = num_workers
         self._pin_memory = pin_memory
-        self._loader: DataLoader[PackedBatch] | None = None
+        self._loader: DataLoader[Tensor | ValueError] | None = None
 
     def __len__(self) -> int:
         return self._batches_from(0)
 
     def __iter__(self) -> Iterator[PackedBatch]:
-        return self._stream(epoch=0, start=0)
+        return self._stream(epoch=0, start=0, batches=0)
 
     def close(self) -> None:
         """End the workers; the next pass starts new ones."""
         self._loader = None
 
+    def max_seqlen(self, index: int) -> int:
+        """The longest piece of a document in a batch, by the batch's number in its stream; longer ones are cut."""
+        return self.dataset.seq_len
+
     def _batches_from(self, sequence: int) -> int:
         return -(-(self.num_sequences - sequence) // self.global_batch)
 
-    def _stream(self, epoch: int, start: int) -> Iterator[PackedBatch]:
-        self._sampler.epoch, self._sampler.start = epoch, start
+    def _stream(self, epoch: int, start: int, batches: int) -> Iterator[PackedBatch]:
+        self._sampler.epoch, self._sampler.start, self._sampler.batches = epoch, start, batches
         if self._loader is None:
             self._loader = DataLoader(
                 self.dataset,
@@ -68,7 +77,10 @@ class PackedLoader:
                 pin_memory=self._pin_memory,
                 persistent_workers=self._num_workers > 0,
             )
-        yield from self._loader
+        for flats in self._loader:
+            if isinstance(flats, ValueError):
+                raise flats
+            yield from view_flats(flats)
 
 
 class ResumableLoader(PackedLoader):
@@ -81,17 +93,29 @@ class ResumableLoader(PackedLoader):
         dataset: the split.
         fingerprint: what the order of the data depends on, by the name of its setting.
         epoch: the epoch to begin with.
+        curriculum: by optimizer step, from which on it holds, the longest piece of a document in tokens.
+        accumulate: batches in an optimizer step.
         options: those of `PackedLoader`.
     """
 
     def __init__(
-        self, dataset: PackedDataset, *, fingerprint: dict[str, str | int | float], epoch: int = 0, **options: Any
+        self,
+        dataset: PackedDataset,
+        *,
+        fingerprint: Mapping[str, str | int | float],
+        epoch: int = 0,
+        curriculum: Mapping[int, int] | None = None,
+        accumulate: int = 1,
+        **options: Any,
     ) -> None:
         super().__init__(dataset, **options)
-        self.fingerprint = fingerprint
+        self.fingerprint = dict(fingerprint)
         self.epoch = epoch
         self.consumed = 0  # sequences of this epoch that all ranks together were handed
         self.batches = 0  # that this pass has handed out, before a stop included
+        self.steps = 0  # optimizer steps before this pass
+        self._curriculum = sorted((curriculum or {}).items(), reverse=True)
+        self._accumulate = accumulate
         self._handed_out = False  # anything since its place was loaded
 
     def __len__(self) -> int:
@@ -102,15 +126,16 @@ class ResumableLoader(PackedLoader):
         # Eager, for Lightning asks for the length between `iter` and the first batch. It may also call `iter` more than
         # once before it takes a batch: that must change nothing.
         if self.consumed >= self.num_sequences:
-            self.epoch, self.consumed, self.batches = self.epoch + 1, 0, 0
+            self.epoch, self.consumed = self.epoch + 1, 0
+            self._begin_pass()
         elif self._handed_out:
-            self.batches = 0
+            self._begin_pass()
         return self._count()
 
     def state_dict(self) -> dict[str, Any]:
         """The place in the stream, in plain types, the same on every rank."""
-        place = {"epoch": self.epoch, "consumed": self.consumed, "batches": self.batches}
-        return {**place, "fingerprint": dict(self.fingerprint)}
+        place = {name: getattr(self, name) for name in _PLACE}
+        return {**place, "accumulate": self._accumulate, "fingerprint": dict(self.fingerprint)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to a place in the stream.
@@ -118,38 +143,56 @@ class ResumableLoader(PackedLoader):
         Raises:
             ValueError: the place was noted in a stream of other data or of another order.
         """
-        for name, value in self.fingerprint.items():
-            before = state["fingerprint"].get(name)
-            if before != value:
+        before = state["fingerprint"]
+        for name in [*self.fingerprint, *(before.keys() - self.fingerprint.keys())]:
+            old, new = (values.get(name, "unset") for values in (before, self.fingerprint))
+            if old != new:
                 raise ValueError(
-                    f"{name} must stay as it was to resume: the checkpoint was trained with {before}, now it is {value}"
+                    f"{name} must stay as it was to resume: the checkpoint was trained with {old}, now it is {new}"
                 )
-        self.epoch, self.consumed, self.batches = state["epoch"], state["consumed"], state["batches"]
+        for name in _PLACE:
+            setattr(self, name, state[name])
+        self.steps += self.batches // state["accumulate"] - self.batches // self._accumulate
         self._handed_out = False
 
+    def max_seqlen(self, index: int) -> int:
+        """The longest piece of a document in a batch of this pass: what the curriculum says at its optimizer step."""
+        step = self.steps + index // self._accumulate
+        return next((length for begin, length in self._curriculum if begin <= step), self.dataset.seq_len)
+
+    def _begin_pass(self) -> None:
+        self.steps += -(-self.batches // self._accumulate)  # the last step of a pass may have fewer batches
+        self.batches = 0
+
     def _count(self) -> Iterator[PackedBatch]:
-        for batch in self._stream(self.epoch, self.consumed):
+        for batch in self._stream(self.epoch, self.consumed, self.batches):
             self.consumed = min(self.consumed + self.global_batch, self.num_sequences)
             self.batches += 1
             self._handed_out = True
             yield batch
 
 
-class _RankSampler(Sampler[SequenceRange]):
-    """Which sequences one rank reads, from a place in an epoch to the epoch's end."""
+_PLACE = ("epoch", "consumed", "batches", "steps")
 
-    def __init__(self, num_sequences: int, batch_size: int, rank: int, world_size: int) -> None:
-        self.num_sequences = num_sequences
+
+class _RankSampler(Sampler[list[SequenceRange]]):
+    """Which batches one rank reads, from a place in an epoch to the epoch's end, and which a worker sends at once."""
+
+    def __init__(self, loader: PackedLoader, first: int, batch_size: int) -> None:
+        self.loader = loader
+        self.first = first
         self.batch_size = batch_size
-        self.rank = rank
-        self.world_size = world_size
         self.epoch = 0
         self.start = 0
+        self.batches = 0
 
-    def __iter__(self) -> Iterator[SequenceRange]:
-        epoch, size = self.epoch, self.batch_size
-        firsts = range(self.start + self.rank * size, self.num_sequences + self.rank * size, self.world_size * size)
-        return (SequenceRange(epoch, first, first + size) for first in firsts)
+    def __iter__(self) -> Iterator[list[SequenceRange]]:
+        epoch, size, loader = self.epoch, self.batch_size, self.loader
+        firsts = range(self.start + self.first, loader.num_sequences + self.first, loader.global_batch)
+        batches = enumerate(firsts, start=self.batches)
+        ranges = (SequenceRange(epoch, first, first + size, loader.max_seqlen(index)) for index, first in batches)
+        at_once = max(1, TOKENS_AT_ONCE // (size * loader.dataset.seq_len))
+        return iter(lambda: list(islice(ranges, at_once)), [])
 
 
 def _as_is(batch: Any) -> Any:

@@ -1,15 +1,15 @@
 """Documents to packed sequences of exactly `seq_len` tokens: what stands where, and the batches made of it."""
 
-from collections.abc import Iterable
-from typing import NamedTuple
+import mmap
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch.utils.data import Dataset
+from torch import Tensor
 
-from nsa_lightning.data.batch import IGNORE_INDEX, PackedBatch
-from nsa_lightning.data.token_store import TokenStore
+from nsa_lightning.data.batch import IGNORE_INDEX, allocate_flat, view_flat
+from nsa_lightning.data.token_store import TokenSplit
 
 # S sequences, N documents or pieces of documents, T = (sequences in a batch) · seq_len packed tokens.
 
@@ -22,161 +22,145 @@ class Pieces(NamedTuple):
     stops: NDArray[np.int64]  # one past its last token
 
 
-class PackPlan:
-    """One epoch over some documents: laid end to end and cut every `seq_len` tokens.
+class PackPlan(Protocol):
+    """Which pieces of documents make each sequence of a split. It says the same in every epoch, process and run."""
 
-    A document that is cut continues in the next sequence as a piece of its own. The order depends on `seed` and `epoch`
-    alone, and with neither it is the order of `documents`.
+    @property
+    def num_sequences(self) -> int:
+        """Sequences of at most `seq_len` tokens."""
+
+    def pieces(self, sequence: int) -> Pieces:
+        """What stands in a sequence; where it is shorter than `seq_len`, the rest is padding."""
+
+    def cut_documents(self) -> int:
+        """How many documents stand in more than one sequence."""
+
+    def release(self) -> None:
+        """Give back the memory that reading the plan took."""
+
+
+SEQUENTIAL = "sequential-2"
+"""Names the rule of `SequentialPlan`: a run on data that another rule laid in sequences cannot be resumed."""
+
+
+class SequentialPlan:
+    """All documents laid end to end and cut every `seq_len` tokens: no padding but at the very end.
+
+    A document that is cut continues in the next sequence as a piece of its own.
 
     Args:
-        offsets: where each document of the store begins, and the end of the last, int64.
-        documents: which of them to pack, int64 [N].
+        offsets: where each document begins, and the end of the last, int64 [N + 1].
         seq_len: tokens in a sequence.
-        order: (seed, epoch) to shuffle by; None keeps the order.
     """
 
-    def __init__(
-        self,
-        offsets: NDArray[np.int64],
-        documents: NDArray[np.int64],
-        seq_len: int,
-        order: tuple[int, int] | None = None,
-    ) -> None:
+    def __init__(self, offsets: NDArray[np.int64], seq_len: int) -> None:
         self._offsets = offsets
-        self._documents = documents if order is None else documents[_permutation(len(documents), *order)]
-        ends = np.cumsum(self._lengths(self._documents))
-        self.seq_len = seq_len
-        self.num_sequences = -(-int(ends[-1]) // seq_len)
-        cuts = np.arange(self.num_sequences) * seq_len
-        first = np.searchsorted(ends, cuts, side="right")
-        skipped = cuts - np.where(first > 0, ends[first - 1], 0)
-        self._first = np.append(first, len(documents))  # [S + 1], place in the order where a sequence begins
-        self._skipped = np.append(skipped, 0)  # [S + 1], tokens of that document that came in sequences before
+        self._seq_len = seq_len
+        self.num_sequences = -(-int(offsets[-1]) // seq_len)
 
     def pieces(self, sequence: int) -> Pieces:
         """What stands in a sequence. The last one may be shorter than `seq_len`."""
-        head, tail = self._skipped[sequence], self._skipped[sequence + 1]
-        documents = self._documents[self._first[sequence] : self._first[sequence + 1] + (tail > 0)]
-        starts = np.zeros(len(documents), dtype=np.int64)
-        starts[0] = head
-        stops = self._lengths(documents)
-        if tail > 0:
-            stops[-1] = tail
-        return Pieces(documents, starts, stops)
+        begin = sequence * self._seq_len
+        end = min(begin + self._seq_len, int(self._offsets[-1]))
+        first = int(np.searchsorted(self._offsets, np.int64(begin), side="right")) - 1
+        last = int(np.searchsorted(self._offsets, np.int64(end)))
+        bounds = self._offsets[first : last + 1]
+        starts, stops = np.maximum(bounds[:-1], begin), np.minimum(bounds[1:], end)
+        return Pieces(np.arange(first, last), starts - bounds[:-1], stops - bounds[:-1])
 
-    def _lengths(self, documents: NDArray[np.int64]) -> NDArray[np.int64]:
-        return self._offsets[documents + 1] - self._offsets[documents]
+    def cut_documents(self) -> int:
+        """How many documents stand in more than one sequence."""
+        stretches = range(0, len(self._offsets) - 1, 2**20)
+        return sum(self._cut(self._offsets[start : start + 2**20 + 1]) for start in stretches)
+
+    def release(self) -> None:
+        """Give back the memory that reading the plan took."""
+        release_pages(self._offsets)
+
+    def _cut(self, bounds: NDArray[np.int64]) -> int:
+        return int(np.count_nonzero(bounds[:-1] // self._seq_len != (bounds[1:] - 1) // self._seq_len))
 
 
-def _permutation(size: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """Sort by the raw stream of a counter-based generator: no library version may change the order."""
-    keys = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64)).random_raw(size)
-    return np.argsort(keys, kind="stable")
+def release_pages(array: NDArray[Any]) -> None:
+    """Unmap what was read of a memory-mapped array; it stays in the system's cache and is mapped again when needed.
+
+    Else a process that reads here and there comes to hold all of it.
+    """
+    owner: Any = array
+    while isinstance(owner, np.ndarray):
+        owner = owner.base
+    if isinstance(owner, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        owner.madvise(mmap.MADV_DONTNEED)
+
+
+class Row(NamedTuple):
+    """One sequence of a batch: its pieces, and the split that has their tokens."""
+
+    split: TokenSplit
+    pieces: Pieces
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of each piece."""
+        return self.pieces.stops - self.pieces.starts
+
+    def read(self) -> NDArray[np.int64]:
+        """The tokens of all pieces."""
+        return self.split.read(self.split.offsets[self.pieces.documents] + self.pieces.starts, self.lengths)
 
 
 def pack_documents(
-    store: TokenStore,
-    plan: PackPlan,
-    sequences: Iterable[int],
+    rows: Sequence[Row | None],
+    seq_len: int,
     byte_lengths: NDArray[np.int64],
+    *,
     padding: int,
-) -> PackedBatch:
+    max_seqlen: int,
+) -> Tensor:
     """Lay the pieces of some sequences end to end.
 
-    What the plan lacks, the end of its last sequence and any sequence after that, is filled with documents of
-    `padding` that are not scored.
+    What a sequence lacks is filled with a document of `padding` that is not scored.
 
     Args:
-        store: where the tokens are.
-        plan: which pieces make a sequence.
-        sequences: numbers of the sequences, ascending.
+        rows: the sequences; None for one that is all padding.
+        seq_len: tokens in a sequence.
         byte_lengths: UTF-8 bytes of each token, int64 [vocab_size].
         padding: the token to fill with.
-    """
-    numbers = list(sequences)
-    pieces = [plan.pieces(number) for number in numbers if number < plan.num_sequences]
-    starts = np.concatenate([store.offsets[piece.documents] + piece.starts for piece in pieces] or [_NONE])
-    lengths = np.concatenate([piece.stops - piece.starts for piece in pieces] or [_NONE])
-    num_tokens, num_real = len(numbers) * plan.seq_len, int(lengths.sum())
-    short = len(pieces) * plan.seq_len - num_real  # of the plan's last sequence
-    fill = [short] * (short > 0) + [plan.seq_len] * (len(numbers) - len(pieces))
-    lengths = np.append(lengths, fill).astype(np.int64)
-    offsets = np.append(0, np.cumsum(lengths))  # [N + 1]
-    positions = np.arange(num_tokens) - np.repeat(offsets[:-1], lengths)
+        max_seqlen: longer pieces are cut every so many tokens, into documents of their own.
 
-    tokens = np.full(num_tokens, padding, dtype=np.int64)
-    tokens[:num_real] = store.tokens[positions[:num_real] + np.repeat(starts, lengths[: len(starts)])]
-    targets = np.append(tokens[1:], IGNORE_INDEX)
-    targets[offsets[1:] - 1] = IGNORE_INDEX
-    targets[num_real:] = IGNORE_INDEX
-    num_bytes = byte_lengths[tokens[:num_real]].sum() - byte_lengths[tokens[offsets[: len(starts)]]].sum()
-    return PackedBatch(
-        tokens=torch.from_numpy(tokens),
-        targets=torch.from_numpy(targets),
-        positions=torch.from_numpy(positions),
-        cu_seqlens=torch.from_numpy(offsets.astype(np.int32)),
-        max_seqlen=plan.seq_len,
-        target_bytes=torch.tensor(num_bytes, dtype=torch.int64),
-    )
+    Returns:
+        The batch, as `view_flat` reads it.
+    """
+    pieces = [_NONE if row is None else row.lengths for row in rows]
+    lengths = [length for own in pieces for length in (own, [seq_len - own.sum()])]
+    parts = _cut(np.concatenate(lengths), max_seqlen)
+    flat = allocate_flat(len(rows) * seq_len, len(parts), max_seqlen)
+    batch = view_flat(flat)
+    tokens, targets, positions, cu_seqlens = (field.numpy() for field in batch[:4])
+    cu_seqlens[0] = 0
+    np.cumsum(parts, out=cu_seqlens[1:])
+    np.subtract(np.arange(len(tokens)), np.repeat(cu_seqlens[:-1], parts), out=positions)
+    tokens[:] = padding
+    scored = np.zeros(len(tokens), dtype=bool)
+    for row, own, start in zip(rows, pieces, range(0, len(tokens), seq_len), strict=True):
+        if row is not None:
+            real = slice(start, start + int(own.sum()))
+            tokens[real] = row.read()
+            scored[real] = True
+    scored[cu_seqlens[1:] - 1] = False
+    targets[:] = IGNORE_INDEX
+    np.copyto(targets[:-1], tokens[1:], where=scored[:-1])
+    batch.target_bytes.fill_(int(byte_lengths[targets[scored]].sum()))
+    return flat
 
 
 _NONE = np.empty(0, dtype=np.int64)
 
 
-class SequenceRange(NamedTuple):
-    """Which sequences of which epoch make a batch."""
-
-    epoch: int
-    start: int
-    stop: int
-
-
-class PackedDataset(Dataset[PackedBatch]):
-    """The batches of one split; each process plans an epoch when it is first asked for a batch of it.
-
-    Args:
-        store: where the tokens are.
-        split: which of its documents.
-        seq_len: tokens in a sequence.
-        seed: shuffles the documents anew each epoch; None keeps their order.
-        byte_lengths: UTF-8 bytes of each token, int64 [vocab_size].
-        padding: the token that fills the last sequence.
-    """
-
-    def __init__(
-        self,
-        store: TokenStore,
-        split: str,
-        *,
-        seq_len: int,
-        seed: int | None,
-        byte_lengths: NDArray[np.int64],
-        padding: int,
-    ) -> None:
-        self.store = store
-        self.split = split
-        self.seq_len = seq_len
-        self.seed = seed
-        self.byte_lengths = byte_lengths
-        self.padding = padding
-        self._plan: tuple[int, PackPlan] | None = None
-
-    @property
-    def num_sequences(self) -> int:
-        """Sequences in an epoch."""
-        return -(-self.store.manifest.splits[self.split].tokens // self.seq_len)
-
-    def plan(self, epoch: int) -> PackPlan:
-        """What stands where in an epoch."""
-        if self._plan is None or self._plan[0] != epoch:
-            order = None if self.seed is None else (self.seed, epoch)
-            documents = self.store.documents(self.split)
-            self._plan = epoch, PackPlan(self.store.offsets, documents, self.seq_len, order)
-        return self._plan[1]
-
-    def __getitem__(self, key: SequenceRange) -> PackedBatch:
-        sequences = range(key.start, key.stop)
-        return pack_documents(self.store, self.plan(key.epoch), sequences, self.byte_lengths, self.padding)
-
-    def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_plan": None}
+def _cut(lengths: NDArray[np.int64], longest: int) -> NDArray[np.int64]:
+    """Cut each length into parts of at most `longest`; 0 has none."""
+    lengths = lengths[lengths > 0]
+    counts = -(-lengths // longest)
+    parts = np.full(counts.sum(), longest)
+    parts[np.cumsum(counts) - 1] = lengths - (counts - 1) * longest
+    return parts

@@ -1,31 +1,35 @@
-"""A corpus as flat tokens on disk, document after document, read through a memory map.
+"""A prepared set: a corpus as flat tokens in shards, document after document, in a directory or behind a URL.
 
-tokens.bin    uint16 or uint32 [tokens]
-offsets.npy   int64 [documents + 1]: document i is tokens[offsets[i]:offsets[i + 1]]
-splits.npy    uint8 [documents], index into SPLITS
-counts.npy    int64 [splits, vocab_size]: how often each token follows another one of its document
-manifest.json what the store was made from, and how much it holds
+manifest.json             what the set was made from, how much it holds and the checksum of every file; written last
+tokenizer.json            what made the tokens
+{split}.offsets.npy       int64 [documents + 1]: document i is tokens offsets[i] to offsets[i + 1] of its split
+counts.npy                int64 [splits, vocab_size]: how often each token follows another one of its document
+shards/00000/{split}.bin  uint16 or uint32 [tokens]; a split's tokens lie end to end over all shards
 """
 
+import hashlib
+import io
 import json
-import logging
-import shutil
-from array import array
-from collections.abc import Iterable, Iterator
+import os
+from bisect import bisect_right
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import cached_property, partial
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, BinaryIO
-from uuid import uuid4
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nsa_lightning.data.documents import SPLITS, Document, split_of
-from nsa_lightning.data.tokenizer import GROUP, Tokenizer
+from nsa_lightning.data.documents import SPLITS
+from nsa_lightning.data.storage import filesystem_of, is_url, open_binary, retried, whole_file
+from nsa_lightning.data.tokenizer import Tokenizer, load_tokenizer
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+MAX_OPEN = 64  # token files that a split keeps open
 
-log = logging.getLogger(__name__)
+# P pieces of documents, each by its first token in the split and its length.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,14 +43,19 @@ class SplitSize:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a store was made from, and how much it holds."""
+    """What a set was made from, and how much it holds."""
 
     format_version: int
     tokenizer: str  # Tokenizer.fingerprint
+    end_of_text: str
     vocab_size: int
     dtype: str
+    val_fraction: float
+    test_fraction: float
     empty_documents: int  # skipped
     splits: dict[str, SplitSize]
+    shards: list[dict[str, int]]  # tokens of each split that has some, by shard
+    checksums: dict[str, str]  # of every file that a reader opens, by its path in the set
 
     @property
     def num_documents(self) -> int:
@@ -58,175 +67,259 @@ class Manifest:
         """Tokens of all splits."""
         return sum(size.tokens for size in self.splits.values())
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """The identity of the data: changes with any token and any document's bounds, not with where the set lies."""
+        data = {name: value for name, value in self.checksums.items() if name.endswith((".bin", ".offsets.npy"))}
+        return hashlib.blake2b(json.dumps(data, sort_keys=True).encode(), digest_size=16).hexdigest()
+
 
 class TokenStore:
-    """A store on disk; a process that is handed one opens it anew.
+    """A prepared set; a process that is handed one opens it anew.
 
     Args:
-        path: the store's directory.
+        path: its directory, or its URL.
+        cache_dir: where the offsets of a URL are kept, for they are read through a memory map; unused otherwise.
 
     Raises:
-        ValueError: the store is of another format, or a file is missing, truncated or broken.
+        ValueError: the set is of another format, or a file is missing, truncated or broken.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path | str, cache_dir: Path | None = None) -> None:
+        self.path = path if is_url(path) else Path(path)
+        self.cache_dir = cache_dir
+        self._splits: dict[str, TokenSplit] = {}
+        if isinstance(self.path, Path) and not (self.path / "manifest.json").exists():
+            raise ValueError(
+                f"{path} is not a whole prepared set, it has no manifest.json: nsa prepare writes that last"
+            )
         try:
-            self.manifest = _read_manifest(path / "manifest.json")
-            self.tokens = _map_tokens(path / "tokens.bin", self.manifest)
-            self.offsets = _map_array(path / "offsets.npy", (self.manifest.num_documents + 1,))
-            self._splits = _map_array(path / "splits.npy", (self.manifest.num_documents,))
-            self._counts = _map_array(path / "counts.npy", (len(SPLITS), self.manifest.vocab_size))
+            self.manifest = _read_manifest(self.place("manifest.json"))
+            if not is_url(self.path):
+                self._check_sizes()
         except (OSError, ValueError) as error:
-            raise ValueError(f"{error}; delete the token store {path} and run again") from error
+            raise ValueError(f"{error}; {self._remedy}") from error
 
-    def __reduce__(self) -> tuple[type["TokenStore"], tuple[Path]]:
-        return TokenStore, (self.path,)
+    def __reduce__(self) -> tuple[type["TokenStore"], tuple[Path | str, Path | None]]:
+        return TokenStore, (self.path, self.cache_dir)
 
-    def documents(self, split: str) -> NDArray[np.int64]:
-        """The documents of a split, ascending, int64."""
-        return np.flatnonzero(self._splits == SPLITS.index(split))
+    @property
+    def fingerprint(self) -> str:
+        """The identity of the data, `Manifest.fingerprint`."""
+        return self.manifest.fingerprint
+
+    def split(self, name: str) -> "TokenSplit":
+        """The documents of one split."""
+        if name not in self._splits:
+            self._splits[name] = TokenSplit(self, name)
+        return self._splits[name]
 
     def token_counts(self, split: str) -> NDArray[np.int64]:
         """How often each token follows another one of its document, int64 [vocab_size]."""
         return self._counts[SPLITS.index(split)]
 
+    def load_tokenizer(self) -> Tokenizer:
+        """The tokenizer that made the tokens.
 
-def build_token_store(
-    path: Path,
-    documents: Iterable[Document],
-    tokenizer: Tokenizer,
-    *,
-    val_fraction: float,
-    test_fraction: float,
-    expected_bytes: int | None = None,
-) -> TokenStore:
-    """Tokenise `documents` into a new store at `path`, and open it; a store that is there is only opened.
+        Raises:
+            ValueError: the set's tokenizer.json is another one.
+        """
+        tokenizer = load_tokenizer(str(self._local("tokenizer.json")), self.manifest.end_of_text)
+        if tokenizer.fingerprint != self.manifest.tokenizer:
+            raise ValueError(
+                f"{self.place('tokenizer.json')} is tokenizer {tokenizer.fingerprint}, "
+                f"the tokens were made by {self.manifest.tokenizer}; {self._remedy}"
+            )
+        return tokenizer
 
-    The store is written beside `path` and renamed when it is whole. Of several processes that build it at once the
-    first to finish wins and the others drop their copies.
+    def verify(self) -> None:
+        """Compare every file with its checksum.
 
-    Args:
-        path: directory of the store.
-        documents: read once, a few at a time.
-        tokenizer: turns their text into tokens.
-        val_fraction: share of documents held out for validation.
-        test_fraction: share of documents held out for the test.
-        expected_bytes: length of the progress bar, if known.
+        Raises:
+            ValueError: a file is missing or differs; all such files are named.
+        """
+        from tqdm import tqdm  # type: ignore[import-untyped]
 
-    Raises:
-        ValueError: no document holds text, or the store at `path` is broken.
-    """
-    if path.exists():
-        return TokenStore(path)
-    temporary = path.with_name(f"{path.name}.tmp-{uuid4().hex}")
-    temporary.mkdir(parents=True)
-    try:
-        writer = _Writer(temporary, tokenizer, val_fraction, test_fraction)
-        with (temporary / "tokens.bin").open("wb") as stream:
-            for batch in _batches(documents, expected_bytes):
-                writer.write(batch, stream)
-        manifest = writer.finish()
+        broken = []
+        for name, expected in tqdm(self.manifest.checksums.items(), desc="verify", unit="file", disable=None):
+            try:
+                found = checksum(self.place(name))
+            except (OSError, ValueError) as error:
+                broken.append(str(error))
+            else:
+                if found != expected:
+                    broken.append(f"{self.place(name)} must have checksum {expected}, it has {found}")
+        if broken:
+            raise ValueError(f"{'; '.join(broken)}; {self._remedy}")
+
+    def place(self, name: str) -> Path | str:
+        """The path or URL of one of the set's files."""
+        return f"{str(self.path).rstrip('/')}/{name}" if is_url(self.path) else Path(self.path, name)
+
+    def map_array(self, name: str, shape: tuple[int, ...]) -> NDArray[Any]:
+        """One of the set's arrays, through a memory map."""
         try:
-            temporary.rename(path)
-        except OSError:
-            if not path.is_dir():
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    log.info("tokenised %d documents, %d tokens, into %s", manifest.num_documents, manifest.num_tokens, path)
-    return TokenStore(path)
+            return _map_array(self._local(name), shape)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{error}; {self._remedy}") from error
+
+    @cached_property
+    def _counts(self) -> NDArray[np.int64]:
+        return self.map_array("counts.npy", (len(SPLITS), self.manifest.vocab_size))
+
+    @property
+    def _remedy(self) -> str:
+        if is_url(self.path):
+            return f"if the URL is right, copy the prepared set to {self.path} again"
+        return f"delete {Path(self.path, 'manifest.json')} and what is damaged, and prepare again: the rest is kept"
+
+    def _local(self, name: str) -> Path:
+        """A file of the set, or the cache's copy of one that lies behind a URL."""
+        place = self.place(name)
+        if isinstance(place, Path):
+            return place
+        if self.cache_dir is None:
+            raise ValueError(f"a prepared set behind a URL needs data.cache_dir for its offsets, got none for {place}")
+        copy = self.cache_dir / f"remote-{self.fingerprint}" / name
+        if not copy.exists():
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            with open_binary(place) as source, whole_file(copy) as stream:
+                digest = hashlib.blake2b(digest_size=16)
+                while block := source.read(2**22):
+                    digest.update(block)
+                    stream.write(block)
+                if digest.hexdigest() != self.manifest.checksums[name]:
+                    raise ValueError(f"{place} differs from its checksum; {self._remedy}")
+        return copy
+
+    def _check_sizes(self) -> None:
+        itemsize = np.dtype(self.manifest.dtype).itemsize
+        for name, tokens in (file for split in SPLITS for file in token_files(self.manifest, split)):
+            size = Path(self.path, name).stat().st_size
+            if size != tokens * itemsize:
+                raise ValueError(f"{self.place(name)} must have {tokens * itemsize} bytes, it has {size}")
 
 
-class _Writer:
-    """What is known of a store while its documents stream by."""
+class TokenSplit:
+    """The documents of one split, end to end. Tokens are named by their place in the split, 0 to `num_tokens`.
 
-    def __init__(self, path: Path, tokenizer: Tokenizer, val_fraction: float, test_fraction: float) -> None:
-        self.path = path
-        self.tokenizer = tokenizer
-        self.fractions = {"val_fraction": val_fraction, "test_fraction": test_fraction}
-        self.vocab_size = tokenizer.vocab_size
-        self.dtype = np.dtype(np.uint16 if self.vocab_size <= 2**16 else np.uint32)
-        self.offsets = array("q", [0])
-        self.splits = bytearray()
-        self.counts = np.zeros((len(SPLITS), self.vocab_size), dtype=np.int64)
-        self.bytes = np.zeros(len(SPLITS), dtype=np.int64)
-        self.empty = 0
+    Files are read and not mapped, so that a process grows by what it reads at a time and not by what it has read.
+    """
 
-    def write(self, batch: list[Document], stream: BinaryIO) -> None:
-        texts = [document.text for document in batch if document.text]
-        self.empty += len(batch) - len(texts)
-        encoded = self.tokenizer.encode_batch(texts)
-        splits = [SPLITS.index(split_of(text, **self.fractions)) for text in texts]
-        for text, split, tokens in zip(texts, splits, encoded, strict=True):
-            stream.write(tokens.astype(self.dtype).tobytes())
-            self.offsets.append(self.offsets[-1] + len(tokens))
-            self.bytes[split] += len(text.encode())
-        self.splits.extend(splits)
-        for split in set(splits):
-            followers = [tokens[1:] for tokens, other in zip(encoded, splits, strict=True) if other == split]
-            self.counts[split] += np.bincount(np.concatenate(followers), minlength=self.vocab_size)
+    def __init__(self, store: TokenStore, name: str) -> None:
+        self.store = store
+        self.name = name
+        size = store.manifest.splits[name]
+        self.num_documents, self.num_tokens = size.documents, size.tokens
+        self.offsets: NDArray[np.int64] = store.map_array(f"{name}.offsets.npy", (self.num_documents + 1,))
+        files = list(token_files(store.manifest, name))
+        self._names = [file for file, _ in files]
+        self._bounds = [0, *accumulate(tokens for _, tokens in files)]
+        self._dtype = np.dtype(store.manifest.dtype)
+        self._open: dict[int, io.FileIO] = {}
 
-    def finish(self) -> Manifest:
-        if not self.splits:
-            raise ValueError(f"data.sources must hold text, got {self.empty} empty documents and no other")
-        offsets = np.frombuffer(self.offsets, dtype=np.int64)
-        splits = np.frombuffer(self.splits, dtype=np.uint8)
-        documents = np.bincount(splits, minlength=len(SPLITS))
-        tokens = np.bincount(splits, weights=np.diff(offsets), minlength=len(SPLITS))
-        sizes = zip(SPLITS, documents, tokens, self.bytes, strict=True)
-        manifest = Manifest(
-            format_version=FORMAT_VERSION,
-            tokenizer=self.tokenizer.fingerprint,
-            vocab_size=self.vocab_size,
-            dtype=self.dtype.name,
-            empty_documents=self.empty,
-            splits={name: SplitSize(documents=int(d), tokens=int(t), bytes=int(b)) for name, d, t, b in sizes},
-        )
-        np.save(self.path / "offsets.npy", offsets)
-        np.save(self.path / "splits.npy", splits)
-        np.save(self.path / "counts.npy", self.counts)
-        (self.path / "manifest.json").write_text(json.dumps(asdict(manifest), indent=2), encoding="utf-8")
-        return manifest
+    def __reduce__(self) -> tuple[Any, tuple[TokenStore, str]]:
+        return TokenStore.split, (self.store, self.name)
+
+    def read(self, starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Gather pieces end to end.
+
+        Args:
+            starts: int64 [P], the first token of each piece.
+            lengths: int64 [P], its tokens. A piece may span documents and shards.
+
+        Returns:
+            Their tokens, int64 [lengths.sum()].
+
+        Raises:
+            ValueError: a file cannot be read or is truncated.
+        """
+        tokens = np.empty(int(lengths.sum()), dtype=self._dtype)
+        buffer = tokens.view(np.uint8).data
+        ranges = list(self._ranges(starts, lengths))
+        if is_url(self.store.path):
+            self._fetch(ranges, buffer)
+        else:
+            place = 0
+            for file, first, size in ranges:
+                self._read_file(file, first, buffer[place : place + size])
+                place += size
+        return tokens.astype(np.int64)
+
+    def _ranges(self, starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> Iterator[tuple[int, int, int]]:
+        """File, first byte and bytes of all that must be read; pieces that adjoin are read at once."""
+        stops, itemsize = starts + lengths, self._dtype.itemsize
+        gaps = np.flatnonzero(starts[1:] != stops[:-1])
+        firsts = np.append(starts[:1], starts[gaps + 1]).tolist()
+        for first, stop in zip(firsts, np.append(stops[gaps], stops[-1:]).tolist(), strict=True):
+            while first < stop:
+                file = bisect_right(self._bounds, first) - 1
+                end = min(stop, self._bounds[file + 1])
+                yield file, (first - self._bounds[file]) * itemsize, (end - first) * itemsize
+                first = end  # noqa: PLW2901
+
+    def _read_file(self, file: int, first: int, buffer: memoryview) -> None:
+        place = self.store.place(self._names[file])
+        try:
+            whole = os.preadv(self._descriptor(file), [buffer], first) == len(buffer)
+        except OSError as error:
+            raise ValueError(f"{place} cannot be read: {error.strerror}") from error
+        if not whole:
+            raise ValueError(f"{place} is truncated")
+
+    def _descriptor(self, file: int) -> int:
+        if file not in self._open:
+            if len(self._open) >= MAX_OPEN:
+                self._open.pop(next(iter(self._open))).close()
+            self._open[file] = io.FileIO(Path(self.store.path, self._names[file]))
+        return self._open[file].fileno()
+
+    def _fetch(self, ranges: list[tuple[int, int, int]], buffer: memoryview) -> None:
+        """Ask for all ranges at once."""
+        urls = [str(self.store.place(self._names[file])) for file, _, _ in ranges]
+
+        def fetch() -> bytes:
+            filesystem, _ = filesystem_of(str(self.store.path))
+            starts, stops = [first for _, first, _ in ranges], [first + size for _, first, size in ranges]
+            blocks = filesystem.cat_ranges(urls, starts, stops, on_error="raise")
+            for url, (_, _, size), block in zip(urls, ranges, blocks, strict=True):
+                if len(block) != size:
+                    raise EOFError(f"{len(block)} of {size} bytes of {url} came")
+            return b"".join(blocks)
+
+        buffer[:] = retried(", ".join(sorted(set(urls))), fetch)
 
 
-def _batches(documents: Iterable[Document], expected_bytes: int | None) -> Iterator[list[Document]]:
-    """Documents of about `GROUP` characters at a time, with a progress bar on stderr where that is a terminal."""
-    from tqdm import tqdm  # type: ignore[import-untyped]
-
-    batch: list[Document] = []
-    size = 0
-    with tqdm(total=expected_bytes, desc="tokenise", unit="B", unit_scale=True, disable=None) as bar:
-        for document in documents:
-            batch.append(document)
-            size += len(document.text)
-            if size >= GROUP or len(batch) >= 2**14:
-                yield batch
-                bar.update(size)
-                batch, size = [], 0
-        if batch:
-            yield batch
-            bar.update(size)
+def token_files(manifest: Manifest, split: str) -> Iterator[tuple[str, int]]:
+    """The files that hold a split's tokens, in order, and the tokens of each."""
+    for number, tokens in enumerate(manifest.shards):
+        if split in tokens:
+            yield f"shards/{number:05}/{split}.bin", tokens[split]
 
 
-def _read_manifest(path: Path) -> Manifest:
+def checksum(place: Path | str) -> str:
+    """blake2b of a file's content."""
+    with open_binary(place) as stream:
+        return hashlib.file_digest(stream, partial(hashlib.blake2b, digest_size=16)).hexdigest()
+
+
+def write_manifest(path: Path, manifest: Manifest) -> None:
+    """Make a set of what lies at `path`."""
+    with whole_file(path / "manifest.json") as stream:
+        stream.write(json.dumps(asdict(manifest), indent=1).encode())
+
+
+def _read_manifest(place: Path | str) -> Manifest:
     try:
-        state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        with open_binary(place) as stream:
+            state: dict[str, Any] = json.loads(stream.read())
         version = state["format_version"]
         if version != FORMAT_VERSION:
-            raise ValueError(f"{path} has format version {version}, this release reads {FORMAT_VERSION}")
+            raise ValueError(f"{place} has format version {version}, this release reads {FORMAT_VERSION}")
         splits = {name: SplitSize(**size) for name, size in state.pop("splits").items()}
         return Manifest(splits=splits, **state)
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a store's manifest: {error!r}") from error
-
-
-def _map_tokens(path: Path, manifest: Manifest) -> NDArray[np.unsignedinteger[Any]]:
-    expected = manifest.num_tokens * np.dtype(manifest.dtype).itemsize
-    size = path.stat().st_size
-    if size != expected:
-        raise ValueError(f"{path} must have {expected} bytes, it has {size}")
-    return np.asarray(np.memmap(path, dtype=manifest.dtype, mode="r"))
+        raise ValueError(f"{place} is not the manifest of a prepared set: {error!r}") from error
 
 
 def _map_array(path: Path, shape: tuple[int, ...]) -> NDArray[Any]:

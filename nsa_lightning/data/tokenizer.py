@@ -11,12 +11,12 @@ from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nsa_lightning.data.documents import text_fraction
+from nsa_lightning.data.storage import whole_file
 
 END_OF_TEXT = "<|endoftext|>"
 END_OF_TEXT_NAMES = (
@@ -147,9 +147,8 @@ class Tokenizer:
 
     def save(self, path: Path) -> None:
         """Write the `tokenizer.json`, whole or not at all."""
-        temporary = path.with_name(f"{path.name}.tmp-{uuid4().hex}")
-        temporary.write_text(self._state, encoding="utf-8")
-        temporary.replace(path)
+        with whole_file(path) as stream:
+            stream.write(self._state.encode())
 
 
 def load_tokenizer(path: str, end_of_text: str | None = None) -> Tokenizer:

@@ -94,6 +94,29 @@ def _shape(state: Mapping[str, Tensor], name: str) -> str:
     return str(tuple(state[name].shape)) if name in state else "missing"
 
 
+def consolidate(checkpoint: str, output: str) -> int:
+    """Write a sharded checkpoint as one file, with the optimizer's state; it passes through host memory.
+
+    Args:
+        checkpoint: directory that `nsa fit` wrote with `--trainer.strategy fsdp2`.
+        output: file to write.
+
+    Returns:
+        0.
+
+    Raises:
+        ValueError: the directory is no complete checkpoint, or the file exists.
+    """
+    if not Path(checkpoint).is_dir():
+        raise ValueError(f"checkpoint must be a directory of nsa fit, got {checkpoint}")
+    if Path(output).exists():
+        raise ValueError(f"output must not exist, got {output}")
+    read_summary(Path(checkpoint))
+    save_file(read_whole(Path(checkpoint)), Path(output))
+    print(f"{output}: {Path(output).stat().st_size / 1e9:.2f} GB")
+    return 0
+
+
 def find_checkpoints(root: Path) -> list[Path]:
     """Everything under a directory that looks like a checkpoint, complete or not, the last written first."""
     found = [path for path in root.glob("**/*.ckpt*") if path.is_file() or (path / META).is_file()]

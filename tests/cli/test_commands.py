@@ -94,9 +94,29 @@ def test_validate_and_predict_read_what_fit_wrote(workplace, monkeypatch, capsys
     assert list(workplace.rglob("document_scores.jsonl"))
 
 
+def test_prepared_sets_are_mixed_with_the_vocabulary_they_have(workplace, monkeypatch, capsys):
+    every = ("--sources", "texts", "--output_dir", "all", "--tokenizer.vocab_size", "290", "--val_fraction", "0.2")
+    assert run(monkeypatch, "prepare", *every) == 0
+    few = ("--sources", "texts/1*.txt", "--output_dir", "few", "--tokenizer.path", "all/tokenizer.json")
+    assert run(monkeypatch, "prepare", *few) == 0
+    options = ("--data.mixture", "{all: {prepared: all, weight: 2}, few: {prepared: few}}")
+    options += ("--data.packing", "best_fit", "--data.curriculum", "{0: 16, 2: 64}")
+    assert run(monkeypatch, "fit", "--config", "small.yaml", *options, *LOGGED) == 0
+    (config,) = workplace.glob("runs/**/config.yaml")
+    (checkpoint,) = workplace.glob("runs/**/last.ckpt")
+    state = torch.load(checkpoint, weights_only=True)["state_dict"]
+    assert [len(state[name]) for name in state if "embed_tokens" in name] == [290]
+    going_on = ("fit", "--config", str(config), "--ckpt_path", str(checkpoint), "--trainer.max_steps", "5")
+    assert run(monkeypatch, *going_on) == 0
+    assert run(monkeypatch, *going_on, "--data.mixture.all.weight", "3") == 2
+    assert "data.mixture.all.weight must stay as it was to resume: the checkpoint" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--data.prepared", "nowhere"], "fit: error: data.prepared must be a set that nsa prepare has finished"),
+        (["--data.mixture", "{a: {prepared: x, weigth: 2}}"], "weigth"),
         (["--model.transformer.hiden_size", "8"], "hiden_size"),
         (["--model.transformer.num_heads", "3", "--model.transformer.num_kv_heads", "2"],
          "num_heads must be a multiple of num_kv_heads, got 3 and 2"),
@@ -230,7 +250,7 @@ def test_help_names_every_command_without_importing_torch():
     code = "import sys; sys.argv = ['nsa', '--help']; from nsa_cli.main import main; main()"
     code += "; assert 'torch' not in sys.modules"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    for command in ("fit", "validate", "test", "predict", "bench"):
+    for command in ("fit", "validate", "test", "predict", "prepare", "bench"):
         assert f"  {command}" in result.stdout
 
 

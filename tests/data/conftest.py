@@ -10,7 +10,8 @@ import pytest
 
 from nsa_lightning.data.datamodule import PackedTextDataModule
 from nsa_lightning.data.documents import Document
-from nsa_lightning.data.token_store import TokenStore, build_token_store
+from nsa_lightning.data.shards import merge_shards, shard_path, write_shard
+from nsa_lightning.data.token_store import TokenStore
 from nsa_lightning.data.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
 
 WORDS = ["def", "return", "import", "self", "été", "文字", "🙂", "0x7f", "\t", "\n\n", "    "]
@@ -21,6 +22,7 @@ class NumberingTokenizer:
 
     vocab_size = 4096
     fingerprint = "numbering"
+    end_of_text = "none"
 
     def __init__(self) -> None:
         self.next = 1
@@ -32,6 +34,9 @@ class NumberingTokenizer:
         assert self.next <= self.vocab_size
         return encoded
 
+    def save(self, path: Path) -> None:
+        path.write_text("{}")
+
 
 @pytest.fixture(scope="session")
 def tokenizer() -> Tokenizer:
@@ -41,13 +46,17 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture
 def make_store(tmp_path: Path) -> Callable[..., TokenStore]:
-    """Store documents of given lengths, all for training; tokens are numbered from 1 through the whole store."""
+    """Store documents of given lengths in order, all for training; tokens are numbered from 1 through the store."""
 
-    def make(lengths: Sequence[int], **fractions: float) -> TokenStore:
+    def make(lengths: Sequence[int], num_shards: int = 1, **fractions: float) -> TokenStore:
         documents = [Document(str(i), chr(97 + i % 26) * length) for i, length in enumerate(lengths)]
         path = tmp_path / f"store-{len(list(tmp_path.iterdir()))}"
-        options = {"val_fraction": 0.0, "test_fraction": 0.0, **fractions}
-        return build_token_store(path, documents, NumberingTokenizer(), **options)
+        options: dict[str, Any] = {"val_fraction": 0.0, "test_fraction": 0.0, **fractions}
+        tokenizer: Any = NumberingTokenizer()
+        for shard in range(num_shards):
+            share = slice(len(documents) * shard // num_shards, len(documents) * (shard + 1) // num_shards)
+            write_shard(shard_path(path, shard), documents[share], tokenizer, **options)
+        return merge_shards(path, num_shards, tokenizer, **options)
 
     return make
 

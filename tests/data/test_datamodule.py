@@ -11,19 +11,21 @@ import pytest
 from jsonargparse import ArgumentParser
 
 from nsa_lightning.data.datamodule import PackedTextDataModule
+from nsa_lightning.data.sets import MixtureSet, configured_vocab_size
 from nsa_lightning.data.tokenizer import Tokenizer, TokenizerConfig
 
 
+@pytest.mark.parametrize("packing", ["sequential", "best_fit"])
 def test_a_second_run_reads_the_cache(
-    make_data: Callable[..., PackedTextDataModule], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_data: Callable[..., PackedTextDataModule], tmp_path: Path, packing: str
 ) -> None:
-    make_data().prepare_data()
+    make_data(packing=packing).prepare_data()
     cached = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*")}
-    monkeypatch.setattr("nsa_lightning.data.datamodule.iter_documents", lambda *_: iter(()))
-    data = make_data(seq_len=64)
+    data = make_data(packing=packing, seed=4)
     data.setup("fit")
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*")} == cached
-    assert data.store.manifest.num_documents == 60
+    assert data.stores[0].manifest.num_documents == 60
+    assert len(list((tmp_path / "cache").glob("plan-*"))) == (3 if packing == "best_fit" else 0)
 
 
 @pytest.mark.parametrize(
@@ -35,8 +37,8 @@ def test_other_settings_make_another_store(
     data, other = make_data(), make_data(**change)
     data.setup("fit")
     other.setup("fit")
-    assert data.store.path != other.store.path
-    assert data.store.manifest != other.store.manifest
+    assert data.stores[0].path != other.stores[0].path
+    assert data.stores[0].manifest != other.stores[0].manifest
 
 
 def test_changed_text_makes_another_store(make_data: Callable[..., PackedTextDataModule], corpus: Path) -> None:
@@ -44,7 +46,7 @@ def test_changed_text_makes_another_store(make_data: Callable[..., PackedTextDat
     data.setup("fit")
     (corpus / "00.txt").write_text("something else")
     other.setup("fit")
-    assert data.store.path != other.store.path
+    assert data.stores[0].fingerprint != other.stores[0].fingerprint
 
 
 def test_the_cache_lies_where_the_user_keeps_caches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -63,8 +65,7 @@ def test_any_tokenizer_file_can_be_used(
     data = make_data(tokenizer=TokenizerConfig(path=str(tmp_path)))
     data.setup("fit")
     assert data.vocab_size == tokenizer.vocab_size == 320
-    assert data.store.manifest.tokenizer == tokenizer.fingerprint
-    assert not list((tmp_path / "cache").glob("*.json"))
+    assert data.stores[0].manifest.tokenizer == tokenizer.fingerprint
 
 
 def test_the_unigram_baseline_is_the_smoothed_cross_entropy(make_data: Callable[..., PackedTextDataModule]) -> None:
@@ -72,20 +73,73 @@ def test_the_unigram_baseline_is_the_smoothed_cross_entropy(make_data: Callable[
     data.setup("validate")
 
     def followers(split: str) -> list[int]:
-        offsets, documents = data.store.offsets, data.store.documents(split)
-        return [int(token) for i in documents for token in data.store.tokens[offsets[i] + 1 : offsets[i + 1]]]
+        tokens = data.stores[0].split(split)
+        return tokens.read(tokens.offsets[:-1] + 1, np.diff(tokens.offsets) - 1).tolist()
 
     train, val = followers("train"), followers("val")
     frequency = [(train.count(token) + 1) / (len(train) + data.vocab_size) for token in range(data.vocab_size)]
-    expected = -sum(np.log2(frequency[token]) for token in val) / data.store.manifest.splits["val"].bytes
+    expected = -sum(np.log2(frequency[token]) for token in val) / data.stores[0].manifest.splits["val"].bytes
     assert data.unigram_bits_per_byte == pytest.approx(expected)
     assert 1 < expected < 8
+
+
+def test_the_unigram_baseline_of_a_mixture_counts_each_set_by_its_weight(
+    make_data: Callable[..., PackedTextDataModule], corpus: Path, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    tokenizer.save(tmp_path / "tokenizer.json")
+    config = TokenizerConfig(path=str(tmp_path))
+    data = [make_data(sources=[str(corpus / glob)], tokenizer=config) for glob in ("[0-3]*.txt", "[45]*.txt")]
+    for each in data:
+        each.setup("fit")
+    weights = {"a": 3.0, "b": 0.5}
+    sets = zip(weights.items(), data, strict=True)
+    mixture = {name: MixtureSet(prepared=str(each.stores[0].path), weight=weight) for (name, weight), each in sets}
+    mixed = make_data(sources=[], mixture=mixture)
+    mixed.setup("fit")
+    counts = [each.stores[0].token_counts("train") for each in data]
+    frequency = sum(weight / 3.5 * each / each.sum() for weight, each in zip(weights.values(), counts, strict=True))
+    total = sum(each.sum() for each in counts)
+    val = sum(each.stores[0].token_counts("val") for each in data)
+    bits = -val @ np.log2((frequency * total + 1) / (total + tokenizer.vocab_size))
+    size = sum(each.stores[0].manifest.splits["val"].bytes for each in data)
+    assert mixed.unigram_bits_per_byte == pytest.approx(bits / size)
+
+
+def test_binary_files_are_named_or_skipped_on_request(
+    make_data: Callable[..., PackedTextDataModule], corpus: Path
+) -> None:
+    (corpus / "picture.png").write_bytes(b"\x89PNG")
+    with pytest.raises(ValueError, match=r"picture.png is not UTF-8 text: .* data.exclude or data.skip_binary"):
+        make_data().setup("fit")
+    data = make_data(skip_binary=True)
+    data.setup("fit")
+    assert (data.stores[0].manifest.num_documents, data.stores[0].manifest.empty_documents) == (60, 1)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"sources": []}, "data.sources must name files, directories or globs, got none"),
+        (
+            {"sources": []},
+            "data.sources must name files, directories, globs or URLs, got none; or set data.prepared or",
+        ),
+        (
+            {"prepared": "set"},
+            "exactly one of data.sources, data.prepared, data.mixture must be set, got data.sources and",
+        ),
+        (
+            {"sources": [], "mixture": {"a": MixtureSet(prepared="x", weight=0)}},
+            "data.mixture.a.weight must be a number",
+        ),
+        ({"curriculum": {5: 64}}, "data.curriculum must begin with step 0, got 5"),
+        (
+            {"curriculum": {0: 64, 9: 32}},
+            "data.curriculum must have ascending lengths from 2 to data.seq_len=128, got [64",
+        ),
+        (
+            {"curriculum": {0: 64, 9: 256}},
+            "data.curriculum must have ascending lengths from 2 to data.seq_len=128, got [",
+        ),
         ({"seq_len": 1}, "data.seq_len must be at least 2, got 1"),
         ({"batch_size": 0}, "data.batch_size must be at least 1, got 0"),
         ({"num_workers": -1}, "data.num_workers must be at least 0, got -1"),
@@ -104,12 +158,14 @@ def test_a_setting_out_of_range_is_named(
 
 def test_a_split_without_documents_names_the_setting(make_data: Callable[..., PackedTextDataModule]) -> None:
     few = {"val_fraction": 1e-6, "test_fraction": 0.0}
-    with pytest.raises(ValueError, match=r"data.val_fraction=1e-06 leaves no validation document among 60; raise it"):
+    with pytest.raises(
+        ValueError, match=r"data.val_fraction=1e-06, which leaves no validation document among 60; raise"
+    ):
         make_data(**few).setup("fit")
-    with pytest.raises(ValueError, match=r"data.test_fraction=0.0 leaves no test document among 60; raise it"):
+    with pytest.raises(ValueError, match=r"data.test_fraction=0.0, which leaves no test document among 60; raise it"):
         make_data(**few).setup("test")
     with pytest.raises(
-        ValueError, match=r"data.val_fraction=0.999999 and .* leave no training document among 60; lower"
+        ValueError, match=r"data.val_fraction=0.999999 and .*, which leave no training document among 60; lower"
     ):
         make_data(val_fraction=0.999999, test_fraction=0.0).setup("fit")
 
@@ -123,7 +179,7 @@ def test_a_checkpoint_of_another_tokenizer_is_refused(make_data: Callable[..., P
     data, other = make_data(), make_data(tokenizer=TokenizerConfig(vocab_size=310))
     data.setup("validate")
     other.setup("validate")
-    message = f"trained with tokenizer {data.tokenizer.fingerprint} (vocabulary 300), data.tokenizer gives "
+    message = f"trained with tokenizer {data.tokenizer.fingerprint} (vocabulary 300), the data has "
     with pytest.raises(ValueError, match=re.escape(message)):
         other.load_state_dict(data.state_dict())
 
@@ -132,10 +188,61 @@ def test_a_broken_tokenizer_in_the_cache_is_named(
     make_data: Callable[..., PackedTextDataModule], tmp_path: Path
 ) -> None:
     make_data().prepare_data()
-    (path,) = (tmp_path / "cache").glob("tokenizer-*.json")
+    (path,) = (tmp_path / "cache").glob("set-*/tokenizer.json")
     path.write_text("{")
-    with pytest.raises(ValueError, match=f"{path}.*: not a tokenizer.json: .*; delete it and run again"):
+    with pytest.raises(ValueError, match=f"{path}.*: not a tokenizer.json"):
         make_data().setup("fit")
+
+
+@pytest.fixture
+def prepared(make_data: Callable[..., PackedTextDataModule], tokenizer: Tokenizer, tmp_path: Path) -> str:
+    """A set prepared with `tokenizer`, which lies beside it."""
+    tokenizer.save(tmp_path / "tokenizer.json")
+    data = make_data(tokenizer=TokenizerConfig(path=str(tmp_path)))
+    data.setup("fit")
+    return str(data.stores[0].path)
+
+
+def test_a_prepared_set_brings_its_tokenizer_and_splits(
+    make_data: Callable[..., PackedTextDataModule], prepared: str, tokenizer: Tokenizer
+) -> None:
+    data = make_data(sources=[], prepared=prepared, val_fraction=0.0)
+    data.setup("fit")
+    assert data.tokenizer.fingerprint == tokenizer.fingerprint
+    assert len(data.val_dataloader()) > 0
+    assert configured_vocab_size(None, 4096, prepared, None) == tokenizer.vocab_size
+    assert configured_vocab_size(None, 4096, None, {"a": {"prepared": prepared}}) == tokenizer.vocab_size
+
+
+def test_another_tokenizer_than_that_of_a_prepared_set_is_refused(
+    make_data: Callable[..., PackedTextDataModule], prepared: str, tmp_path: Path
+) -> None:
+    other = make_data()
+    other.setup("fit")
+    other.tokenizer.save(tmp_path / "other.json")
+    asked = TokenizerConfig(path=str(tmp_path / "other.json"))
+    with pytest.raises(
+        ValueError, match=r"wrong tokenizer: data.tokenizer.path='.*other.json' is .*, data.prepared was"
+    ):
+        make_data(sources=[], prepared=prepared, tokenizer=asked).setup("fit")
+    make_data(sources=[], prepared=prepared, tokenizer=TokenizerConfig(path=str(tmp_path))).setup("fit")
+    sets = {"a": MixtureSet(prepared=prepared), "b": MixtureSet(prepared=str(other.stores[0].path))}
+    with pytest.raises(
+        ValueError, match=r"must have one tokenizer: data.mixture.a.prepared has .*, data.mixture.b.prep"
+    ):
+        make_data(sources=[], mixture=sets).setup("fit")
+
+
+def test_a_damaged_set_is_found_before_the_start(make_data: Callable[..., PackedTextDataModule], prepared: str) -> None:
+    path = next(Path(prepared).rglob("train.bin"))
+    content = path.read_bytes()
+    path.write_bytes(content[:-2] + b"\1\1")
+    make_data(sources=[], prepared=prepared).setup("fit")
+    with pytest.raises(ValueError, match=rf"{path} must have checksum"):
+        make_data(sources=[], prepared=prepared, verify_checksums=True).setup("fit")
+    path.write_bytes(content[:-2])
+    with pytest.raises(ValueError, match=rf"{path} must have {len(content)} bytes, it has {len(content) - 2}"):
+        make_data(sources=[], prepared=prepared).setup("fit")
 
 
 def test_the_settings_are_documented_and_parsed_by_the_command_line() -> None:
@@ -148,6 +255,10 @@ def test_the_settings_are_documented_and_parsed_by_the_command_line() -> None:
     data = parser.instantiate(parsed).data
     assert (data.sources, data.exclude) == (["a", "b"], ["x"])
     assert data.tokenizer_config == TokenizerConfig(vocab_size=1024)
+    words = ["--data.mixture={a: {prepared: x}, b: {prepared: y, weight: 2}}", "--data.curriculum={0: 64, 9: 8192}"]
+    data = parser.instantiate(parser.parse_args([*words, "--data.packing=best_fit"])).data
+    assert data.mixture == {"a": MixtureSet(prepared="x"), "b": MixtureSet(prepared="y", weight=2.0)}
+    assert (data.curriculum, data.packing) == ({0: 64, 9: 8192}, "best_fit")
 
 
 def test_importing_the_data_module_loads_no_library_before_it_is_needed() -> None:

@@ -1,27 +1,24 @@
 import gzip
+import io
 import json
+import random
 import re
 import subprocess
 import sys
-import sysconfig
 import tracemalloc
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nsa_lightning.data.documents import (
-    Document,
-    fingerprint_files,
-    iter_documents,
-    resolve_files,
-    split_of,
-    text_bytes,
-    text_fraction,
-)
+from nsa_lightning.data.documents import Document, iter_documents, split_of, text_fraction
+from nsa_lightning.data.sources import Part, SourceFile, parts_of
 
 
 def write(path: Path, content: str | bytes = "text") -> Path:
@@ -30,103 +27,34 @@ def write(path: Path, content: str | bytes = "text") -> Path:
     return path
 
 
-def names(files: list[Path], root: Path) -> list[str]:
-    return [str(path.relative_to(root)) for path in files]
+def zstd(content: bytes) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(content)
+    return sink.getvalue().to_pybytes()
 
 
 def read(path: Path, text_field: str = "text") -> list[Document]:
-    return list(iter_documents([path], text_field))
-
-
-def test_a_directory_stands_for_every_regular_file_below_that_is_not_hidden(tmp_path: Path) -> None:
-    for name in ["b.txt", "a/c.py", "a/deep/er/d", ".hidden", "a/.git/config", "a/.env"]:
-        write(tmp_path / name)
-    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
-    assert names(resolve_files([str(tmp_path)]), tmp_path) == ["a/c.py", "a/deep/er/d", "b.txt"]
-
-
-def test_files_come_sorted_and_once_whatever_names_them(tmp_path: Path) -> None:
-    write(tmp_path / "b.txt")
-    write(tmp_path / "a" / "b.txt")
-    sources = [str(tmp_path / "b.txt"), str(tmp_path / "**" / "*.txt"), f"{tmp_path}/a/../b.txt", str(tmp_path)]
-    assert names(resolve_files(sources), tmp_path) == ["a/b.txt", "b.txt"]
-
-
-def test_double_star_matches_any_depth_and_no_directory(tmp_path: Path) -> None:
-    for name in ["a.py", "x/b.py", "x/y/c.py", "x/y/d.txt", "folder.py/e.py"]:
-        write(tmp_path / name)
-    assert names(resolve_files([f"{tmp_path}/**/*.py"]), tmp_path) == ["a.py", "folder.py/e.py", "x/b.py", "x/y/c.py"]
-
-
-def test_home_and_stdlib_are_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    write(tmp_path / "mine.txt")
-    assert resolve_files(["~/mine.txt"]) == [tmp_path / "mine.txt"]
-    assert resolve_files(["{stdlib}/json/*.py"], ["{stdlib}/json/[a-ce-z_]*"]) == [
-        Path(sysconfig.get_path("stdlib"), "json", "decoder.py")
-    ]
-
-
-@pytest.mark.parametrize(
-    ("pattern", "kept"),
-    [
-        ("test_*.py", ["keep.py", "test_dir/a.py", "x/contest/d.py", "x/test/c.py"]),
-        ("test", ["keep.py", "test_a.py", "test_dir/a.py", "x/contest/d.py", "x/test_b.py"]),
-        ("*/test/*", ["keep.py", "test_a.py", "test_dir/a.py", "x/contest/d.py", "x/test_b.py"]),
-        ("**/x/**", ["keep.py", "test_a.py", "test_dir/a.py"]),
-        ("{root}/x", ["keep.py", "test_a.py", "test_dir/a.py"]),
-        ("{root}/*.py", ["test_dir/a.py", "x/contest/d.py", "x/test/c.py", "x/test_b.py"]),
-        ("tes?_[!b-z].py", ["keep.py", "test_dir/a.py", "x/contest/d.py", "x/test/c.py", "x/test_b.py"]),
-        ("[k]eep.p?", ["test_a.py", "test_dir/a.py", "x/contest/d.py", "x/test/c.py", "x/test_b.py"]),
-        ("eep.py", ["keep.py", "test_a.py", "test_dir/a.py", "x/contest/d.py", "x/test/c.py", "x/test_b.py"]),
-    ],
-)
-def test_exclude_drops_files_and_whole_directories_at_any_depth(tmp_path: Path, pattern: str, kept: list[str]) -> None:
-    for name in ["keep.py", "test_a.py", "test_dir/a.py", "x/test_b.py", "x/test/c.py", "x/contest/d.py"]:
-        write(tmp_path / name)
-    assert names(resolve_files([str(tmp_path)], [pattern.replace("{root}", str(tmp_path))]), tmp_path) == kept
-
-
-@pytest.mark.parametrize("source", ["test/corpus", "test/corpus/*.py", "test/corpus/a.py"])
-def test_exclude_looks_below_the_source_and_not_above_it(tmp_path: Path, source: str) -> None:
-    write(tmp_path / "test" / "corpus" / "a.py")
-    assert len(resolve_files([str(tmp_path / source)], ["**/test/**", "test"])) == 1
-
-
-@pytest.mark.parametrize("source", ["no/such/file", "no/such/**/*.py", ""])
-def test_a_source_without_files_is_named(tmp_path: Path, source: str) -> None:
-    write(tmp_path / "a.txt")
-    with pytest.raises(ValueError, match=re.escape(f"data.sources must match files, {source!r} matches none")):
-        resolve_files([str(tmp_path), source])
-
-
-def test_an_empty_directory_is_a_source_without_files(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="matches none"):
-        resolve_files([str(tmp_path)])
-
-
-def test_excluding_everything_is_an_error(tmp_path: Path) -> None:
-    write(tmp_path / "a.txt")
-    with pytest.raises(ValueError, match=r"data.exclude=\['\*'\] leaves none of the 1 files of"):
-        resolve_files([str(tmp_path)], ["*"])
+    return list(iter_documents([Part(str(path), 0, None, 0)], text_field))
 
 
 def test_text_is_read_to_the_byte(tmp_path: Path) -> None:
     text = "\ufefféa\r\nb\n\n文🙂"
     plain, packed = write(tmp_path / "a.txt", text), write(tmp_path / "a.txt.gz", gzip.compress(text.encode()))
-    assert read(plain) == [Document(str(plain), text)]
-    assert read(packed) == [Document(str(packed), text)]
+    for path in plain, packed, write(tmp_path / "a.TXT.zst", zstd(text.encode())):
+        assert read(path) == [Document(str(path), text)]
 
 
 def test_a_jsonl_line_is_a_document_named_by_its_number(tmp_path: Path) -> None:
     lines = '{"text": "one", "id": 1}\n\n{"id": 2, "text": "two"}\n{"text": null}\n{"text": ""}'
     plain, packed = write(tmp_path / "a.jsonl", lines), write(tmp_path / "b.JSONL.gz", gzip.compress(lines.encode()))
-    for path in plain, packed:
+    frames = zstd(lines[:31].encode()) + zstd(lines[31:].encode())
+    for path in plain, packed, write(tmp_path / "c.jsonl.zst", frames):
         numbered = {1: "one", 3: "two", 4: "", 5: ""}
         assert read(path) == [Document(f"{path}:{line}", text) for line, text in numbered.items()]
 
 
-@pytest.mark.parametrize("kind", [pa.string(), pa.large_string()])
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())])
 def test_a_parquet_row_is_a_document_named_by_its_number(tmp_path: Path, kind: pa.DataType) -> None:
     texts = [f"row {i}" for i in range(200)] + [None]
     path = tmp_path / "a.parquet"
@@ -134,11 +62,39 @@ def test_a_parquet_row_is_a_document_named_by_its_number(tmp_path: Path, kind: p
     assert read(path, "body") == [Document(f"{path}:{i}", text or "") for i, text in enumerate(texts)]
 
 
+@given(st.lists(st.text(max_size=20), max_size=12), st.integers(1, 80), st.booleans())
+def test_the_parts_of_a_jsonl_file_give_each_line_once(
+    tmp_path_factory: pytest.TempPathFactory, texts: list[str], size: int, ends: bool
+) -> None:
+    lines = "\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in texts) + "\n" * ends
+    path = write(tmp_path_factory.mktemp("parts") / "a.jsonl", lines)
+    parts = parts_of(SourceFile(str(path), path.stat().st_size, ""), size)
+    assert len(parts) == max(1, -(-path.stat().st_size // size))
+    assert [document.text for document in iter_documents(parts, "text")] == texts
+
+
+def test_a_bad_line_of_a_files_middle_is_named_by_its_first_byte(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", '{"text": "fine"}\n{"text": 5}\n')
+    with pytest.raises(ValueError, match=f"{path} at byte 17 holds int"):
+        list(iter_documents([Part(str(path), 3, None, 0)], "text"))
+
+
+@given(st.integers(0, 40), st.integers(1, 9), st.integers(1, 3000))
+def test_the_parts_of_a_parquet_file_give_each_row_once(
+    tmp_path_factory: pytest.TempPathFactory, rows: int, group: int, size: int
+) -> None:
+    texts = [f"row {row} " * 9 for row in range(rows)]
+    path = tmp_path_factory.mktemp("parts") / "a.parquet"
+    pq.write_table(pa.table({"text": pa.array(texts, pa.string())}), path, row_group_size=group)
+    parts = parts_of(SourceFile(str(path), path.stat().st_size, ""), size)
+    assert list(iter_documents(parts, "text")) == [Document(f"{path}:{row}", text) for row, text in enumerate(texts)]
+
+
 def test_jsonl_is_streamed(tmp_path: Path) -> None:
     line = json.dumps({"text": "x" * 100_000}).encode() + b"\n"
     path = write(tmp_path / "a.jsonl.gz", gzip.compress(line * 200, 1))
     tracemalloc.start()
-    assert sum(len(document.text) for document in iter_documents([path], "text")) == 20_000_000
+    assert sum(len(document.text) for document in iter_documents([Part(str(path), 0, None, 0)], "text")) == 20_000_000
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 3_000_000
@@ -153,17 +109,6 @@ def test_an_unreadable_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(ValueError, match=r"data.sources: .*/secret.txt cannot be read: Permission denied"):
         read(path)
-    with pytest.raises(ValueError, match=r"data.sources: .*/secret.txt cannot be read: Permission denied"):
-        fingerprint_files([path], "text")
-
-
-def test_an_unreadable_directory_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(path: Path, onerror: object) -> None:
-        onerror(PermissionError(13, "Permission denied", str(path)))  # type: ignore[operator]
-
-    monkeypatch.setattr("os.walk", refuse)
-    with pytest.raises(ValueError, match=f"data.sources: {tmp_path} cannot be read: Permission denied"):
-        resolve_files([str(tmp_path)])
 
 
 @pytest.mark.parametrize(("content", "offset"), [(b"caf\xe9 au lait", 3), (b"\x89PNG", 0), (b"ab\0c", 2)])
@@ -188,7 +133,7 @@ def test_a_file_that_is_not_text_is_named_with_the_byte(tmp_path: Path, content:
 )
 def test_a_bad_jsonl_line_is_named(tmp_path: Path, line: bytes, message: str) -> None:
     path = write(tmp_path / "a.jsonl", b'{"text": "fine"}\n' + line + b"\n")
-    documents = iter_documents([path], "text")
+    documents = iter_documents([Part(str(path), 0, None, 0)], "text")
     assert next(documents).text == "fine"
     with pytest.raises(ValueError, match=re.escape(message.replace("{path}", str(path)))):
         next(documents)
@@ -222,23 +167,6 @@ def test_a_broken_gzip_file_is_named(tmp_path: Path, name: str) -> None:
             read(path)
 
 
-def test_the_fingerprint_follows_content_names_and_field_but_not_the_place(tmp_path: Path) -> None:
-    def fingerprint(root: str, name: str = "x/b.txt", content: str = "b", field: str = "text") -> str:
-        files = [write(tmp_path / root / "a.txt"), write(tmp_path / root / name, content)]
-        return fingerprint_files(files, field)
-
-    first = fingerprint("one")
-    assert fingerprint("two") == first
-    others = [fingerprint("three", "x/c.txt"), fingerprint("four", content="c"), fingerprint("five", field="body")]
-    assert len({first, *others}) == 4
-
-
-def test_the_bytes_of_documents_are_known_early_for_plain_text_alone(tmp_path: Path) -> None:
-    files = [write(tmp_path / "a.txt", "é"), write(tmp_path / "b.py", "b")]
-    assert text_bytes(files) == 3
-    assert text_bytes([*files, write(tmp_path / "c.jsonl", "{}")]) is None
-
-
 @given(st.text(), st.floats(0, 0.5), st.floats(0, 0.49))
 def test_a_text_falls_in_one_split_by_its_fraction(text: str, val_fraction: float, test_fraction: float) -> None:
     split = split_of(text, val_fraction, test_fraction)
@@ -246,6 +174,66 @@ def test_a_text_falls_in_one_split_by_its_fraction(text: str, val_fraction: floa
     assert 0 <= fraction < 1
     assert (split == "test") == (fraction < test_fraction)
     assert (split == "train") == (fraction >= test_fraction + val_fraction)
+
+
+@pytest.mark.parametrize("content", [zstd(b"some text" * 100)[:-5], b"plain text"])
+def test_a_broken_zstd_file_is_named(tmp_path: Path, content: bytes) -> None:
+    path = write(tmp_path / "a.txt.zst", content)
+    with pytest.raises(ValueError, match=f"data.sources: {path} cannot be read: (Truncated|ZSTD decompress failed)"):
+        read(path)
+
+
+@pytest.fixture
+def bucket() -> Iterator[Callable[[str, bytes], str]]:
+    memory = fsspec.filesystem("memory")
+    yield lambda name, content: [memory.pipe(f"/bucket/{name}", content), f"memory://bucket/{name}"][1]
+    memory.rm("/bucket", recursive=True)
+
+
+def test_a_url_is_read_like_a_file(tmp_path: Path, bucket: Callable[[str, bytes], str]) -> None:
+    lines = b'{"text": "one"}\n' * 5
+    pq.write_table(pa.table({"text": [f"row {row}" for row in range(50)]}), tmp_path / "a.parquet", row_group_size=9)
+    contents = {"a.jsonl": lines, "b.jsonl.gz": gzip.compress(lines), "c.jsonl.zst": zstd(lines), "d": "été".encode()}
+    contents["a.parquet"] = (tmp_path / "a.parquet").read_bytes()
+    for name, content in contents.items():
+        local, url = write(tmp_path / name, content), bucket(name, content)
+        parts = parts_of(SourceFile(url, len(content), ""), 30)
+        assert [text for _, text in iter_documents(parts, "text")] == [text for _, text in read(local)]
+
+
+def test_a_url_that_fails_midway_goes_on_where_it_was(
+    bucket: Callable[[str, bytes], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = bucket("a.txt.gz", gzip.compress(random.Random(0).randbytes(3_000_000).hex().encode()))
+    calls: list[int] = []
+
+    def flaky(stream: Any, size: int = -1) -> bytes:
+        calls.append(stream.tell())
+        if len(calls) in failing:
+            raise ConnectionResetError(104, "Connection reset by peer")
+        return io.BytesIO.read(stream, size)
+
+    monkeypatch.setattr("nsa_lightning.data.storage.PAUSES", (0.0, 0.0))
+    monkeypatch.setattr("nsa_lightning.data.storage.READ_AHEAD", 2**20)
+    monkeypatch.setattr("fsspec.implementations.memory.MemoryFile.read", flaky, raising=False)
+    failing = {2, 3}
+    (document,) = iter_documents([Part(url, 0, None, 0)], "text")
+    assert document.text == random.Random(0).randbytes(3_000_000).hex()
+    assert calls[1] == calls[2] == calls[3] > 0
+    calls.clear()
+    failing = {2, 3, 4}
+    with pytest.raises(ValueError, match=f"{url} cannot be read, 3 attempts failed: ConnectionResetError.*reset by"):
+        list(iter_documents([Part(url, 0, None, 0)], "text"))
+
+
+def test_a_url_that_ends_early_is_no_whole_file(
+    bucket: Callable[[str, bytes], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = bucket("a.txt", b"some text")
+    monkeypatch.setattr("nsa_lightning.data.storage.PAUSES", ())
+    monkeypatch.setattr("fsspec.implementations.memory.MemoryFile.read", lambda *_: b"", raising=False)
+    with pytest.raises(ValueError, match=f"{url} cannot be read, 1 attempts failed: EOFError: it ends after 0 of 9"):
+        list(iter_documents([Part(url, 0, None, 0)], "text"))
 
 
 def test_the_fractions_are_even_and_the_same_in_every_process() -> None:

@@ -1,21 +1,26 @@
 """What a Trainer is handed: over epochs, ranks, stops and resumes."""
 
 import json
+import multiprocessing
 import re
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 
 from nsa_lightning.data.batch import IGNORE_INDEX, PackedBatch
 from nsa_lightning.data.datamodule import PackedTextDataModule
+from nsa_lightning.data.sets import MixtureSet
 from nsa_lightning.data.tokenizer import Tokenizer, TokenizerConfig
 
 STEPS = 20  # three epochs of the corpus and some
@@ -93,7 +98,7 @@ def test_a_fit_that_resumes_sees_what_one_run_sees(
         resumed = fit(make_data(), ckpt=str(checkpoint), **until).stream
         assert resumed == whole[step_of(checkpoint) :], checkpoint.name
     assert len(checkpoints) >= 2
-    assert len({str(tokens) for tokens in whole}) == len(whole) >= 18
+    assert len({str(tokens) for tokens in whole}) >= 16
 
 
 def test_a_resume_with_other_workers_and_a_limited_epoch_sees_the_same(
@@ -147,9 +152,20 @@ def test_overfit_batches_repeats_the_same_batches(make_data: Callable[..., Packe
     assert stream[0] != stream[1]
 
 
-def test_reloading_the_loaders_goes_on_with_the_stream(make_data: Callable[..., PackedTextDataModule]) -> None:
-    plain = fit(make_data(), max_epochs=3).stream
-    assert fit(make_data(), max_epochs=3, reload_dataloaders_every_n_epochs=1).stream == plain
+def test_reloading_the_loaders_goes_on_with_the_stream_and_leaves_no_workers(
+    make_data: Callable[..., PackedTextDataModule],
+) -> None:
+    class Workers(L.Callback):
+        numbers: ClassVar[list[int]] = []
+
+        def on_train_epoch_end(self, *_: Any) -> None:
+            self.numbers.append(len(multiprocessing.active_children()))
+
+    plain = fit(make_data(), max_epochs=4).stream
+    data = make_data(num_workers=1)
+    reloaded = fit(data, Workers(), max_epochs=4, reload_dataloaders_every_n_epochs=1, enable_checkpointing=False)
+    assert reloaded.stream == plain
+    assert Workers.numbers == [2] * 4  # one for training, one for validation
 
 
 def test_a_second_fit_goes_on_with_its_trainer_and_starts_anew_with_another(
@@ -168,8 +184,8 @@ def test_every_held_out_document_is_evaluated_once(make_data: Callable[..., Pack
     for run, split in (("validate", "val"), ("test", "test"), ("predict", "val")):
         recorder.evaluated.clear()
         getattr(trainer(), run)(recorder, data)
-        documents = data.store.documents(split)
-        stored = np.concatenate([data.store.tokens[slice(*data.store.offsets[i : i + 2])] for i in documents])
+        offsets = data.stores[0].split(split).offsets
+        stored = data.stores[0].split(split).read(offsets[:-1], np.diff(offsets))
         tokens = torch.cat([batch.tokens for batch in recorder.evaluated])
         assert tokens[: len(stored)].tolist() == stored.tolist()
         assert (tokens[len(stored) :] == data.tokenizer.end_of_text_id).all()
@@ -186,10 +202,102 @@ def test_a_batch_reaches_the_step_as_it_was_packed(make_data: Callable[..., Pack
     assert batch.target_bytes.item() == data.tokenizer.byte_lengths[scored.numpy()].sum() > 100
 
 
+def test_a_run_that_is_killed_goes_on_from_its_last_checkpoint(
+    make_data: Callable[..., PackedTextDataModule], tmp_path: Path
+) -> None:
+    saving = ModelCheckpoint(tmp_path / "checkpoints", "{step}", every_n_train_steps=1, save_top_k=-1)
+    options = {"max_steps": 10**6}
+    make_data().prepare_data()  # the tokenizer's threads do not survive a fork
+    run = multiprocessing.get_context("fork").Process(
+        target=fit, args=(make_data(num_workers=1), saving), kwargs=options
+    )
+    run.start()
+    deadline = time.monotonic() + 60
+    while len(list(tmp_path.glob("checkpoints/step=*.ckpt"))) < 10 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    run.kill()
+    run.join()
+    last = max(tmp_path.glob("checkpoints/step=*.ckpt"), key=step_of)
+    whole = fit(make_data(), max_steps=step_of(last) + 9).stream
+    assert fit(make_data(num_workers=2), ckpt=str(last), max_steps=step_of(last) + 9).stream == whole[step_of(last) :]
+    assert run.exitcode == -signal.SIGKILL
+
+
+@pytest.fixture
+def mixture(make_data: Callable[..., PackedTextDataModule], corpus: Path, tmp_path: Path) -> dict[str, MixtureSet]:
+    """Two prepared sets with one tokenizer: most of the corpus and the rest of it."""
+    data = [make_data(exclude="0*.txt")]
+    data[0].setup("fit")
+    path = str(data[0].stores[0].place("tokenizer.json"))
+    data.append(make_data(sources=[str(corpus / "0*.txt")], tokenizer=TokenizerConfig(path=path), test_fraction=0.3))
+    data[1].setup("fit")
+    many, few = (str(each.stores[0].path) for each in data)
+    return {"many": MixtureSet(prepared=many, weight=3), "few": MixtureSet(prepared=few, weight=1)}
+
+
+def test_a_run_goes_on_with_its_set_behind_a_url(
+    make_data: Callable[..., PackedTextDataModule], tmp_path: Path
+) -> None:
+    data = make_data(packing="best_fit")
+    saving = ModelCheckpoint(tmp_path / "checkpoints", "{step}", every_n_train_steps=3, save_top_k=-1)
+    whole = fit(data, saving, max_steps=STEPS).stream
+    remote = make_data(sources=[], prepared=f"file://{data.stores[0].path}", packing="best_fit", num_workers=1)
+    assert fit(remote, ckpt=str(tmp_path / "checkpoints" / "step=3.ckpt"), max_steps=STEPS).stream == whole[3:]
+
+
+@pytest.mark.parametrize("packing", ["sequential", "best_fit"])
+def test_a_mixture_under_a_curriculum_resumes_exactly(
+    make_data: Callable[..., PackedTextDataModule], mixture: dict[str, MixtureSet], tmp_path: Path, packing: str
+) -> None:
+    def run(ckpt: str | None = None, callback: L.Callback | None = None) -> list[tuple[int, list[int], list[int]]]:
+        curriculum = {0: 16, 2: 50, 5: 128}
+        sets = dict(reversed(mixture.items())) if ckpt else mixture
+        data = make_data(sources=[], mixture=sets, packing=packing, curriculum=curriculum, batch_size=1)
+        batches = fit(data, callback, ckpt, max_steps=15, accumulate_grad_batches=3).batches
+        return [(batch.max_seqlen, batch.tokens.tolist(), batch.targets.tolist()) for batch in batches]
+
+    saving = ModelCheckpoint(tmp_path / "checkpoints", "{step}", every_n_train_steps=1, save_top_k=-1)
+    whole = run(callback=saving)
+    assert [length for length, _, _ in whole[:16]] == [16] * 6 + [50] * 9 + [128]
+    lengths = []
+    for step in (1, 4, 5, 6, 11):
+        resumed = run(str(tmp_path / "checkpoints" / f"step={step}.ckpt"))
+        assert resumed == whole[-len(resumed) :], step
+        lengths.append(len(resumed))
+    assert len(whole) > lengths[0] > lengths[1] > lengths[2] > lengths[3] > lengths[4] > 6
+
+
+def test_every_held_out_document_of_a_mixture_is_evaluated_once(
+    make_data: Callable[..., PackedTextDataModule], mixture: dict[str, MixtureSet]
+) -> None:
+    data, recorder = make_data(sources=[], mixture=mixture, packing="best_fit"), Recorder()
+    trainer().test(recorder, data)
+    batches = [torch.bincount(batch.tokens, minlength=300) for batch in recorder.evaluated]
+    stored = [store.split("test").read(np.zeros(1, int), store.split("test").offsets[-1:]) for store in data.stores]
+    expected = np.bincount(np.concatenate(stored), minlength=300)
+    assert (sum(batches).numpy()[1:] == expected[1:]).all()
+    assert all(map(len, stored))
+
+
+def test_padding_and_cut_documents_are_logged_once(
+    make_data: Callable[..., PackedTextDataModule], tmp_path: Path
+) -> None:
+    data, logger = make_data(packing="best_fit", seq_len=64), CSVLogger(tmp_path)
+    fit(data, max_epochs=2, logger=logger, reload_dataloaders_every_n_epochs=1)
+    lines = Path(logger.log_dir, "metrics.csv").read_text().splitlines()
+    (logged,) = [dict(zip(lines[0].split(","), line.split(","), strict=True)) for line in lines[1:]]
+    lengths = np.diff(data.stores[0].split("train").offsets)
+    assert int(float(logged["data/cut_documents"])) == (lengths > 64).sum() > 0
+    sequences = 64 * data.train_dataloader().num_sequences
+    assert float(logged["data/padding_fraction"]) == pytest.approx(1 - lengths.sum() / sequences)
+    assert logged["step"] == "0"
+
+
 TWO_RANKS = """
 import sys, json, torch, lightning as L
 from pathlib import Path
 from nsa_lightning.data.datamodule import PackedTextDataModule
+from nsa_lightning.data.sets import MixtureSet
 from nsa_lightning.data.tokenizer import TokenizerConfig
 
 class Recorder(L.LightningModule):
@@ -241,7 +349,7 @@ def test_two_processes_share_each_epoch_even_if_lightning_may_put_a_sampler_in(
 def test_a_fit_without_validation_can_be_asked_for(make_data: Callable[..., PackedTextDataModule]) -> None:
     data = make_data(val_fraction=0.0)
     assert fit(data, max_epochs=1).evaluated == []
-    with pytest.raises(ValueError, match=r"data.val_fraction=0.0 leaves no validation document"):
+    with pytest.raises(ValueError, match=r"data.val_fraction=0.0, which leaves no validation document"):
         data.setup("validate")
 
 
@@ -250,7 +358,8 @@ def test_a_fit_without_validation_can_be_asked_for(make_data: Callable[..., Pack
     [
         ({"seq_len": 64}, "data.seq_len"),
         ({"seed": 1}, "data.seed"),
-        ({"exclude": "00.txt"}, "data.sources"),
+        ({"exclude": "00.txt"}, "data.sources or data.prepared"),
+        ({"packing": "best_fit"}, "data.packing"),
         ({"val_fraction": 0.15}, "data.val_fraction"),
     ],
 )
