@@ -8,9 +8,9 @@ Attention needs no other change: a head reads the whole batch and no other head 
 from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.distributed import ProcessGroup
-from torch.distributed._functional_collectives import all_gather_tensor, all_to_all_single, wait_tensor
+from torch.distributed._functional_collectives import all_to_all_single, wait_tensor
 
 # T packed tokens, P ranks that share them, H heads of queries or keys, a multiple of P, D numbers a head.
 
@@ -54,7 +54,11 @@ class ContextParallel(NamedTuple):
     @torch.no_grad()
     def whole(self, x: Tensor) -> Tensor:
         """The parts of all ranks, [T / P, …] each, as one, [T, …]."""
-        return x if self.group is None else wait_tensor(all_gather_tensor(x, 0, self.group))
+        if self.size == 1:
+            return x
+        parts = [torch.empty_like(x) for _ in range(self.size)]
+        distributed.all_gather(parts, x, group=self.group)
+        return torch.cat(parts)
 
     def _exchange(self, *parts: Tensor) -> tuple[Tensor, ...]:
         return cast("tuple[Tensor, ...]", _AllToAll.apply(self.group, *parts))
