@@ -165,7 +165,7 @@ class Poison(Callback):
 
 
 def fit(
-    root, corpus, *, resume=None, save=None, save_after=None, poison=None, lengths=None, scores=None, data=None,
+    root, corpus, *, resume=None, save=None, save_after=None, poison=None, lengths=None, scores=False, data=None,
     model=None, **settings,
 ):  # fmt: skip
     """What a run did: losses, norms, the last gradients, the weights, what it watched, its validation metrics if any.
@@ -176,7 +176,7 @@ def fit(
     notes, watch = Notes(), Watch()
     others = [SaveAfter(save_after, save)] if save else []
     others += [Poison(poison), LossGuard(skip=True)] if poison is not None else []
-    others += [DocumentScores(scores)] if scores else []
+    others += [DocumentScores()] if scores else []
     trainer = make_trainer(root, notes, watch, *others, **settings)
     module = language_model(**(model or {}))
     source = packed_batches(lengths, count=trainer.max_steps) if lengths else data_module(corpus, **(data or {}))

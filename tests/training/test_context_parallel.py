@@ -38,20 +38,24 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def alone(folder):
     """The runs in this process, by name; the last is saved on its way."""
-    saved = {"scores": str(folder / "alone.jsonl"), "save_after": 1, "save": str(folder / "alone.ckpt")}
+    saved = {"scores": True, "save_after": 1, "save": str(folder / "alone.ckpt")}
     runs = RUNS | {"corpus": RUNS["corpus"] | saved}
     return {name: fit(folder / "alone", folder / "corpus", **SETTINGS, **run) for name, run in runs.items()}
 
 
 def job(folder, ranks, **runs):
-    common = {"strategy": "context_parallel", "corpus": str(folder / "corpus"), "root": str(folder)} | SETTINGS
+    common = {
+        "strategy": "context_parallel",
+        "corpus": str(folder / "corpus"),
+        "root": str(folder / "together"),
+    } | SETTINGS
     return dict(zip(runs, run_job(folder, *(common | run for run in runs.values()), ranks=ranks), strict=True))
 
 
 @pytest.fixture(scope="module")
 def together(folder, alone):
     """The runs of two ranks that share every batch."""
-    saved = {"scores": str(folder / "together.jsonl"), "save_after": 1, "save": str(folder / "together.ckpt")}
+    saved = {"scores": True, "save_after": 1, "save": str(folder / "together.ckpt")}
     others = {
         "corpus": RUNS["corpus"] | saved,
         "resumed": RUNS["corpus"] | {"resume": str(folder / "alone.ckpt")},
@@ -87,13 +91,15 @@ def test_shared_batches_train_in_bf16(together, alone):
 def test_validation_and_document_scores_count_every_token_once(together, alone, folder):
     assert together["corpus"]["metrics"] == pytest.approx(alone["corpus"]["metrics"], rel=1e-5)
     assert set(alone["corpus"]["metrics"]) == {"val/loss", "val/perplexity", "val/bits_per_byte"}
-    expected = [json.loads(line) for line in (folder / "alone.jsonl").read_text().splitlines()]
-    actual = [json.loads(line) for line in (folder / "together.rank0.jsonl").read_text().splitlines()]
+    expected = [json.loads(line) for line in (folder / "alone" / "document_scores.jsonl").read_text().splitlines()]
+    actual = [
+        json.loads(line) for line in (folder / "together" / "document_scores.rank0.jsonl").read_text().splitlines()
+    ]
     for line, like in zip(actual, expected, strict=True):
         assert line["nats"] == pytest.approx(like["nats"], rel=1e-5)
         assert {**line, "nats": 0, "bits_per_byte": 0} == {**like, "nats": 0, "bits_per_byte": 0}
     assert len(expected) > 3
-    assert not (folder / "together.rank1.jsonl").exists()
+    assert not (folder / "together" / "document_scores.rank1.jsonl").exists()
 
 
 @pytest.mark.parametrize("name", ["mixed", "shared"])

@@ -64,9 +64,10 @@ class DocumentScores(Callback):
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the file and say where it is."""
         lines, self._lines = self._lines, []
+        log_dir = trainer.log_dir  # asks the other ranks, so on every rank
         if trainer.global_rank % ranks_a_batch(trainer):
             return
-        path = Path(self.path or Path(trainer.log_dir or trainer.default_root_dir, "document_scores.jsonl"))
+        path = Path(self.path or Path(log_dir or trainer.default_root_dir, "document_scores.jsonl"))
         if trainer.world_size > 1:
             path = path.with_name(f"{path.stem}.rank{trainer.global_rank}{path.suffix}")
         path.parent.mkdir(parents=True, exist_ok=True)
