@@ -189,7 +189,7 @@ class NSAttention(DenseAttention):
     def attend(self, x: Tensor, gates: Tensor, context: PackedContext) -> NSAOutput:
         """The gated sum of the branches before the output projection, [T, H, D_v], and the selected blocks.
 
-        Ranks that share the batch hold the sum of their tokens and the blocks of their heads, [T · P, H_kv / P, n].
+        Where ranks share the batch the sum is that of this rank's tokens, the blocks are those its heads chose for all.
         """
         k, v = self.key_value(x)
         inputs = {"q": self.rotated_query(x, context.rotary), "k": apply_rotary(k, *context.rotary), "v": v}

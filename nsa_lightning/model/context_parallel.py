@@ -16,7 +16,11 @@ from torch.distributed._functional_collectives import all_to_all_single, wait_te
 
 
 class ContextParallel(NamedTuple):
-    """The ranks that share each batch, in the order of their tokens; by default this one alone."""
+    """The ranks that share each batch, in the order of their tokens; by default this one alone.
+
+    Parameters sliced by head get the gradient of this rank's heads, the others that of its tokens: the gradient of the
+    whole batch is the sum over the ranks, as it is for ranks with batches of their own.
+    """
 
     group: ProcessGroup | None = None
     rank: int = 0  # within the group

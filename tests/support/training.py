@@ -18,7 +18,7 @@ from nsa_lightning.data.datamodule import PackedTextDataModule
 from nsa_lightning.data.tokenizer import TokenizerConfig
 from nsa_lightning.model.attention import NSALayerConfig
 from nsa_lightning.model.transformer import TransformerConfig
-from nsa_lightning.training.callbacks import DocumentScores, LossGuard
+from nsa_lightning.training.callbacks import DocumentScores, LossGuard, TokenThroughput
 from nsa_lightning.training.checkpoints import RunCheckpointIO
 from nsa_lightning.training.module import LanguageModel
 from nsa_lightning.training.optimizer import WarmupCosine
@@ -136,11 +136,12 @@ class SaveAfter(Callback):
             trainer.save_checkpoint(self.path)
 
 
-class Watch(Callback):
-    """Sums over the ranks of what the attention layers did in the last step, and of the step's FLOPs."""
+class Watch(TokenThroughput):
+    """Sums over the ranks of what the attention layers did in the last step, and of its tokens and FLOPs."""
 
     def __init__(self):
-        self.statistics, self.flops = {}, 0
+        super().__init__()
+        self.statistics, self.counts = {}, []
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         pl_module.watch_attention = True
@@ -149,7 +150,8 @@ class Watch(Callback):
         for layer, parts in pl_module.attention_statistics.items():
             sums = torch.cat([part.flatten() for part in parts])
             self.statistics[layer] = trainer.strategy.reduce(sums, reduce_op="sum").clone()
-        self.flops = int(trainer.strategy.reduce(torch.tensor(pl_module.flops_per_batch), reduce_op="sum"))
+        counts = torch.tensor([self.length_fn(batch), pl_module.flops_per_batch])
+        self.counts = trainer.strategy.reduce(counts, reduce_op="sum").tolist()
 
 
 class Poison(Callback):
@@ -192,7 +194,7 @@ def fit(
         "weights": weights,
         "metrics": metrics,
         "statistics": watch.statistics,
-        "flops": watch.flops,
+        "counts": watch.counts,
     }
 
 
@@ -222,6 +224,7 @@ def main():
     results = [fit(Path(run.pop("root")), Path(run.pop("corpus")), devices=ranks, **run) for run in runs]
     if os.environ["LOCAL_RANK"] == "0":
         torch.save(results, target)
+    os._exit(0)  # gloo's threads now and then abort an ordinary exit
 
 
 if __name__ == "__main__":

@@ -103,8 +103,10 @@ def test_validation_and_document_scores_count_every_token_once(together, alone, 
 
 
 @pytest.mark.parametrize("name", ["mixed", "shared"])
-def test_gates_blocks_and_flops_add_up_over_ranks(together, alone, name):
-    assert together[name]["flops"] == alone[name]["flops"] > 0
+def test_gates_blocks_tokens_and_flops_add_up_over_ranks(together, alone, name):
+    assert together[name]["counts"] == alone[name]["counts"]
+    assert alone[name]["counts"][0] == sum(LENGTHS)
+    assert alone[name]["counts"][1] > 0
     assert together[name]["statistics"].keys() == alone[name]["statistics"].keys()
     for layer, sums in alone[name]["statistics"].items():
         torch.testing.assert_close(together[name]["statistics"][layer], sums, rtol=1e-4, atol=0)
