@@ -1,7 +1,7 @@
 """The attention layers of the decoder: `nsa`, `full` and `sliding`, one choice a layer."""
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from nsa_kernels import CompressionWeights, NSAConfig, NSAOutput, native_sparse_attention
@@ -9,6 +9,7 @@ from nsa_kernels.packing import BatchLayout
 from nsa_kernels.rotary import apply_rotary
 from torch import Tensor, nn
 
+from nsa_lightning.model.context_parallel import ContextParallel
 from nsa_lightning.model.fused_attention import packed_causal_attention
 from nsa_lightning.model.statistics import BranchStatistics, branch_statistics
 
@@ -57,9 +58,10 @@ class PackedContext(NamedTuple):
 
     cu_seqlens: Tensor  # int32 [N + 1]
     max_seqlen: int
-    rotary: Rotary  # cosines and sines of the token positions, [T, R/2] each
+    rotary: Rotary  # cosines and sines of the positions of this rank's tokens, [T, R/2] each
     compressed_rotary: Rotary | None  # the same at the centres of compression blocks, [C, R/2] each
     layout: BatchLayout | None = None  # where documents and blocks lie, for the NSA layers
+    parallel: ContextParallel = ContextParallel()  # the ranks that share the batch
 
 
 class LayerShape(NamedTuple):
@@ -109,15 +111,10 @@ class DenseAttention(KeyValue):
     def forward(self, x: Tensor, context: PackedContext, watch: bool = False) -> tuple[Tensor, BranchStatistics | None]:
         """[T, hidden_size] -> [T, hidden_size]; a dense layer has no branches to watch."""
         k, v = self.key_value(x)
-        out = packed_causal_attention(
-            self.rotated_query(x, context.rotary),
-            apply_rotary(k, *context.rotary),
-            v,
-            context.cu_seqlens,
-            context.max_seqlen,
-            self.window_size,
-        )
-        return self.o_proj(out.flatten(1)), None
+        q, k = self.rotated_query(x, context.rotary), apply_rotary(k, *context.rotary)
+        q, k, v = context.parallel.to_heads(q, k, v)
+        out = packed_causal_attention(q, k, v, context.cu_seqlens, context.max_seqlen, self.window_size)
+        return self.o_proj(context.parallel.to_tokens(out).flatten(1)), None
 
 
 class BlockSummary(nn.Module):
@@ -144,9 +141,15 @@ class BlockSummary(nn.Module):
         """Weights that one block of tokens is multiplied with."""
         return self.in_weight.numel() + (self.out_weight.numel() if self.out_weight is not None else 0)
 
-    def weights(self) -> CompressionWeights:
-        """The parameters as the operator takes them."""
-        return CompressionWeights(self.position_embedding, self.in_weight, self.in_bias, self.out_weight, self.out_bias)
+    def weights(self, parallel: ContextParallel) -> CompressionWeights:
+        """The parameters as the operator takes them, those of this rank's KV heads."""
+        return CompressionWeights(
+            parallel.share(self.position_embedding),
+            parallel.share(self.in_weight),
+            parallel.share(self.in_bias),
+            parallel.share(self.out_weight) if self.out_weight is not None else None,
+            parallel.share(self.out_bias) if self.out_bias is not None else None,
+        )
 
 
 class NSAttention(DenseAttention):
@@ -184,29 +187,32 @@ class NSAttention(DenseAttention):
         return self.o_proj(result.out.flatten(1)), statistics
 
     def attend(self, x: Tensor, gates: Tensor, context: PackedContext) -> NSAOutput:
-        """The gated sum of the branches before the output projection, [T, H, D_v], and the selected blocks."""
+        """The gated sum of the branches before the output projection, [T, H, D_v], and the selected blocks.
+
+        Where ranks share the batch the sum is that of this rank's tokens, the blocks are those its heads chose for all.
+        """
         k, v = self.key_value(x)
-        compress_k, compress_v = self.compressed.key_value(x) if self.compressed is not None else (k, v)
-        sliding_k, sliding_v = self.sliding.key_value(x) if self.sliding is not None else (k, v)
-        if self.config.compress_rope == "before":
-            compress_k = apply_rotary(compress_k, *context.rotary)
-        return native_sparse_attention(
-            self.rotated_query(x, context.rotary),
-            apply_rotary(k, *context.rotary),
-            v,
-            gates,
-            context.cu_seqlens,
-            self.config,
-            sliding_k=apply_rotary(sliding_k, *context.rotary),
-            sliding_v=sliding_v,
-            compress_k=compress_k,
-            compress_v=compress_v,
-            k_weights=self.k_summary.weights() if self.k_summary is not None else None,
-            v_weights=self.v_summary.weights() if self.v_summary is not None else None,
+        inputs = {"q": self.rotated_query(x, context.rotary), "k": apply_rotary(k, *context.rotary), "v": v}
+        inputs["gates"] = gates
+        if self.sliding is not None:
+            sliding_k, inputs["sliding_v"] = self.sliding.key_value(x)
+            inputs["sliding_k"] = apply_rotary(sliding_k, *context.rotary)
+        if self.compressed is not None:
+            k, inputs["compress_v"] = self.compressed.key_value(x)
+        inputs["compress_k"] = apply_rotary(k, *context.rotary) if self.config.compress_rope == "before" else k
+        parallel = context.parallel
+        received: dict[str, Any] = dict(zip(inputs, parallel.to_heads(*inputs.values()), strict=True))
+        result = native_sparse_attention(
+            **received,
+            cu_seqlens=context.cu_seqlens,
+            config=self.config,
+            k_weights=self.k_summary.weights(parallel) if self.k_summary is not None else None,
+            v_weights=self.v_summary.weights(parallel) if self.v_summary is not None else None,
             compressed_rotary=context.compressed_rotary if self.config.compress_rope == "after" else None,
             layout=context.layout,
             backend=self.config.backend,
         )
+        return NSAOutput(parallel.to_tokens(result.out), result.block_indices)
 
 
 def build_attention(kind: AttentionKind, shape: LayerShape, nsa: NSALayerConfig, sliding_window: int) -> DenseAttention:

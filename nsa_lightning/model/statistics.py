@@ -33,14 +33,17 @@ class BranchStatistics(NamedTuple):
 
 @torch.no_grad()
 def branch_statistics(gates: Tensor, block_indices: Tensor, cu_seqlens: Tensor, config: NSAConfig) -> BranchStatistics:
-    """Summarise gates [T, H, 3] and chosen blocks [T, H_kv, n]; forced blocks are left out of the distances."""
+    """Summarise gates [T, H, 3] and chosen blocks [T, H_kv, n]; forced blocks are left out of the distances.
+
+    Ranks that share a batch have the gates of some tokens and the blocks of some heads: their sums add up.
+    """
     scores = gates.detach().float()
     bins = (scores * NUM_GATE_BINS).long().clamp_(0, NUM_GATE_BINS - 1)  # [T, H, 3]
     bins = bins + torch.arange(3, device=bins.device) * NUM_GATE_BINS
     ones = torch.ones_like(bins)
     gate_histogram = _count(bins.flatten(), ones.flatten(), 3 * NUM_GATE_BINS).unflatten(0, (3, -1))
 
-    positions = document_positions(cu_seqlens, len(scores))[:, None, None]
+    positions = document_positions(cu_seqlens, len(block_indices))[:, None, None]
     first_token = block_indices.long() * config.select_block_size  # [T, H_kv, n]
     own_block = positions // config.select_block_size
     forced = (block_indices < config.num_init_blocks) | (block_indices > own_block - config.num_local_blocks)

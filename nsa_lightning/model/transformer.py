@@ -15,6 +15,7 @@ from nsa_lightning.model.attention import (
     PackedContext,
     build_attention,
 )
+from nsa_lightning.model.context_parallel import ContextParallel
 from nsa_lightning.model.feed_forward import FeedForward
 from nsa_lightning.model.initialization import fill_normal
 from nsa_lightning.model.recompute import Recompute, recomputed
@@ -191,6 +192,7 @@ class Transformer(nn.Module):
     def __init__(self, config: TransformerConfig, recompute: Recompute = "none") -> None:
         super().__init__()
         self.config = config
+        self.parallel = ContextParallel()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, kind, recompute) for kind in config.layer_attention)
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
@@ -237,7 +239,7 @@ class Transformer(nn.Module):
     def forward(
         self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor, max_seqlen: int, watch: bool = False
     ) -> TransformerOutput:
-        """Final hidden states of packed documents.
+        """Final hidden states of packed documents; of its part of the tokens alone on a rank that shares them.
 
         Args:
             tokens: int64 [T].
@@ -252,8 +254,9 @@ class Transformer(nn.Module):
         layout = None
         if "nsa" in self.config.attention and tokens.is_cuda:
             layout = batch_layout(cu_seqlens, len(tokens), self.config.nsa)
-        context = PackedContext(cu_seqlens, max_seqlen, self.rotary(positions), compressed_rotary, layout)
-        x = self.embed_tokens(tokens)  # [T, hidden_size]
+        rotary = self.rotary(self.parallel.share(positions))
+        context = PackedContext(cu_seqlens, max_seqlen, rotary, compressed_rotary, layout, self.parallel)
+        x = self.embed_tokens(self.parallel.share(tokens))  # [T, hidden_size]
         statistics = {}
         for index, layer in enumerate(self.layers):
             x, layer_statistics = layer(x, context, watch)

@@ -101,11 +101,12 @@ class LanguageModel(LightningModule):
         return self.model(batch.tokens, batch.positions, batch.cu_seqlens, batch.max_seqlen, watch)
 
     def summed_loss(self, batch: PackedBatch, watch: bool = False) -> tuple[Tensor, Tensor, TransformerOutput]:
-        """Summed loss in nats, number of scored tokens, and the decoder's output."""
+        """Summed loss in nats, number of scored tokens, and the decoder's output, of this rank's tokens."""
         assert self.model is not None
         output = self(batch, watch)
-        nats = summed_cross_entropy(output.hidden, self.model.output_embedding, batch.targets, IGNORE_INDEX)
-        return nats, (batch.targets != IGNORE_INDEX).sum(), output
+        targets = self.model.parallel.share(batch.targets)
+        nats = summed_cross_entropy(output.hidden, self.model.output_embedding, targets, IGNORE_INDEX)
+        return nats, (targets != IGNORE_INDEX).sum(), output
 
     def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
         """This rank's share of the mean loss over the scored tokens of all ranks; logs that mean.
@@ -127,8 +128,9 @@ class LanguageModel(LightningModule):
 
     def validation_step(self, batch: PackedBatch, batch_idx: int) -> None:
         """Add the batch to the metrics."""
+        assert self.model is not None
         nats, tokens, _ = self.summed_loss(batch)
-        self.metrics.update(nats, tokens, batch.target_bytes)
+        self.metrics.update(nats, tokens, batch.target_bytes / self.model.parallel.size)
 
     test_step = validation_step
 
@@ -148,8 +150,9 @@ class LanguageModel(LightningModule):
     def predict_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
         """Loss of every token in nats, float32 [T]; 0 where the target is not scored."""
         assert self.model is not None
-        hidden = self(batch).hidden
-        return token_cross_entropy(hidden, self.model.output_embedding, batch.targets, IGNORE_INDEX)
+        hidden, parallel = self(batch).hidden, self.model.parallel
+        targets = parallel.share(batch.targets)
+        return parallel.whole(token_cross_entropy(hidden, self.model.output_embedding, targets, IGNORE_INDEX))
 
     def configure_gradient_clipping(
         self,
@@ -190,10 +193,10 @@ class LanguageModel(LightningModule):
 
     @property
     def flops_per_batch(self) -> int | None:
-        """FLOPs of the last training batch on this rank, from the lengths of its documents; None outside training."""
+        """FLOPs of this rank on the last training batch, from the lengths of its documents; None outside training."""
         if not self.training or self.model is None or self._cu_seqlens is None:
             return None
-        return training_flops(self.model, self._cu_seqlens.diff().long().cpu().numpy())
+        return training_flops(self.model, self._cu_seqlens.diff().long().cpu().numpy()) // self.model.parallel.size
 
 
 def _gradients_are_scaled(optimizer: Optimizer, trainer: Trainer) -> bool:

@@ -1,5 +1,6 @@
 """`--trainer.strategy fsdp2`: parameters, gradients and optimizer state sharded over all ranks."""
 
+import math
 from collections.abc import Generator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -9,13 +10,17 @@ from typing import Any, cast
 
 import torch
 import torch.distributed.checkpoint as dcp
+from lightning.pytorch import Trainer
 from lightning.pytorch.plugins import MixedPrecision, Precision
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch import Tensor, distributed
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from nsa_lightning.data.datamodule import PackedTextDataModule
+from nsa_lightning.model.context_parallel import ContextParallel
 from nsa_lightning.model.initialization import copy_whole
 from nsa_lightning.model.transformer import Transformer
 from nsa_lightning.training.checkpoints import check_same_sizes, publish, read_summary, remove, save_file
@@ -39,6 +44,8 @@ class FSDP2Strategy(ModelParallelStrategy):
     `bf16-mixed` to gather weights and compute in bf16.
 
     Args:
+        context_parallel_size: ranks that share each batch: everywhere but in attention each computes a part of its
+            tokens, and in attention a part of the heads for all of them. Divides num_kv_heads.
         cpu_offload: keep shards and optimizer state in host memory and run the optimizer there.
         reshard_after_forward: free a block's weights between its forward and its backward; false trades memory for
             one gathering less.
@@ -49,13 +56,15 @@ class FSDP2Strategy(ModelParallelStrategy):
         async_checkpoint: train on while a directory is written, from a copy of the shards in host memory.
 
     Raises:
-        ValueError: trainer.precision is another, or one file is to be written in the background.
+        ValueError: trainer.precision is another, one file is to be written in the background, or the ranks, the
+            heads or the tokens of a batch cannot be shared by context_parallel_size.
     """
 
     strategy_name = "fsdp2"
 
     def __init__(
         self,
+        context_parallel_size: int = 1,
         cpu_offload: bool = False,
         reshard_after_forward: bool = True,
         reduce_every_batch: bool = False,
@@ -65,6 +74,9 @@ class FSDP2Strategy(ModelParallelStrategy):
         super().__init__(save_distributed_checkpoint=save_distributed_checkpoint)
         if async_checkpoint and not save_distributed_checkpoint:
             raise ValueError("async_checkpoint must be false with save_distributed_checkpoint=false, got true")
+        if context_parallel_size < 1:
+            raise ValueError(f"context_parallel_size must be at least 1, got {context_parallel_size}")
+        self.context_parallel_size = context_parallel_size
         self.async_checkpoint = async_checkpoint
         self._background = ThreadPoolExecutor(1)
         self._unfinished: list[Future[Any]] = []
@@ -91,11 +103,32 @@ class FSDP2Strategy(ModelParallelStrategy):
         self._precision_plugin = plugin
 
     def setup_environment(self) -> None:
-        """All ranks in one data-parallel dimension; Lightning's default would be one a node."""
-        self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
-        super().setup_environment()
+        """Lay the ranks out, neighbours next to each other in the dimension that shares a batch."""
+        ranks = self.num_nodes * self.num_processes
+        self._check_context_parallel(ranks)
+        super(ModelParallelStrategy, self).setup_environment()
+        self._setup_distributed()
+        shape = (ranks // self.context_parallel_size, self.context_parallel_size)
+        names = ("data_parallel", "context_parallel")
+        self._device_mesh = init_device_mesh(self.root_device.type, shape, mesh_dim_names=names)
         if self.async_checkpoint and self._saving_group is None:
             self._saving_group = distributed.new_group(backend="gloo")
+
+    def _check_context_parallel(self, ranks: int) -> None:
+        """Refuse what cannot be shared evenly, before any data is read."""
+        module: Any = self.lightning_module
+        size, num_kv_heads = self.context_parallel_size, module.transformer_config.num_kv_heads
+        if ranks % size or num_kv_heads % size:
+            raise ValueError(
+                "context_parallel_size must divide the number of ranks and num_kv_heads, "
+                f"got {size}, {ranks} and {num_kv_heads}; at most {math.gcd(ranks, num_kv_heads)} does"
+            )
+        data = getattr(module.trainer, "datamodule", None)
+        if isinstance(data, PackedTextDataModule) and data.seq_len * data.batch_size % size:
+            raise ValueError(
+                "data.seq_len times data.batch_size must be a multiple of context_parallel_size, "
+                f"got {data.seq_len}, {data.batch_size} and {size}"
+            )
 
     def teardown(self) -> None:
         """Wait for the last checkpoint."""
@@ -107,11 +140,14 @@ class FSDP2Strategy(ModelParallelStrategy):
         return "cpu:gloo,cuda:nccl" if self.root_device.type == "cuda" else "gloo"
 
     def shard(self, model: Transformer) -> None:
-        """Shard the decoder over the ranks, in place."""
+        """Shard the decoder over all ranks, in place, and tell it which of them share a batch."""
+        context, ranks = self.device_mesh["context_parallel"], (self.world_size,)
+        if context.size() > 1:
+            model.parallel = ContextParallel(context.get_group(), context.get_local_rank(), context.size())
         compute = torch.bfloat16 if self.precision_plugin.precision == "bf16-mixed" else None
         shard_transformer(
             model,
-            self.device_mesh["data_parallel"],
+            init_device_mesh(self.root_device.type, ranks),
             MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False),
             CPUOffloadPolicy(pin_memory=self.root_device.type == "cuda") if self.cpu_offload else OffloadPolicy(),
             self.reshard_after_forward,
@@ -262,6 +298,11 @@ def _complete(written: Future[Any] | None, rest: dict[str, Any], temporary: Path
         written.result()  # rank 0 has the table of contents when the others have their shards
     save_file(rest, temporary / META)
     publish(temporary, path)
+
+
+def ranks_a_batch(trainer: Trainer) -> int:
+    """How many ranks share each batch."""
+    return trainer.strategy.context_parallel_size if isinstance(trainer.strategy, FSDP2Strategy) else 1
 
 
 StrategyRegistry.register(

@@ -1,5 +1,6 @@
 """Small training runs, in this process or as a job of several."""
 
+import dataclasses
 import json
 import os
 import socket
@@ -10,12 +11,14 @@ from pathlib import Path
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader
 
+from nsa_lightning.data.batch import IGNORE_INDEX, PackedBatch
 from nsa_lightning.data.datamodule import PackedTextDataModule
 from nsa_lightning.data.tokenizer import TokenizerConfig
 from nsa_lightning.model.attention import NSALayerConfig
 from nsa_lightning.model.transformer import TransformerConfig
-from nsa_lightning.training.callbacks import LossGuard
+from nsa_lightning.training.callbacks import DocumentScores, LossGuard, TokenThroughput
 from nsa_lightning.training.checkpoints import RunCheckpointIO
 from nsa_lightning.training.module import LanguageModel
 from nsa_lightning.training.optimizer import WarmupCosine
@@ -50,8 +53,25 @@ def data_module(corpus, **changes):
     return PackedTextDataModule(**(settings | changes))
 
 
-def language_model(**changes):
-    return LanguageModel(CONFIG, schedule=WarmupCosine(warmup_steps=2), **changes)
+def packed_batches(lengths, *, count):
+    """Batches of random tokens in documents of these lengths."""
+    total, generator = sum(lengths), torch.Generator().manual_seed(0)
+    ends = torch.tensor(lengths).cumsum(0)
+    positions = torch.cat([torch.arange(length) for length in lengths])
+    batches = []
+    for _ in range(count):
+        tokens = torch.randint(CONFIG.vocab_size, (total,), generator=generator)
+        targets = tokens.roll(-1).index_fill(0, ends - 1, IGNORE_INDEX)
+        cu_seqlens = torch.cat([ends.new_zeros(1), ends]).int()
+        batches.append(PackedBatch(tokens, targets, positions, cu_seqlens, max(lengths), torch.tensor(3 * total)))
+    return DataLoader(batches, batch_size=None)
+
+
+def language_model(transformer=None, **changes):
+    settings = transformer or {}
+    settings = settings | {"nsa": dataclasses.replace(NSA, **settings.get("nsa", {}))}
+    config = dataclasses.replace(CONFIG, **settings)
+    return LanguageModel(config, schedule=WarmupCosine(warmup_steps=2), **changes)
 
 
 def whole(tensor):
@@ -78,6 +98,7 @@ STRATEGIES = {
     "fsdp2_offload": {"cpu_offload": True},
     "fsdp2_async": {"async_checkpoint": True},
     "fsdp2_reducing": {"reduce_every_batch": True},
+    "context_parallel": {"context_parallel_size": 2},
 }
 """Variants of the strategy, by a name that a job can be told."""
 
@@ -115,6 +136,24 @@ class SaveAfter(Callback):
             trainer.save_checkpoint(self.path)
 
 
+class Watch(TokenThroughput):
+    """Sums over the ranks of what the attention layers did in the last step, and of its tokens and FLOPs."""
+
+    def __init__(self):
+        super().__init__()
+        self.statistics, self.counts = {}, []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        pl_module.watch_attention = True
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        for layer, parts in pl_module.attention_statistics.items():
+            sums = torch.cat([part.flatten() for part in parts])
+            self.statistics[layer] = trainer.strategy.reduce(sums, reduce_op="sum").clone()
+        counts = torch.tensor([self.length_fn(batch), pl_module.flops_per_batch])
+        self.counts = trainer.strategy.reduce(counts, reduce_op="sum").tolist()
+
+
 class Poison(Callback):
     """In one step, a gradient of the last rank is not a number."""
 
@@ -127,23 +166,35 @@ class Poison(Callback):
             (gradient.to_local() if isinstance(gradient, DTensor) else gradient)[0, 0] = float("nan")
 
 
-def fit(root, corpus, *, resume=None, save=None, save_after=None, poison=None, data=None, model=None, **settings):
-    """What a run did: losses, norms, the last gradients, the weights, and its validation metrics if it validates."""
+def fit(
+    root, corpus, *, resume=None, save=None, save_after=None, poison=None, lengths=None, scores=False, data=None,
+    model=None, **settings,
+):  # fmt: skip
+    """What a run did: losses, norms, the last gradients, the weights, what it watched, its validation metrics if any.
+
+    It reads the corpus, or random tokens in documents of some lengths. Afterwards it may score the validation split.
+    """
     seed_everything(0, verbose=False)
-    notes = Notes()
+    notes, watch = Notes(), Watch()
     others = [SaveAfter(save_after, save)] if save else []
     others += [Poison(poison), LossGuard(skip=True)] if poison is not None else []
-    trainer = make_trainer(root, notes, *others, **settings)
+    others += [DocumentScores()] if scores else []
+    trainer = make_trainer(root, notes, watch, *others, **settings)
     module = language_model(**(model or {}))
-    trainer.fit(module, data_module(corpus, **(data or {})), ckpt_path=resume)
+    source = packed_batches(lengths, count=trainer.max_steps) if lengths else data_module(corpus, **(data or {}))
+    trainer.fit(module, source, ckpt_path=resume)
     weights = {name: whole(value).clone() for name, value in module.model.state_dict().items()}
     metrics = {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+    if scores:
+        trainer.predict(module, source, return_predictions=False)
     return {
         "losses": notes.losses,
         "norms": notes.norms,
         "gradients": notes.gradients,
         "weights": weights,
         "metrics": metrics,
+        "statistics": watch.statistics,
+        "counts": watch.counts,
     }
 
 
@@ -173,6 +224,7 @@ def main():
     results = [fit(Path(run.pop("root")), Path(run.pop("corpus")), devices=ranks, **run) for run in runs]
     if os.environ["LOCAL_RANK"] == "0":
         torch.save(results, target)
+    os._exit(0)  # gloo's threads now and then abort an ordinary exit
 
 
 if __name__ == "__main__":

@@ -13,12 +13,14 @@ from torch import Tensor
 
 from nsa_lightning.data.batch import IGNORE_INDEX, PackedBatch
 from nsa_lightning.data.datamodule import PackedTextDataModule
+from nsa_lightning.training.strategy import ranks_a_batch
 
 
 class DocumentScores(Callback):
     """Write one JSON line a document piece: its beginning, tokens, bytes, loss in nats and bits per byte.
 
-    The lines stand in the order of the batches, in one file a rank, which appears when it is complete.
+    The lines stand in the order of the batches, in one file a rank, which appears when it is complete. Of ranks that
+    share their batches the first writes.
 
     Args:
         path: file to write; `document_scores.jsonl` in the log directory if not given.
@@ -61,12 +63,15 @@ class DocumentScores(Callback):
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the file and say where it is."""
-        path = Path(self.path or Path(trainer.log_dir or trainer.default_root_dir, "document_scores.jsonl"))
+        lines, self._lines = self._lines, []
+        log_dir = trainer.log_dir  # asks the other ranks, so on every rank
+        if trainer.global_rank % ranks_a_batch(trainer):
+            return
+        path = Path(self.path or Path(log_dir or trainer.default_root_dir, "document_scores.jsonl"))
         if trainer.world_size > 1:
             path = path.with_name(f"{path.stem}.rank{trainer.global_rank}{path.suffix}")
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text("\n".join([*self._lines, ""]), encoding="utf-8")
+        temporary.write_text("\n".join([*lines, ""]), encoding="utf-8")
         os.replace(temporary, path)  # noqa: PTH105 (says what it does)
-        print(f"{len(self._lines)} document pieces scored: {path}")
-        self._lines = []
+        print(f"{len(lines)} document pieces scored: {path}")
