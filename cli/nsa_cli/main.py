@@ -1,6 +1,7 @@
 """The `nsa` command: looks at the first word and imports what that command needs, no more."""
 
 import sys
+from importlib import import_module
 
 _TRAINER_COMMANDS = {
     "fit": "train a model",
@@ -12,6 +13,8 @@ _TRAINER_COMMANDS = {
 _OTHER_COMMANDS = {
     "bench": "check and time the attention operator: nsa bench kernels",
     "consolidate": "write a sharded checkpoint as one file",
+    "convert": "make an NSA model of a dense Hugging Face one, to train on",
+    "export": "write a checkpoint as a Hugging Face directory",
 }
 
 _HELP = """usage: nsa COMMAND [options]
@@ -46,14 +49,8 @@ def main() -> int:
         from nsa_cli.trainer_commands import run
 
         return run()
-    if command == "bench":
-        from nsa_cli.bench import run as run_benchmark
-
-        return run_benchmark()
-    if command == "consolidate":
-        from nsa_cli.consolidate import run as run_consolidate
-
-        return run_consolidate()
+    if command in _OTHER_COMMANDS:
+        return int(import_module(f"nsa_cli.{command}").run())
     names = ", ".join(_TRAINER_COMMANDS | _OTHER_COMMANDS)
     print(f"nsa: error: no command {command!r}; the commands are {names}", file=sys.stderr)
     return 2
