@@ -92,6 +92,8 @@ def read_dense_config(directory: Path, setting: str) -> DenseModel:
         return DenseModel(_transformer_config(raw), raw["max_position_embeddings"], raw)
     except ValueError as error:
         raise ValueError(f"{setting}: {path}: {error}") from error
+    except (TypeError, AttributeError, KeyError) as error:  # a value of another kind than the key's
+        raise ValueError(f"{setting}: {path} is not a dense model's: {error}") from error
 
 
 def _transformer_config(raw: dict[str, Any]) -> TransformerConfig:

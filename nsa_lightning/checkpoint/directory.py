@@ -105,8 +105,10 @@ def read_config(directory: Path, setting: str) -> SavedModel:
     if settings.get("model_type") != MODEL_TYPE:
         dense = read_dense_config(directory, setting)
         return SavedModel(dense.config, dense.max_seq_len)
-    config = transformer_config(settings.get("transformer"), setting)
-    return SavedModel(config, settings["max_position_embeddings"])
+    missing = [name for name in ("transformer", "max_position_embeddings") if name not in settings]
+    if missing:
+        raise ValueError(f"{setting}: {directory / 'config.json'} must give {', '.join(missing)}")
+    return SavedModel(transformer_config(settings["transformer"], setting), settings["max_position_embeddings"])
 
 
 def transformer_config(settings: Any, setting: str) -> TransformerConfig:
