@@ -15,7 +15,7 @@ from torch import Tensor
 from nsa_lightning.checkpoint.continuation import write_continuation
 from nsa_lightning.checkpoint.dense import DenseModel, read_dense_config, shortest_pattern
 from nsa_lightning.checkpoint.directory import SHARD_BYTES, copy_tokenizer, new_directory, write_config
-from nsa_lightning.checkpoint.measure import Difference, measure_difference
+from nsa_lightning.checkpoint.measure import Difference, measure_difference, read_sample
 from nsa_lightning.checkpoint.weights import WeightFiles, hugging_face_name, write_weights
 from nsa_lightning.model.attention import AttentionKind, NSALayerConfig
 from nsa_lightning.model.initialization import fill_normal
@@ -91,16 +91,17 @@ def convert(
         weights.check(Transformer(dense.config))
         model = Transformer(config)
     origins = {name: _origin(name, weights) for name, _ in model.named_parameters()}
+    measured = sample_tokens > 0 and (source / "tokenizer.json").is_file()
+    text = read_sample(source, sample, sample_tokens) if measured else None
     with new_directory(output) as directory:
         write_weights(directory, _tensors(model, weights, origins), min(SHARD_BYTES, weights.largest_file // 2))
         dtype = str(weights.dtype("model.embed_tokens.weight")).removeprefix("torch.")
         tokenizer_files = copy_tokenizer(source, directory)
         write_config(directory, config, _context(dense, config), dtype, source)
         write_continuation(directory, output.resolve(), config, seq_len)
-        difference = None
-        if sample_tokens and "tokenizer.json" in tokenizer_files:
-            made = WeightFiles(directory, "output")
-            difference = measure_difference((dense.config, weights), (config, made), sample, sample_tokens)
+    difference = None
+    if text is not None:
+        difference = measure_difference((dense.config, weights), (config, WeightFiles(output, "output")), text)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     copied = sum(size for name, size in sizes.items() if origins[name] == hugging_face_name(name))
     new = sum(size for name, size in sizes.items() if origins[name] is None)
@@ -158,10 +159,12 @@ def _first_value(model: Transformer, name: str, parameter: Tensor) -> Tensor:
 def _remarks(dense: DenseModel, config: TransformerConfig, seq_len: int, tokenizer_files: list[str]) -> list[str]:
     """What the user should know and would not see."""
     remarks = []
-    if "sliding" in dense.config.attention and "full" in config.attention:
-        remarks.append(f"full layers see more than the source's sliding_window of {dense.config.sliding_window} tokens")
-    if "sliding" in dense.config.attention and config.nsa.selected_tokens > dense.config.sliding_window:
-        remarks.append(f"nsa layers equal the source up to its sliding_window of {dense.config.sliding_window} tokens")
+    beyond = [kind for kind in ("nsa", "full") if kind in config.attention]
+    if "sliding" in dense.config.attention and beyond:
+        remarks.append(
+            f"the source has a sliding_window of {dense.config.sliding_window} tokens: "
+            f"{' and '.join(beyond)} layers see beyond it, so that they can equal the source up to there only"
+        )
     if seq_len > _context(dense, config):
         remarks.append(
             f"seq_len {seq_len} is beyond the context of {_context(dense, config)} tokens; --rope.scaling extends it"

@@ -16,6 +16,13 @@ from nsa_lightning.model.transformer import Transformer, TransformerConfig
 Model = tuple[TransformerConfig, WeightFiles]
 
 
+class Sample(NamedTuple):
+    """A text to measure on."""
+
+    path: Path
+    tokens: Tensor  # int64 [T]
+
+
 class Difference(NamedTuple):
     """Mean loss of two models on the same text, nats a token."""
 
@@ -25,23 +32,27 @@ class Difference(NamedTuple):
     text: Path
 
 
-def measure_difference(source: Model, converted: Model, sample: Path | None, max_tokens: int) -> Difference:
-    """Mean losses on the first tokens of a text file; left out, a module of Python's standard library.
+def read_sample(source: Path, sample: Path | None, max_tokens: int) -> Sample:
+    """The first tokens of a text file, by the tokenizer in `source`; left out, of a module of Python's own library.
 
     Raises:
-        ValueError: the text cannot be read or is too short, or the source's tokenizer is broken.
+        ValueError: the text cannot be read or is too short, or the tokenizer is broken.
     """
     path = sample or Path(argparse.__file__)
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"sample must be a text file, got {path}: {error}") from error
-    encoded = load_tokenizer(str(source[1].directory)).encode_batch([text])[0][:max_tokens]
-    if len(encoded) < 2:
-        raise ValueError(f"sample must have at least 2 tokens, got {len(encoded)} in {path}")
-    tokens = torch.from_numpy(encoded)
-    losses = [float(token_losses(*model, tokens).mean()) for model in (source, converted)]
-    return Difference(losses[0], losses[1], len(tokens), path)
+    tokens = torch.from_numpy(load_tokenizer(str(source)).encode_batch([text])[0][:max_tokens])
+    if len(tokens) < 2:
+        raise ValueError(f"sample must have at least 2 tokens within sample_tokens, got {len(tokens)} of {path}")
+    return Sample(path, tokens)
+
+
+def measure_difference(source: Model, converted: Model, sample: Sample) -> Difference:
+    """Mean losses of two models on a sample."""
+    losses = [float(token_losses(*model, sample.tokens).mean()) for model in (source, converted)]
+    return Difference(losses[0], losses[1], len(sample.tokens), sample.path)
 
 
 @torch.inference_mode()

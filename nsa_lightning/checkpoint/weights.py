@@ -43,7 +43,7 @@ class WeightFiles:
         if not index.is_file() and not (directory / SINGLE).is_file():
             raise ValueError(f"{setting} must be a directory with {SINGLE} or {INDEX}, got {directory}")
         listed: dict[str, str] | None = None
-        if index.is_file():
+        if not (directory / SINGLE).is_file():  # where both are, transformers reads the one file
             try:
                 listed = dict(json.loads(index.read_text())["weight_map"])
             except (ValueError, KeyError, TypeError) as error:
@@ -65,15 +65,15 @@ class WeightFiles:
         """Dtype of a tensor."""
         return self._entries[name].dtype
 
-    def read(self, name: str) -> Tensor:
-        """One tensor, in host memory."""
-        with safe_open(self._entries[name].file, framework="pt") as file:
-            return file.get_tensor(name)
-
     @property
     def largest_file(self) -> int:
         """Bytes of the largest file."""
         return max(file.stat().st_size for file in self.files)
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, in host memory."""
+        with safe_open(self._entries[name].file, framework="pt") as file:
+            return file.get_tensor(name)
 
     def check(self, model: Transformer) -> None:
         """Refuse files that do not hold exactly the parameters of a model, or old checkpoints' tables beside them.

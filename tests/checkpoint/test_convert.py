@@ -207,6 +207,21 @@ def test_of_two_processes_that_write_the_same_output_one_wins_and_one_is_told(tm
     assert list(tmp_path.iterdir()) == [output]
 
 
+def test_a_sample_that_is_no_text_is_named_before_anything_is_written(tmp_path, monkeypatch, capsys):
+    source = write_source(tmp_path / "source", tokenizer=True)
+    assert "sample must be a text file" in refused(monkeypatch, capsys, source, "--sample", tmp_path)
+    assert "at least 2 tokens within sample_tokens, got 1" in refused(monkeypatch, capsys, source, "--sample_tokens", 1)
+    (source / "tokenizer.json").write_text("{}")
+    assert "not a tokenizer.json" in refused(monkeypatch, capsys, source)
+
+
+def test_what_becomes_of_a_sliding_window_is_said(tmp_path):
+    source = write_source(tmp_path / "source", "mistral_sliding")
+    result = convert(source, tmp_path / "out", ["nsa", "sliding"], NSA, RopeChange(), 64, None, 0)
+    assert result.config.sliding_window == 10
+    assert result.remarks[0].startswith("the source has a sliding_window of 10 tokens: nsa layers see beyond it")
+
+
 def test_shards_hold_every_tensor_once(tmp_path):
     source = write_source(tmp_path / "source", shard_bytes=20_000)
     weight_map = json.loads((source / weights.INDEX).read_text())["weight_map"]

@@ -3,7 +3,7 @@
 import json
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from nsa_lightning.checkpoint.dense import read_dense_config
 from nsa_lightning.checkpoint.weights import hugging_face_name, write_weights
@@ -69,8 +69,6 @@ def write_source(path, name="llama", *, dtype=torch.float32, shard_bytes=10**9, 
 
 def rewrite(path, change):
     """Change the tensors of a source of one file."""
-    from safetensors.torch import load_file
-
     tensors = load_file(path / "model.safetensors")
     change(tensors)
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
