@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from nsa_lightning.checkpoint.continuation import write_continuation
-from nsa_lightning.checkpoint.dense import DenseModel, read_dense_config, shortest_pattern
+from nsa_lightning.checkpoint.dense import SavedModel, read_dense_config, shortest_pattern
 from nsa_lightning.checkpoint.directory import SHARD_BYTES, copy_tokenizer, new_directory, write_config
 from nsa_lightning.checkpoint.measure import Difference, measure_difference, read_sample
 from nsa_lightning.checkpoint.weights import WeightFiles, hugging_face_name, write_weights
@@ -110,7 +110,7 @@ def convert(
 
 
 def _nsa_config(
-    dense: DenseModel, attention: list[AttentionKind], nsa: NSALayerConfig, rope: RopeChange, seq_len: int
+    dense: SavedModel, attention: list[AttentionKind], nsa: NSALayerConfig, rope: RopeChange, seq_len: int
 ) -> TransformerConfig:
     """The decoder with the wanted layers."""
     window = dense.config.sliding_window if "sliding" in dense.config.attention else None
@@ -122,7 +122,7 @@ def _nsa_config(
     return replace(dense.config, attention=shortest_pattern(attention), nsa=nsa, rope=changed, max_seq_len=seq_len)
 
 
-def _context(dense: DenseModel, config: TransformerConfig) -> int:
+def _context(dense: SavedModel, config: TransformerConfig) -> int:
     """Tokens that the converted model is made for."""
     if config.rope.scaling == "none" or config.rope.factor == dense.config.rope.factor:
         return dense.max_seq_len
@@ -156,7 +156,7 @@ def _first_value(model: Transformer, name: str, parameter: Tensor) -> Tensor:
     return tensor
 
 
-def _remarks(dense: DenseModel, config: TransformerConfig, seq_len: int, tokenizer_files: list[str]) -> list[str]:
+def _remarks(dense: SavedModel, config: TransformerConfig, seq_len: int, tokenizer_files: list[str]) -> list[str]:
     """What the user should know and would not see."""
     remarks = []
     beyond = [kind for kind in ("nsa", "full") if kind in config.attention]

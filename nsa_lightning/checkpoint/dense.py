@@ -28,6 +28,9 @@ _ROPE_SETTINGS = {
     "yarn": ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor"),
 }
 _KINDS: dict[str, AttentionKind] = {"full_attention": "full", "sliding_attention": "sliding"}
+_DEFAULT_WINDOW = 4096
+"""What `transformers` takes where a family with a window does not give it."""
+
 _FIXED = {
     "hidden_act": "silu",
     "attention_bias": False,
@@ -55,12 +58,11 @@ FAMILIES = {
 """By `model_type`. SmolLM and SmolLM2 are `llama`, Qwen2.5 is `qwen2`."""
 
 
-class DenseModel(NamedTuple):
-    """What the config.json of a dense model says."""
+class SavedModel(NamedTuple):
+    """What a config.json says."""
 
     config: TransformerConfig
     max_seq_len: int  # the context it is made for, its RoPE scaling included
-    settings: dict[str, Any]  # the file itself
 
 
 def read_json(path: Path, setting: str) -> dict[str, Any]:
@@ -80,7 +82,7 @@ def read_json(path: Path, setting: str) -> dict[str, Any]:
     return content
 
 
-def read_dense_config(directory: Path, setting: str) -> DenseModel:
+def read_dense_config(directory: Path, setting: str) -> SavedModel:
     """Read the config.json of a dense model; `setting` is what the user calls its directory.
 
     Raises:
@@ -89,7 +91,7 @@ def read_dense_config(directory: Path, setting: str) -> DenseModel:
     path = directory / "config.json"
     raw = read_json(path, setting)
     try:
-        return DenseModel(_transformer_config(raw), raw["max_position_embeddings"], raw)
+        return SavedModel(_transformer_config(raw), raw["max_position_embeddings"])
     except ValueError as error:
         raise ValueError(f"{setting}: {path}: {error}") from error
     except (TypeError, AttributeError, KeyError) as error:  # a value of another kind than the key's
@@ -109,7 +111,7 @@ def _transformer_config(raw: dict[str, Any]) -> TransformerConfig:
     if missing:
         raise ValueError(f"{', '.join(missing)} must be given as whole numbers")
     attention = _layer_kinds(raw, kind)
-    window = {"sliding_window": raw["sliding_window"]} if "sliding" in attention else {}
+    window = {"sliding_window": raw.get("sliding_window", _DEFAULT_WINDOW)} if "sliding" in attention else {}
     return TransformerConfig(
         vocab_size=raw["vocab_size"],
         hidden_size=raw["hidden_size"],
@@ -176,7 +178,8 @@ def shortest_pattern(kinds: list[AttentionKind]) -> list[AttentionKind]:
 def _layer_kinds(raw: dict[str, Any], family: str) -> list[AttentionKind]:
     """`full` or `sliding` by layer, as the shortest list."""
     layers = raw["num_hidden_layers"]
-    if raw.get("sliding_window") is None or family == "llama" or not raw.get("use_sliding_window", family == "mistral"):
+    used = family == "mistral" or (family != "llama" and raw.get("use_sliding_window", False))
+    if not used or raw.get("sliding_window", _DEFAULT_WINDOW) is None:
         return ["full"]
     if raw.get("layer_types"):
         unknown = sorted(set(raw["layer_types"]) - _KINDS.keys())

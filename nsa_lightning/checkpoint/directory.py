@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from uuid import uuid4
 
 from safetensors import SafetensorError
 
-from nsa_lightning.checkpoint.dense import dense_settings, read_dense_config, read_json, shared_settings
+from nsa_lightning.checkpoint.dense import SavedModel, dense_settings, read_dense_config, read_json, shared_settings
 from nsa_lightning.model.transformer import TransformerConfig
 
 MODEL_TYPE = "nsa_lightning"
@@ -33,13 +33,6 @@ from nsa_lightning.checkpoint.hugging_face_model import NSAConfig, NSAForCausalL
 
 __all__ = ["NSAConfig", "NSAForCausalLM"]
 '''
-
-
-class SavedModel(NamedTuple):
-    """What a config.json says, be it ours or a dense family's."""
-
-    config: TransformerConfig
-    max_seq_len: int  # the context it is made for
 
 
 @contextmanager
@@ -103,8 +96,7 @@ def read_config(directory: Path, setting: str) -> SavedModel:
     """
     settings = read_json(directory / "config.json", setting)
     if settings.get("model_type") != MODEL_TYPE:
-        dense = read_dense_config(directory, setting)
-        return SavedModel(dense.config, dense.max_seq_len)
+        return read_dense_config(directory, setting)
     missing = [name for name in ("transformer", "max_position_embeddings") if name not in settings]
     if missing:
         raise ValueError(f"{setting}: {directory / 'config.json'} must give {', '.join(missing)}")

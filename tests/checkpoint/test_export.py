@@ -67,7 +67,7 @@ def assert_identical(actual, expected):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_dense_model_comes_back_bit_by_bit(tmp_path, name, dtype):
     source = write_source(tmp_path / "source", name, dtype=dtype)
-    kind = ["sliding"] if name == "mistral_sliding" else ["full"]
+    kind = ["sliding"] if name in ("mistral_sliding", "mistral_default") else ["full"]
     convert(source, tmp_path / "made", kind, NSA, RopeChange(), 64, None, 0)
     export(tmp_path / "made", tmp_path / "back", None, None)
     assert_identical(all_tensors(tmp_path / "back"), all_tensors(source))

@@ -18,7 +18,7 @@ transformers = pytest.importorskip("transformers")
 NSA = NSALayerConfig(
     compress_block_size=4, compress_stride=2, select_block_size=8, num_selected_blocks=4, window_size=6
 )
-DENSE_LAYERS = {"mistral_sliding": ["sliding"], "qwen2_mixed": ["full", "sliding"]}
+DENSE_LAYERS = {"mistral_sliding": ["sliding"], "mistral_default": ["sliding"], "qwen2_mixed": ["full", "sliding"]}
 """Attention of sources with a window; the others' is full."""
 
 

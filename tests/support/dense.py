@@ -27,6 +27,7 @@ SOURCES = {
     "llama_no_gqa": {"model_type": "llama", "num_key_value_heads": 4},
     "mistral": {"model_type": "mistral", "sliding_window": None, "rope_theta": 1e6},
     "mistral_sliding": {"model_type": "mistral", "sliding_window": 10},
+    "mistral_default": {"model_type": "mistral"},
     "qwen2": {"model_type": "qwen2", "rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}},
     "qwen2_yarn": {"model_type": "qwen2", "tie_word_embeddings": True, "rope_scaling": YARN},
     "qwen2_mixed": {"model_type": "qwen2", "sliding_window": 10, "use_sliding_window": True, "max_window_layers": 1},
