@@ -83,6 +83,14 @@ def test_training_starts_from_the_converted_weights_and_keeps_the_embedding(work
     assert yaml.safe_load((trained / "config.yaml").read_text())["model"]["init_from"] == str(workplace / "made")
 
 
+def test_a_run_from_converted_weights_goes_on_from_its_checkpoint(tmp_path, trained, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["--ckpt_path", trained / "checkpoints" / "last.ckpt", "--trainer.max_steps", "3"]
+    assert run(monkeypatch, "fit", "--config", trained / "config.yaml", *words) == 0
+    (last,) = tmp_path.glob("runs/**/last.ckpt")
+    assert torch.load(last, weights_only=True)["global_step"] == 3
+
+
 def test_a_trained_checkpoint_is_exported_with_its_tokenizer(tmp_path, trained, monkeypatch, capsys):
     path, output = trained / "checkpoints" / "last.ckpt", tmp_path / "out"
     assert run(monkeypatch, "export", "--checkpoint", path, "--output", output) == 0
