@@ -214,9 +214,9 @@ class Transformer(nn.Module):
         """
         seed = int(torch.randint(2**62, ())) if seed is None else seed
         for name, parameter in self.named_parameters():
-            fill_normal(parameter, *self._first_values(name), seed, name)
+            fill_normal(parameter, *self.first_values(name), seed, name)
 
-    def _first_values(self, name: str) -> tuple[float, float]:
+    def first_values(self, name: str) -> tuple[float, float]:
         """Mean and deviation of the parameter of that name."""
         path, _, kind = name.rpartition(".")
         module = self.get_submodule(path)
@@ -248,14 +248,7 @@ class Transformer(nn.Module):
             max_seqlen: an upper bound on the longest document.
             watch: gather what gates and selection do.
         """
-        compressed_rotary = None
-        if "nsa" in self.config.attention and self.config.nsa.compress_rope == "after":
-            compressed_rotary = self.rotary(compressed_block_centres(cu_seqlens, len(tokens), self.config.nsa))
-        layout = None
-        if "nsa" in self.config.attention and tokens.is_cuda:
-            layout = batch_layout(cu_seqlens, len(tokens), self.config.nsa)
-        rotary = self.rotary(self.parallel.share(positions))
-        context = PackedContext(cu_seqlens, max_seqlen, rotary, compressed_rotary, layout, self.parallel)
+        context = self.context(positions, cu_seqlens, max_seqlen)
         x = self.embed_tokens(self.parallel.share(tokens))  # [T, hidden_size]
         statistics = {}
         for index, layer in enumerate(self.layers):
@@ -263,3 +256,14 @@ class Transformer(nn.Module):
             if layer_statistics is not None:
                 statistics[index] = layer_statistics
         return TransformerOutput(self.norm(x), statistics)
+
+    def context(self, positions: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> PackedContext:
+        """What every layer needs to know of the batch; arguments as `forward`."""
+        compressed_rotary = None
+        if "nsa" in self.config.attention and self.config.nsa.compress_rope == "after":
+            compressed_rotary = self.rotary(compressed_block_centres(cu_seqlens, len(positions), self.config.nsa))
+        layout = None
+        if "nsa" in self.config.attention and positions.is_cuda:
+            layout = batch_layout(cu_seqlens, len(positions), self.config.nsa)
+        rotary = self.rotary(self.parallel.share(positions))
+        return PackedContext(cu_seqlens, max_seqlen, rotary, compressed_rotary, layout, self.parallel)

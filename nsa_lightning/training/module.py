@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from nsa_lightning.checkpoint.directory import read_config
+from nsa_lightning.checkpoint.weights import WeightFiles, load_weights
 from nsa_lightning.data.batch import IGNORE_INDEX, PackedBatch
 from nsa_lightning.model.flops import training_flops
 from nsa_lightning.model.initialization import materialise
@@ -37,6 +40,7 @@ class LanguageModel(LightningModule):
         compile: compile every decoder block with torch.compile.
         activation_checkpointing: what backward computes again to save memory: `none`, every `block`, or `selective`,
             which keeps attention outputs and chosen blocks and computes the rest of a block again.
+        init_from: directory of `nsa convert` whose weights training starts from; random ones if not given.
     """
 
     def __init__(
@@ -46,16 +50,20 @@ class LanguageModel(LightningModule):
         schedule: Schedule = WarmupCosine(),  # noqa: B008 (not changed after its creation)
         compile: bool = False,
         activation_checkpointing: Recompute = "none",
+        init_from: str | None = None,
     ) -> None:
         super().__init__()
         if isinstance(transformer, dict):  # load_from_checkpoint hands over the saved settings
             transformer = TransformerConfig.from_dict(transformer)
+        if init_from is not None:
+            transformer = _with_its_vocabulary(transformer, Path(init_from))
         self.save_hyperparameters({"transformer": dataclasses.asdict(transformer)})
         self.transformer_config = transformer
         self.optimizer_callable = optimizer
         self.schedule = schedule
         self.compile_blocks = compile
         self.activation_checkpointing = activation_checkpointing
+        self.init_from = init_from
         self.model: Transformer | None = None
         self.metrics = LanguageModelingMetrics()
         self.watch_attention = False
@@ -66,7 +74,7 @@ class LanguageModel(LightningModule):
     def configure_model(self) -> None:
         """Build the decoder, once, sharded if the strategy says so: on the meta device, then its weights in place.
 
-        The first weights depend on rank 0's seed alone, not on the number of ranks.
+        The first weights depend on rank 0's seed alone, not on the number of ranks, or are those of `init_from`.
         """
         if self.model is not None:
             return
@@ -83,7 +91,10 @@ class LanguageModel(LightningModule):
                 strategy.shard(model)
                 device = strategy.parameter_device
         materialise(model, device)
-        model.init_weights(seed)
+        if self.init_from is None:
+            model.init_weights(seed)
+        else:
+            load_weights(model, WeightFiles(Path(self.init_from), "model.init_from"))
         self.model = model
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -197,6 +208,21 @@ class LanguageModel(LightningModule):
         if not self.training or self.model is None or self._cu_seqlens is None:
             return None
         return training_flops(self.model, self._cu_seqlens.diff().long().cpu().numpy()) // self.model.parallel.size
+
+
+def _with_its_vocabulary(transformer: TransformerConfig, directory: Path) -> TransformerConfig:
+    """As many rows in the embedding as the converted model has, which may be more than the tokenizer needs."""
+    saved = read_config(directory, "model.init_from").config
+    if transformer.vocab_size > saved.vocab_size:
+        raise ValueError(
+            f"data.tokenizer must have at most the {saved.vocab_size} tokens of the model in model.init_from, "
+            f"got {transformer.vocab_size}"
+        )
+    transformer = dataclasses.replace(transformer, vocab_size=saved.vocab_size)
+    changed = _differences(dataclasses.asdict(saved), dataclasses.asdict(transformer))
+    if changed:
+        rank_zero_warn(f"model.transformer differs from what model.init_from was converted to: {'; '.join(changed)}")
+    return transformer
 
 
 def _gradients_are_scaled(optimizer: Optimizer, trainer: Trainer) -> bool:

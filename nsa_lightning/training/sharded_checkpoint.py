@@ -122,6 +122,15 @@ def read_whole(path: Path) -> dict[str, Any]:
     return join(tensors, read_meta(path))
 
 
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The parameters of a sharded checkpoint by name, in host memory, without the optimizer's state."""
+    prefix = "state_dict."
+    contents = {name: entry for name, entry in read_contents(path).items() if name.startswith(prefix)}
+    tensors = {name: torch.zeros(entry.size, dtype=entry.properties.dtype) for name, entry in contents.items()}
+    dcp.load(tensors, storage_reader=_Reader(path), no_dist=True)
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+
+
 def read_shards(path: Path, parameters: dict[str, Tensor], optimizers: list[Optimizer]) -> dict[str, Any]:
     """A sharded checkpoint in the layout of one file, every rank its own shards.
 

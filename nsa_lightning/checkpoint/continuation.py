@@ -1,0 +1,59 @@
+"""The config with which `nsa fit` trains a converted model on."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nsa_lightning.model.transformer import TransformerConfig
+
+FILE = "continue.yaml"
+
+_HEAD = """\
+# Train the converted model on: nsa fit --config {path} --data.sources '["/path/to/texts/**/*.jsonl.gz"]'
+# Its weights start from model.init_from. Every setting is explained by `nsa fit --help`.
+"""
+
+
+def write_continuation(directory: Path, final: Path, config: TransformerConfig, seq_len: int) -> None:
+    """Write `continue.yaml` into a directory that will have the path `final`."""
+    transformer = asdict(config)
+    for linked in ("vocab_size", "max_seq_len"):  # nsa fit takes them from the tokenizer and data.seq_len
+        del transformer[linked]
+    settings: dict[str, Any] = {
+        "seed_everything": 0,
+        "trainer": {
+            "accelerator": "auto",
+            "devices": 1,
+            "precision": "bf16-mixed",
+            "max_steps": 1000,
+            "val_check_interval": 250,
+            "limit_val_batches": 20,
+            "check_val_every_n_epoch": None,
+            "num_sanity_val_steps": 0,
+            "gradient_clip_val": 1.0,
+            "logger": {
+                "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
+                "init_args": {"save_dir": "runs", "name": final.name, "default_hp_metric": False},
+            },
+        },
+        "model": {
+            "init_from": str(final),
+            "activation_checkpointing": "selective",
+            "transformer": transformer,
+            "optimizer": {
+                "class_path": "torch.optim.AdamW",
+                "init_args": {"lr": 1e-4, "betas": [0.9, 0.95], "weight_decay": 0.1},
+            },
+            "schedule": {"class_path": "WarmupCosine", "init_args": {"warmup_steps": 50}},
+        },
+        "data": {
+            "sources": ["data/**/*.jsonl.gz"],
+            "tokenizer": {"path": str(final / "tokenizer.json")},
+            "seq_len": seq_len,
+            "batch_size": 1,
+        },
+    }
+    head = _HEAD.format(path=final / FILE)
+    (directory / FILE).write_text(head + yaml.safe_dump(settings, sort_keys=False))

@@ -1,0 +1,78 @@
+"""How far two models are apart on a text, layer by layer: only one layer's weights are in memory at a time."""
+
+import argparse
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nsa_lightning.checkpoint.weights import WeightFiles, hugging_face_name
+from nsa_lightning.data.tokenizer import load_tokenizer
+from nsa_lightning.model.loss import token_cross_entropy
+from nsa_lightning.model.transformer import Transformer, TransformerConfig
+
+Model = tuple[TransformerConfig, WeightFiles]
+
+
+class Sample(NamedTuple):
+    """A text to measure on."""
+
+    path: Path
+    tokens: Tensor  # int64 [T]
+
+
+class Difference(NamedTuple):
+    """Mean loss of two models on the same text, nats a token."""
+
+    source: float
+    converted: float
+    num_tokens: int
+    text: Path
+
+
+def read_sample(source: Path, sample: Path | None, max_tokens: int) -> Sample:
+    """The first tokens of a text file, by the tokenizer in `source`; left out, of a module of Python's own library.
+
+    Raises:
+        ValueError: the text cannot be read or is too short, or the tokenizer is broken.
+    """
+    path = sample or Path(argparse.__file__)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"sample must be a text file, got {path}: {error}") from error
+    tokens = torch.from_numpy(load_tokenizer(str(source)).encode_batch([text])[0][:max_tokens])
+    if len(tokens) < 2:
+        raise ValueError(f"sample must have at least 2 tokens within sample_tokens, got {len(tokens)} of {path}")
+    return Sample(path, tokens)
+
+
+def measure_difference(source: Model, converted: Model, sample: Sample) -> Difference:
+    """Mean losses of two models on a sample."""
+    losses = [float(token_losses(*model, sample.tokens).mean()) for model in (source, converted)]
+    return Difference(losses[0], losses[1], len(sample.tokens), sample.path)
+
+
+@torch.inference_mode()
+def token_losses(config: TransformerConfig, weights: WeightFiles, tokens: Tensor) -> Tensor:
+    """Loss of each token of one document but its first, in nats, float32 [T - 1]; computed in float32.
+
+    Args:
+        config: of the decoder.
+        weights: its tensors, under Hugging Face names.
+        tokens: int64 [T].
+    """
+    with torch.device("meta"):
+        model = Transformer(config)
+    context = model.context(torch.arange(len(tokens)), torch.tensor([0, len(tokens)], dtype=torch.int32), len(tokens))
+    x = F.embedding(tokens, weights.read("model.embed_tokens.weight")).float()  # [T, hidden_size]
+    for index, layer in enumerate(model.layers):
+        names = {name: hugging_face_name(f"layers.{index}.{name}") for name, _ in layer.named_parameters()}
+        layer.load_state_dict({name: weights.read(full).float() for name, full in names.items()}, assign=True)
+        x, _ = layer(x, context, False)
+        layer.to("meta")
+    hidden = F.rms_norm(x, x.shape[-1:], weights.read("model.norm.weight").float(), config.norm_eps)
+    output = weights.read("model.embed_tokens.weight" if config.tie_embeddings else "lm_head.weight")
+    return token_cross_entropy(hidden[:-1], output, tokens[1:], ignore_index=-1)

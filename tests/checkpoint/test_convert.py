@@ -1,0 +1,232 @@
+"""`nsa convert`: what is copied, what starts anew, and every mistake named before anything is written."""
+
+import contextlib
+import errno
+import json
+import sys
+
+import pytest
+import torch
+import yaml
+from nsa_cli.main import main
+from safetensors.torch import load_file
+from support.dense import rewrite, write_source
+
+from nsa_lightning.checkpoint import directory, weights
+from nsa_lightning.checkpoint.convert import RopeChange, convert
+from nsa_lightning.checkpoint.directory import read_config
+from nsa_lightning.checkpoint.weights import WeightFiles
+from nsa_lightning.model.attention import NSALayerConfig
+from nsa_lightning.model.rope import RopeConfig
+
+NSA = NSALayerConfig(
+    compress_block_size=4, compress_stride=2, select_block_size=8, num_selected_blocks=4, window_size=6
+)
+GEOMETRY = ("compress_block_size", "compress_stride", "select_block_size", "num_selected_blocks", "window_size")
+FLAGS = [f"--nsa.{name}={getattr(NSA, name)}" for name in GEOMETRY]
+
+
+def run(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["nsa", *map(str, words)])
+    return main()
+
+
+def refused(monkeypatch, capsys, source, *words):
+    """The message of a conversion that fails and leaves nothing behind."""
+    before = sorted(source.parent.iterdir())
+    with contextlib.suppress(SystemExit):
+        assert run(monkeypatch, "convert", "--source", source, "--output", source.parent / "out", *words) == 2
+    assert sorted(source.parent.iterdir()) == before
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    return error
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_weights_are_copied_bit_by_bit_to_every_branch_and_nothing_else_is_known(tmp_path, dtype):
+    source = write_source(tmp_path / "source", "qwen3", dtype=dtype, shard_bytes=9000)
+    result = convert(source, tmp_path / "out", ["nsa", "full"], NSA, RopeChange(), 64, None, 0)
+    old, new = WeightFiles(source, "source"), WeightFiles(tmp_path / "out", "out")
+    assert len(old.files) > 2
+    assert len(new.files) > 2
+    for name in old.shapes:
+        assert torch.equal(new.read(name), old.read(name))
+        assert new.dtype(name) == dtype
+    branch = "model.layers.0.self_attn."
+    for name in ("k_proj.weight", "v_proj.weight", "k_norm.weight"):
+        for copy in ("compressed", "sliding"):
+            assert torch.equal(new.read(f"{branch}{copy}.{name}"), old.read(branch + name))
+    gates = new.read(f"{branch}branch_gate.bias").unflatten(0, (-1, 3))
+    assert torch.equal(gates, torch.tensor([[-4.0, 4.0, -4.0]] * 4, dtype=dtype))
+    assert not new.read(f"{branch}branch_gate.weight").any()
+    assert not new.read(f"{branch}k_summary.out_weight").any()
+    assert new.read(f"{branch}k_summary.in_weight").any()
+    assert not any("layers.1" in name and name not in old.shapes for name in new.shapes)
+    total = sum(torch.Size(shape).numel() for shape in new.shapes.values())
+    assert result.copied + result.repeated + result.new == total
+    assert result.copied == sum(torch.Size(shape).numel() for shape in old.shapes.values())
+
+
+def test_memory_is_held_for_one_shard(tmp_path, monkeypatch):
+    """Counted in what is read before the next file is written; the largest tensor is the embedding."""
+    source = write_source(tmp_path / "source", shard_bytes=40_000)
+    limit, held, most = WeightFiles(source, "source").largest_file, 0, 0
+    read, save = WeightFiles.read, weights.save_file
+
+    def counted_read(self, name):
+        nonlocal held, most
+        tensor = read(self, name)
+        held, most = held + tensor.nbytes, max(most, held + tensor.nbytes)
+        return tensor
+
+    def counted_save(*args, **kwargs):
+        nonlocal held
+        held = 0
+        save(*args, **kwargs)
+
+    monkeypatch.setattr(WeightFiles, "read", counted_read)
+    monkeypatch.setattr(weights, "save_file", counted_save)
+    convert(source, tmp_path / "out", ["nsa"], NSA, RopeChange(), 64, None, 0)
+    assert 0 < most < 1.3 * limit
+
+
+def test_the_command_says_what_it_made_and_measures_it(tmp_path, monkeypatch, capsys):
+    source = write_source(tmp_path / "source", tokenizer=True)
+    (tmp_path / "text.txt").write_text("some words of text\n" * 30)
+    words = ["--sample", tmp_path / "text.txt", "--sample_tokens", 64, "--nsa.compression", "mean", *FLAGS]
+    words += ["--rope.scaling", "yarn", "--rope.factor", "2", "--attention", "[nsa, full]"]
+    assert run(monkeypatch, "convert", "--source", source, "--output", tmp_path / "out", *words) == 0
+    printed = capsys.readouterr().out
+    assert "layers       1 full, 1 nsa" in printed
+    assert "nats a token on 64 tokens" in printed
+    assert "note         seq_len 16384 is beyond the context of 512 tokens" in printed
+    assert {path.name for path in (tmp_path / "out").iterdir()} >= {"config.json", "tokenizer.json", "continue.yaml"}
+    saved = read_config(tmp_path / "out", "out")
+    assert saved.max_seq_len == 512
+    assert saved.config.rope == RopeConfig(scaling="yarn", factor=2.0, original_max_seq_len=256)
+    assert saved.config.nsa.window_size == NSA.window_size
+    assert yaml.safe_load((tmp_path / "out" / "continue.yaml").read_text())["data"]["seq_len"] == 16384
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"] == 2
+
+
+def test_a_tied_output_layer_that_is_written_out_and_derived_tables_are_left_out(tmp_path):
+    source = write_source(tmp_path / "source", "llama_tied")
+    extra = {"lm_head.weight": (300, 32), "model.layers.0.self_attn.rotary_emb.inv_freq": (6,)}
+    rewrite(source, lambda tensors: tensors.update({name: torch.ones(shape) for name, shape in extra.items()}))
+    convert(source, tmp_path / "out", ["full"], NSA, RopeChange(), 64, None, 0)
+    assert not extra.keys() & WeightFiles(tmp_path / "out", "out").shapes.keys()
+
+
+@pytest.mark.parametrize(
+    ("settings", "words", "message"),
+    [
+        ({"model_type": "mamba"}, [], "model_type must be one of llama, mistral, qwen2, qwen3, got mamba"),
+        ({"attention_bias": True}, [], "attention_bias must be False, got True"),
+        ({"hidden_act": "gelu"}, [], "hidden_act must be silu, got gelu"),
+        ({"hidden_size": None}, [], "hidden_size must be given as whole numbers"),
+        ({"num_key_value_heads": 3}, [], "num_heads must be a multiple of num_kv_heads, got 4 and 3"),
+        ({"head_dim": 7}, [], "head_dim must be even for rotary embedding, got 7"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, [], "RoPE scaling must be one of default, linear"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "mscale": 2.0}}, [], "mscale=2.0 of RoPE scaling yarn"),
+        ({"rope_scaling": {"rope_type": "linear"}}, [], "RoPE scaling linear must give its factor"),
+        ({"intermediate_size": 50}, [], "down_proj.weight is (32, 48), must be (32, 50)"),
+        ({"rope_theta": "large"}, [], "is not a dense model's: '<=' not supported"),
+        ({"num_hidden_layers": 1}, [], "has left over model.layers.1.input_layernorm.weight"),
+        ({"num_hidden_layers": 3}, [], "lacks model.layers.2.input_layernorm.weight"),
+        ({"tie_word_embeddings": True}, ["--nsa.compress_stride", "5"], "compress_stride must divide"),
+        ({}, ["--attention", "[nsa, full, full]"], "attention must have a length that divides num_layers"),
+        ({}, ["--attention", "[sliding]"], "where the source has no sliding_window, got sliding"),
+        ({}, ["--rope.scaling", "yarn"], "rope.factor must be set with rope.scaling=yarn, got none"),
+        ({}, ["--rope.factor", "2"], "rope.factor must be 1 with rope.scaling=none, got 2.0"),
+        ({}, ["--seq_len", "8"], "max_seq_len (data.seq_len) must be at least nsa.compress_block_size, got 8"),
+    ],
+)
+def test_a_source_or_setting_that_cannot_be_is_named(tmp_path, monkeypatch, capsys, settings, words, message):
+    source = write_source(tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | settings))
+    assert message in refused(monkeypatch, capsys, source, *words)
+
+
+def test_damaged_files_are_named(tmp_path, monkeypatch, capsys):
+    source = write_source(tmp_path / "source", shard_bytes=40_000)
+    second = sorted(source.glob("*.safetensors"))[1]
+    whole = second.read_bytes()
+    for length in (0, 7, 100, len(whole) - 1):
+        second.write_bytes(whole[:length])
+        error = refused(monkeypatch, capsys, source)
+        assert f"source: {second} is no whole safetensors file" in error
+    second.unlink()
+    assert f"source: {second} is no whole safetensors file" in refused(monkeypatch, capsys, source)
+    (source / weights.INDEX).write_text("{")
+    assert "is no index of safetensors files" in refused(monkeypatch, capsys, source)
+    (source / weights.INDEX).unlink()
+    assert "source must be a directory with model.safetensors" in refused(monkeypatch, capsys, source)
+    (source / "config.json").write_text("[]")
+    assert "config.json must hold an object, got list" in refused(monkeypatch, capsys, source)
+    (source / "config.json").unlink()
+    assert "source must be a directory with a readable config.json" in refused(monkeypatch, capsys, source)
+
+
+def test_tensors_of_another_dtype_are_refused(tmp_path, monkeypatch, capsys):
+    source = write_source(tmp_path / "source")
+    rewrite(source, lambda tensors: tensors.update({"model.norm.weight": torch.ones(32, dtype=torch.int8)}))
+    assert "must be one of F32, F16, BF16, got I8 for model.norm.weight" in refused(monkeypatch, capsys, source)
+
+
+def test_an_output_that_exists_is_left_alone(tmp_path, monkeypatch, capsys):
+    source = write_source(tmp_path / "source")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("kept")
+    assert "output must not exist, got" in refused(monkeypatch, capsys, source)
+    assert (tmp_path / "out" / "mine").read_text() == "kept"
+
+
+def test_a_full_disk_is_told_and_leaves_nothing(tmp_path, monkeypatch, capsys):
+    source = write_source(tmp_path / "source")
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(weights, "save_file", full)
+    assert "cannot be written: [Errno 28] No space left on device" in refused(monkeypatch, capsys, source)
+
+
+def test_of_two_processes_that_write_the_same_output_one_wins_and_one_is_told(tmp_path):
+    output = tmp_path / "out"
+
+    def late_one():
+        with directory.new_directory(output) as late:
+            (late / "config.json").write_text("late")
+            with directory.new_directory(output) as early:
+                (early / "config.json").write_text("early")
+
+    with pytest.raises(ValueError, match="another process made it meanwhile"):
+        late_one()
+    assert (output / "config.json").read_text() == "early"
+    assert list(tmp_path.iterdir()) == [output]
+
+
+def test_a_sample_that_is_no_text_is_named_before_anything_is_written(tmp_path, monkeypatch, capsys):
+    source = write_source(tmp_path / "source", tokenizer=True)
+    assert "sample must be a text file" in refused(monkeypatch, capsys, source, "--sample", tmp_path)
+    assert "at least 2 tokens within sample_tokens, got 1" in refused(monkeypatch, capsys, source, "--sample_tokens", 1)
+    (source / "tokenizer.json").write_text("{}")
+    assert "not a tokenizer.json" in refused(monkeypatch, capsys, source)
+
+
+def test_what_becomes_of_a_sliding_window_is_said(tmp_path):
+    source = write_source(tmp_path / "source", "mistral_sliding")
+    result = convert(source, tmp_path / "out", ["nsa", "sliding"], NSA, RopeChange(), 64, None, 0)
+    assert result.config.sliding_window == 10
+    assert result.remarks[0].startswith("the source has a sliding_window of 10 tokens: nsa layers see beyond it")
+
+
+def test_shards_hold_every_tensor_once(tmp_path):
+    source = write_source(tmp_path / "source", shard_bytes=20_000)
+    weight_map = json.loads((source / weights.INDEX).read_text())["weight_map"]
+    found = {name: file.name for file in source.glob("*.safetensors") for name in load_file(file)}
+    assert found == weight_map
+    assert all(
+        file.stat().st_size < 20_000 + 2000 or len(load_file(file)) == 1 for file in source.glob("*.safetensors")
+    )

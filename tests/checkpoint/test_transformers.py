@@ -1,0 +1,158 @@
+"""Dense models and exports beside the implementations of `transformers`, which are taken as the truth."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from support.dense import LLAMA3, SOURCES, YARN, write_source
+
+from nsa_lightning.checkpoint.convert import RopeChange, convert
+from nsa_lightning.checkpoint.directory import read_config
+from nsa_lightning.checkpoint.export import export
+from nsa_lightning.checkpoint.weights import WeightFiles, load_weights
+from nsa_lightning.model import Transformer
+from nsa_lightning.model.attention import NSALayerConfig, NSAttention
+
+transformers = pytest.importorskip("transformers")
+
+NSA = NSALayerConfig(
+    compress_block_size=4, compress_stride=2, select_block_size=8, num_selected_blocks=4, window_size=6
+)
+DENSE_LAYERS = {"mistral_sliding": ["sliding"], "mistral_default": ["sliding"], "qwen2_mixed": ["full", "sliding"]}
+"""Attention of sources with a window; the others' is full."""
+
+
+def make(source, output, attention, nsa=NSA, rope=None):
+    convert(source, output, attention, nsa, rope or RopeChange(), seq_len=64, sample=None, sample_tokens=0)
+    return output
+
+
+def decoder(directory, *, selection_only=False):
+    """The converted model, with its gates as they are or at exactly 0, 1, 0."""
+    model = Transformer(read_config(directory, "test").config)
+    load_weights(model, WeightFiles(directory, "test"))
+    for layer in model.layers:
+        if selection_only and isinstance(layer.self_attn, NSAttention):
+            shut, opened = -float("inf"), float("inf")
+            layer.self_attn.branch_gate.bias.data = torch.tensor([shut, opened, shut]).repeat(model.config.num_heads)
+    return model
+
+
+@torch.no_grad()
+def own_logits(model, tokens, first_position=0):
+    positions = torch.arange(len(tokens)) + first_position
+    offsets = torch.tensor([0, len(tokens)], dtype=torch.int32)
+    return model(tokens, positions, offsets, len(tokens)).hidden @ model.output_embedding.T
+
+
+@torch.no_grad()
+def true_logits(directory, tokens, first_position=0):
+    model, loading = transformers.AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
+    assert not any(loading[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    positions = torch.arange(len(tokens)) + first_position
+    return model.eval()(tokens[None], position_ids=positions[None]).logits[0]
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return torch.randint(300, (70,), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(autouse=True)
+def _modules_of_directories_stay_here(tmp_path, monkeypatch):
+    """`trust_remote_code` copies a directory's module."""
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+
+
+def assert_same(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=2e-5, atol=2e-5)
+    assert expected.std() > 0.1
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_dense_layers_are_the_source(tmp_path, tokens, name):
+    """Also at long positions, where RoPE scaling shows."""
+    source = write_source(tmp_path / "source", name)
+    model = decoder(make(source, tmp_path / "made", DENSE_LAYERS.get(name, ["full"])))
+    assert_same(own_logits(model, tokens), true_logits(source, tokens))
+    far = own_logits(model, tokens, 50_000), true_logits(source, tokens, 50_000)
+    torch.testing.assert_close(*far, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("sharing", ["separate", "shared"])
+@pytest.mark.parametrize("compression", ["mean", "linear", "mlp"])
+@pytest.mark.parametrize("name", ["llama_tied", "mistral", "qwen2_yarn", "qwen3"])
+def test_the_selected_branch_alone_is_the_source_up_to_what_it_reads(tmp_path, tokens, name, compression, sharing):
+    nsa = replace(NSA, compression=compression, kv_sharing=sharing)
+    source = write_source(tmp_path / "source", name)
+    model = decoder(make(source, tmp_path / "made", ["nsa", "full"], nsa), selection_only=True)
+    n = NSA.selected_tokens
+    own, true = own_logits(model, tokens), true_logits(source, tokens)
+    assert_same(own[:n], true[:n])
+    assert not torch.allclose(own[n:], true[n:], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("change", "scaling"),
+    [
+        (RopeChange(scaling="linear", factor=4.0), {"rope_type": "linear", "factor": 4.0}),
+        (RopeChange(scaling="yarn", factor=4.0), YARN),
+        (RopeChange(scaling="llama3", factor=8.0), LLAMA3),
+        (RopeChange(theta=3e6), None),
+    ],
+    ids=["linear", "yarn", "llama3", "theta"],
+)
+def test_a_changed_rope_is_that_of_transformers_at_long_positions(tmp_path, tokens, change, scaling):
+    source = write_source(tmp_path / "source", max_position_embeddings=64)
+    truth = write_source(tmp_path / "truth", rope_theta=change.theta or 1e4, rope_scaling=scaling)
+    model = decoder(make(source, tmp_path / "made", ["full"], rope=change))
+    far = own_logits(model, tokens, 5_000), true_logits(truth, tokens, 5_000)
+    torch.testing.assert_close(*far, rtol=2e-4, atol=2e-4)
+    assert not torch.allclose(far[1], true_logits(source, tokens, 5_000), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("name", [name for name in SOURCES if name != "qwen2_mixed"])
+def test_a_dense_export_is_loaded_without_our_code_and_is_the_source(tmp_path, tokens, name):
+    source = write_source(tmp_path / "source", name)
+    made = make(source, tmp_path / "made", DENSE_LAYERS.get(name, ["full"]))
+    export(made, tmp_path / "back", None, None)
+    assert not (tmp_path / "back" / "modeling_nsa.py").exists()
+    assert torch.equal(true_logits(tmp_path / "back", tokens), true_logits(source, tokens))
+
+
+@pytest.mark.parametrize("name", ["llama_tied", "qwen2", "qwen2_mixed"])
+def test_an_exported_nsa_model_computes_the_same_packed_or_padded(tmp_path, tokens, name):
+    made = make(write_source(tmp_path / "source", name), tmp_path / "made", ["full", "nsa"])
+    export(made, tmp_path / "back", None, None)
+    model, loading = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "back", trust_remote_code=True, output_loading_info=True
+    )
+    assert not any(loading[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    whole = own_logits(decoder(made), tokens)
+    first = own_logits(decoder(made), tokens[:40])
+    batch, mask = torch.stack([tokens, torch.cat([tokens.new_zeros(30), tokens[:40]])]), torch.ones(2, 70)
+    mask[1, :30] = 0
+    with torch.no_grad():
+        logits = model(batch, attention_mask=mask).logits
+    assert_same(logits[0], whole)
+    assert_same(logits[1, 30:], first)
+
+
+def test_an_exported_nsa_model_generates_what_the_decoder_ranks_first(tmp_path, tokens):
+    made = make(write_source(tmp_path / "source", "qwen3", tokenizer=True), tmp_path / "made", ["nsa"])
+    model = transformers.AutoModelForCausalLM.from_pretrained(made, trust_remote_code=True)
+    text = tokens[:40]
+    options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    generated = model.generate(text[None], max_new_tokens=4, **options)[0]
+    for _ in range(4):
+        text = torch.cat([text, own_logits(decoder(made), text)[-1].argmax()[None]])
+    assert torch.equal(generated, text)
+
+
+def test_a_loss_of_an_exported_model_is_the_mean_over_next_tokens(tmp_path, tokens):
+    made = make(write_source(tmp_path / "source"), tmp_path / "made", ["nsa"])
+    model = transformers.AutoModelForCausalLM.from_pretrained(made, trust_remote_code=True)
+    with torch.no_grad():
+        loss = model(tokens[None], labels=tokens[None]).loss
+    expected = torch.nn.functional.cross_entropy(own_logits(decoder(made), tokens)[:-1], tokens[1:])
+    torch.testing.assert_close(loss, expected)
