@@ -1,6 +1,7 @@
 """The `nsa` command: looks at the first word and imports what that command needs, no more."""
 
 import sys
+from importlib import import_module
 
 _TRAINER_COMMANDS = {
     "fit": "train a model",
@@ -12,6 +13,7 @@ _TRAINER_COMMANDS = {
 _OTHER_COMMANDS = {
     "bench": "check and time the attention operator: nsa bench kernels",
     "consolidate": "write a sharded checkpoint as one file",
+    "memory": "tell what a step of fit takes on each GPU, before anything is allocated",
 }
 
 _HELP = """usage: nsa COMMAND [options]
@@ -42,18 +44,10 @@ def main() -> int:
 
         print(f"nsa-lightning {version('nsa-lightning')}")
         return 0
-    if command in _TRAINER_COMMANDS:
-        from nsa_cli.trainer_commands import run
-
-        return run()
-    if command == "bench":
-        from nsa_cli.bench import run as run_benchmark
-
-        return run_benchmark()
-    if command == "consolidate":
-        from nsa_cli.consolidate import run as run_consolidate
-
-        return run_consolidate()
+    module = "trainer_commands" if command in _TRAINER_COMMANDS else command
+    if command in _TRAINER_COMMANDS or command in _OTHER_COMMANDS:
+        status: int = import_module(f"nsa_cli.{module}").run()
+        return status
     names = ", ".join(_TRAINER_COMMANDS | _OTHER_COMMANDS)
     print(f"nsa: error: no command {command!r}; the commands are {names}", file=sys.stderr)
     return 2
