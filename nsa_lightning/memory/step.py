@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.optim import Optimizer
 
 from nsa_lightning.data.batch import PackedBatch
@@ -53,25 +54,38 @@ class SimulatedStep:
             self.weights = Transformer(config) if settings.strategy == "fsdp2" else self.model  # the optimizer's
 
     def run(self) -> StepMemory:
-        """The peak at every place of the step."""
+        """The peak at every place of the step.
+
+        Raises:
+            ValueError: a GPU would run attention document by document, or Triton is not installed.
+        """
         with simulated_gpu():
             self._make_weights()
             optimizer = self._make_state()
             host = self.host.total
             self.meter.peaks.clear()
-            with self.meter:
-                self._step(optimizer)
+            try:
+                with self.meter:
+                    self._step(optimizer)
+            except DataDependentOutputException as error:
+                nsa = self.module.transformer_config.nsa
+                raise ValueError(
+                    "attention must run on kernels for an estimate: nsa.backend auto or triton, nsa.select_block_size "
+                    "a power of two from 16 on, head_dim a multiple of 8, full and sliding layers in bf16 or fp16, got "
+                    f"nsa.backend={nsa.backend}, nsa.select_block_size={nsa.select_block_size}, "
+                    f"head_dim={self.module.transformer_config.query_head_dim} in {self.settings.compute_dtype}"
+                ) from error
         return StepMemory(self.meter.peaks, host)
 
     def _make_weights(self) -> None:
         settings = self.settings
         if settings.strategy != "fsdp2":
             with self.meter, self.meter.counting_as(PARAMETERS):
-                _allocate(self.model, settings.parameter_dtype, lambda parameter: parameter.shape)
+                allocate(self.model, settings.parameter_dtype, lambda parameter: parameter.shape)
             return
         with self._state_meter, self._state_meter.counting_as(PARAMETERS):
-            _allocate(self.weights, settings.parameter_dtype, lambda p: shard_shape(p, settings.world_size))
-        _allocate(self.model, settings.compute_dtype, lambda parameter: parameter.shape)
+            allocate(self.weights, settings.parameter_dtype, lambda p: shard_shape(p, settings.world_size))
+        allocate(self.model, settings.compute_dtype, lambda parameter: parameter.shape)
         for parameter in self.model.parameters():
             self.meter.ignore(parameter)
 
@@ -91,8 +105,14 @@ class SimulatedStep:
             for group in optimizer.param_groups:
                 if group.get("foreach", True) is None and not group.get("fused"):
                     group["foreach"] = True  # the default on a GPU, which is told by the tensors' type
-            with meter.counting_as(OPTIMIZER_STATE):
-                optimizer.step()
+            try:
+                with meter.counting_as(OPTIMIZER_STATE):
+                    optimizer.step()
+            except DataDependentOutputException as error:
+                name = type(optimizer).__name__
+                raise ValueError(
+                    f"model.optimizer must read no values in its step for an estimate, got {name}"
+                ) from error
         return optimizer
 
     def _step(self, optimizer: Optimizer) -> None:
@@ -157,7 +177,7 @@ class SimulatedStep:
         self.model.norm.register_forward_hook(lambda *_: setattr(meter, "kind", "logits and loss"))
 
 
-def _allocate(model: nn.Module, dtype: torch.dtype, shape_of: Callable[[Tensor], torch.Size]) -> None:
+def allocate(model: nn.Module, dtype: torch.dtype, shape_of: Callable[[Tensor], torch.Size]) -> None:
     """Give the parameters of a model on the meta device memory; what was shared stays shared."""
     made: dict[nn.Parameter, nn.Parameter] = {}
     for module in model.modules():
