@@ -13,6 +13,7 @@ _TRAINER_COMMANDS = {
 _OTHER_COMMANDS = {
     "prepare": "tokenise texts of any size into a set to train on",
     "consolidate": "write a sharded checkpoint as one file",
+    "memory": "tell what a step of fit takes on each GPU, before anything is allocated",
     "convert": "make an NSA model of a dense Hugging Face one, to train on",
     "export": "write a checkpoint as a Hugging Face directory",
     "bench": "measure the attention operator or the loader: nsa bench kernels, nsa bench loader",

@@ -129,15 +129,21 @@ class NSACommandLine(LightningCLI):
 
 
 def run() -> int:
-    """Run the trainer command of `sys.argv` and return its exit status.
+    """Run the trainer command of `sys.argv` and return its exit status."""
+    return run_command_line(NSACommandLine, Trainer)
+
+
+def run_command_line(command_line: type[NSACommandLine], trainer_class: type[Trainer]) -> int:
+    """Parse `sys.argv`, run the command and return its exit status.
 
     A mistake of the user's ends in one clear line and status 2, a run stopped by SIGTERM in status 143.
     """
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     try:
-        NSACommandLine(
+        command_line(
             LanguageModel,
             PackedTextDataModule,
+            trainer_class=trainer_class,
             auto_configure_optimizers=False,
             trainer_defaults={"use_distributed_sampler": False, "callbacks": [FitReport()]},
             save_config_callback=SaveRun,

@@ -1,11 +1,17 @@
 """Which parameters are sharded together (FSDP2): every decoder block by itself, the rest with the root."""
 
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
 from nsa_lightning.model.transformer import Transformer
+
+
+def shard_dimension(parameter: Tensor, ranks: int) -> int:
+    """The first; the second of a block summary's matrices [H_kv, in, out], where there are more ranks than KV heads."""
+    uneven = parameter.ndim == 3 and parameter.shape[0] % ranks and parameter.shape[1] % ranks == 0
+    return 1 if uneven else 0
 
 
 def shard_transformer(
@@ -30,10 +36,8 @@ def shard_transformer(
     """
     ranks = mesh.size()
 
-    def placement(parameter: nn.Parameter) -> Shard | None:
-        """The second dimension of a block summary's matrices [H_kv, in, out]: there are more ranks than KV heads."""
-        uneven = parameter.ndim == 3 and parameter.shape[0] % ranks and parameter.shape[1] % ranks == 0
-        return Shard(1) if uneven else None
+    def placement(parameter: nn.Parameter) -> Shard:
+        return Shard(shard_dimension(parameter, ranks))
 
     for block in model.layers:
         fully_shard(

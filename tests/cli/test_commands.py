@@ -241,6 +241,16 @@ def test_a_checkpoint_of_another_tokenizer_is_refused(workplace, monkeypatch, ca
     assert "Traceback" not in error
 
 
+def test_memory_tells_of_a_run_on_gpus_that_are_not_there_and_reads_no_data(workplace, monkeypatch, capsys):
+    arguments = ["memory", "--config", "small.yaml", "--data.sources", "nowhere/*.txt", "--world_size", "4"]
+    arguments += ["--model.transformer.nsa.select_block_size", "16", "--trainer.strategy", "fsdp2"]
+    assert run(monkeypatch, *arguments, "--trainer.accelerator", "gpu", "--trainer.precision", "bf16-mixed") == 0
+    printed = capsys.readouterr().out
+    assert "fsdp2 on 4 GPUs, 64 tokens a step on each" in printed
+    assert "optimizer state" in printed
+    assert {path.name for path in workplace.iterdir()} == {"texts", "small.yaml"}
+
+
 def test_an_unknown_command_lists_the_commands(monkeypatch, capsys):
     assert run(monkeypatch, "train") == 2
     assert "no command 'train'; the commands are fit, validate" in capsys.readouterr().err

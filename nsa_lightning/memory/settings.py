@@ -1,0 +1,106 @@
+"""What of a run's settings decides about memory."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch.strategies import DDPStrategy
+
+from nsa_lightning.training.strategy import FSDP2Strategy
+
+_DTYPES = {
+    "32-true": (torch.float32, torch.float32),
+    "bf16-mixed": (torch.float32, torch.bfloat16),
+    "16-mixed": (torch.float32, torch.float16),
+    "bf16-true": (torch.bfloat16, torch.bfloat16),
+    "16-true": (torch.float16, torch.float16),
+}
+"""Of weights and of matrix products, by trainer.precision."""
+
+_SHORT = {"None": "32-true", "32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepSettings:
+    """What of the trainer's and the data's settings decides about a step's memory."""
+
+    strategy: Literal["auto", "ddp", "fsdp2"]
+    world_size: int
+    parameter_dtype: torch.dtype
+    """Of the weights that the optimizer updates."""
+    compute_dtype: torch.dtype
+    """Of matrix products: by autocast, or of the gathered weights with fsdp2."""
+    seq_len: int
+    batch_size: int
+    accumulates: bool = False
+    """Gradients of earlier batches are kept."""
+    watches: bool = True
+    """Gates and selection are logged."""
+    bucket_view: bool = False
+    """DDP's buckets are the gradients themselves."""
+    cpu_offload: bool = False
+    reshard_after_forward: bool = True
+    reduce_every_batch: bool = False
+
+
+def step_settings(trainer: Mapping[str, Any], seq_len: int, batch_size: int, world_size: int | None) -> StepSettings:
+    """The settings of a step of `nsa fit`.
+
+    Args:
+        trainer: the trainer's settings, its objects made.
+        seq_len: tokens in a sequence.
+        batch_size: sequences in a step on each GPU.
+        world_size: GPUs; if not given, as many as the trainer's devices and nodes, one where devices is `auto`.
+
+    Raises:
+        ValueError: a strategy or a precision whose memory is not known, or no GPU.
+    """
+    ranks = _world_size(trainer) if world_size is None else world_size
+    if ranks < 1:
+        raise ValueError(f"world_size must be at least 1, got {ranks}")
+    precision = _SHORT.get(str(trainer["precision"]), str(trainer["precision"]))
+    if precision not in _DTYPES:
+        raise ValueError(f"trainer.precision must be one of {', '.join(_DTYPES)} for an estimate, got {precision}")
+    strategy = _strategy(trainer["strategy"], ranks)
+    if strategy["strategy"] == "fsdp2" and precision not in ("32-true", "bf16-mixed"):
+        raise ValueError(
+            f"trainer.precision must be 32-true or bf16-mixed with trainer.strategy=fsdp2, got {precision}"
+        )
+    parameter_dtype, compute_dtype = _DTYPES[precision]
+    return StepSettings(
+        world_size=ranks,
+        parameter_dtype=parameter_dtype,
+        compute_dtype=compute_dtype,
+        seq_len=seq_len,
+        batch_size=batch_size,
+        accumulates=trainer["accumulate_grad_batches"] > 1,
+        watches=trainer["logger"] is not False,
+        **strategy,
+    )
+
+
+def _strategy(strategy: Any, world_size: int) -> dict[str, Any]:
+    """The fields of StepSettings that the strategy decides."""
+    if strategy == FSDP2Strategy.strategy_name:
+        strategy = FSDP2Strategy()
+    if isinstance(strategy, FSDP2Strategy):
+        names = ("cpu_offload", "reshard_after_forward", "reduce_every_batch")
+        return {"strategy": "fsdp2"} | {name: getattr(strategy, name) for name in names}
+    if isinstance(strategy, DDPStrategy):
+        return {"strategy": "ddp", "bucket_view": strategy._ddp_kwargs.get("gradient_as_bucket_view", False)}
+    if strategy == "auto":
+        return {"strategy": "ddp" if world_size > 1 else "auto"}
+    if isinstance(strategy, str) and strategy.startswith("ddp"):
+        return {"strategy": "ddp"}
+    name = strategy if isinstance(strategy, str) else type(strategy).__name__
+    raise ValueError(f"trainer.strategy must be auto, ddp or fsdp2 for an estimate, got {name}")
+
+
+def _world_size(trainer: Mapping[str, Any]) -> int:
+    devices = trainer["devices"]
+    if isinstance(devices, list):
+        devices = len(devices)
+    elif isinstance(devices, str):
+        devices = int(devices) if devices.isdigit() else 1 + devices.count(",")
+    return max(devices, 1) * trainer["num_nodes"]

@@ -1,0 +1,68 @@
+"""A GPU that need not be there: tensors without numbers, kernels that are not launched."""
+
+from collections.abc import Generator, Sequence
+from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+
+DEVICE = "cpu"
+"""Device type of the simulated tensors: autograd takes tensors of a GPU only where there is one."""
+
+_ASSUMED_CAPABILITY = (9, 0)
+"""Compute capability where no GPU is at hand to ask: H100 and H200."""
+
+
+@contextmanager
+def simulated_gpu() -> Generator[None, None, None]:
+    """Within, tensors have shapes alone and pass for a GPU's, and kernels are not launched.
+
+    The model takes the same way as on a GPU, and the attention operators' own Python says what they allocate.
+
+    Raises:
+        ValueError: Triton is not installed, without which a GPU would not run the kernels either.
+    """
+    if find_spec("triton") is None:
+        raise ValueError("nsa memory needs the package triton, which is not installed: it has wheels for Linux alone")
+    from triton import knobs
+    from triton.runtime.jit import KernelInterface
+
+    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else _ASSUMED_CAPABILITY
+    with ExitStack() as stack:
+        stack.enter_context(patch("torch.cuda.get_device_capability", return_value=capability))
+        stack.enter_context(patch.object(knobs.runtime, "interpret", False))
+        stack.enter_context(patch.object(KernelInterface, "__getitem__", lambda kernel, grid: _no_launch))
+        stack.enter_context(patch.object(Tensor, "is_cuda", True))
+        stack.enter_context(patch.object(F, "rms_norm", _rms_norm))
+        stack.enter_context(FakeTensorMode())
+        yield
+
+
+def _rms_norm(x: Tensor, shape: Sequence[int], weight: Tensor, eps: float | None = None) -> Tensor:
+    """One kernel on a GPU; in float32 under autocast."""
+    return _FusedNorm.apply(x.float() if torch.is_autocast_enabled(DEVICE) else x, weight)
+
+
+class _FusedNorm(torch.autograd.Function):
+    """The memory of PyTorch's RMSNorm on a GPU: it keeps its input and a number a row."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        """[..., hidden_size] in and out."""
+        ctx.save_for_backward(x, weight, x.new_empty(x.shape[:-1], dtype=torch.float32))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of x and of the weight."""
+        x, weight, _ = ctx.saved_tensors
+        return torch.empty_like(x), torch.empty_like(weight)
+
+
+def _no_launch(*args: object, **kwargs: object) -> None:
+    """A kernel that computes nothing."""
