@@ -85,6 +85,11 @@ def _strategy(strategy: Any, world_size: int) -> dict[str, Any]:
     if strategy == FSDP2Strategy.strategy_name:
         strategy = FSDP2Strategy()
     if isinstance(strategy, FSDP2Strategy):
+        if strategy.context_parallel_size > 1:
+            raise ValueError(
+                f"context_parallel_size must be 1 for an estimate, got {strategy.context_parallel_size}: activations "
+                "are about that many times smaller, weights and optimizer state as without it"
+            )
         names = ("cpu_offload", "reshard_after_forward", "reduce_every_batch")
         return {"strategy": "fsdp2"} | {name: getattr(strategy, name) for name in names}
     if isinstance(strategy, DDPStrategy):

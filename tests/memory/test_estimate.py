@@ -21,6 +21,7 @@ from nsa_lightning.model.transformer import Transformer
 from nsa_lightning.training.module import LanguageModel
 from nsa_lightning.training.optimizer import parameter_groups
 from nsa_lightning.training.sharding import shard_dimension
+from nsa_lightning.training.strategy import FSDP2Strategy
 
 TRAINER = {
     "strategy": "auto", "precision": "bf16-mixed", "devices": 1, "num_nodes": 1,
@@ -177,6 +178,10 @@ def test_nothing_is_left_alive_after_a_step_but_what_the_next_one_finds():
         ({"precision": "64-true"}, "trainer.precision must be one of .* got 64-true"),
         ({"strategy": "fsdp2", "precision": "16-mixed"}, "trainer.precision must be 32-true or bf16-mixed .* 16-mixed"),
         ({"strategy": "deepspeed"}, "trainer.strategy must be auto, ddp or fsdp2 .* got deepspeed"),
+        (
+            {"strategy": FSDP2Strategy(context_parallel_size=2)},
+            "context_parallel_size must be 1 for an estimate, got 2",
+        ),
     ],
 )
 def test_settings_whose_memory_is_not_known_are_named(changes, message):
