@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from support.training import data_module, fit, language_model, make_trainer, run_job, write_corpus
+from support.training import data_module, fit, language_model, make_trainer, run_job
 
 from nsa_lightning.model.context_parallel import ContextParallel
 from nsa_lightning.training.strategy import FSDP2Strategy
@@ -25,14 +25,6 @@ RUNS = {
     },
 }
 SETTINGS = {"max_steps": STEPS, "max_epochs": -1}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    root = tmp_path_factory.mktemp("context_parallel")
-    (root / "corpus").mkdir()
-    write_corpus(root / "corpus")
-    return root
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.training import fit, run_job, write_corpus
+from support.training import fit, run_job
 from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy
@@ -13,14 +13,6 @@ from nsa_lightning.training.sharding import shard_transformer
 
 FIRST, ALL = 3, 5  # steps before the checkpoint, and in all
 SCHEDULED = {"max_steps": ALL, "max_epochs": -1}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    root = tmp_path_factory.mktemp("distributed")
-    (root / "corpus").mkdir()
-    write_corpus(root / "corpus")
-    return root
 
 
 @pytest.fixture(scope="module")

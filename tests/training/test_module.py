@@ -8,20 +8,15 @@ import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
+from support.training import NSA, data_module, write_corpus
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from nsa_lightning.data.batch import IGNORE_INDEX
-from nsa_lightning.data.datamodule import PackedTextDataModule
-from nsa_lightning.data.tokenizer import TokenizerConfig
-from nsa_lightning.model.attention import NSALayerConfig
 from nsa_lightning.model.transformer import TransformerConfig
 from nsa_lightning.training.callbacks import DocumentScores, FitReport, GateMonitor, TokenThroughput
 from nsa_lightning.training.module import LanguageModel
 from nsa_lightning.training.optimizer import WarmupCosine
 
-NSA = NSALayerConfig(
-    compress_block_size=8, compress_stride=4, select_block_size=8, num_selected_blocks=4, window_size=16
-)
 CONFIG = TransformerConfig(
     vocab_size=300, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=48, nsa=NSA
 )
@@ -31,24 +26,8 @@ CONFIG = TransformerConfig(
 def corpus(tmp_path_factory):
     """Twelve small source files and a cache beside them."""
     root = tmp_path_factory.mktemp("corpus")
-    for index in range(12):
-        lines = [f"def function_{index}_{i}(x):\n    return x * {i} + {index}\n" for i in range(12)]
-        (root / f"file_{index}.py").write_text("\n".join(lines))
+    write_corpus(root)
     return root
-
-
-def data_module(corpus, **changes):
-    settings = {
-        "sources": [str(corpus / "*.py")],
-        "tokenizer": TokenizerConfig(vocab_size=300),
-        "seq_len": 128,
-        "batch_size": 2,
-        "val_fraction": 0.2,
-        "test_fraction": 0.2,
-        "num_workers": 0,
-        "cache_dir": str(corpus / "cache"),
-    }
-    return PackedTextDataModule(**(settings | changes))
 
 
 def language_model(**changes):
