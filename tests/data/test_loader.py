@@ -274,10 +274,11 @@ class LongSequences(Dataset[Tensor]):
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="tells the memory of a process on Linux only")
 def test_a_worker_does_not_grow_with_the_long_sequences_it_has_packed() -> None:
     batches: Any = iter(DataLoader(LongSequences(), batch_size=None, num_workers=1))
+    sizes = []
     for _ in batches:
         lines = Path(f"/proc/{batches._workers[0].pid}/smaps_rollup").read_text().splitlines()
-        private = sum(int(line.split()[1]) for line in lines if line.startswith("Private_"))
-    assert private < 50_000  # kB
+        sizes.append(sum(int(line.split()[1]) for line in lines if line.startswith("Private_")))
+    assert min(sizes[50:]) < 80_000  # kB: it holds 20 to 70 MB, by the batches on their way, and held 105 once it grew
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
