@@ -55,6 +55,7 @@ class TokenSlots(NamedTuple):
 
     def extend(self, row: int, start: int, k: Tensor, v: Tensor, reach: int) -> tuple[Tensor, Tensor]:
         """Append T tokens to one sequence and return them behind up to `reach` tokens that precede them, in order."""
+        self._check(k)
         first, end = max(start - reach, 0), start + len(k)
         if end <= self.size:
             self.k[row, start:end], self.v[row, start:end] = k, v
@@ -73,12 +74,17 @@ class TokenSlots(NamedTuple):
 
     def put(self, rows: Tensor, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """Write one slot of each sequence, [B, H_kv, D]."""
+        self._check(k)
         self.k[rows, slots], self.v[rows, slots] = k, v
 
     def in_order(self, step: Step) -> tuple[Tensor, Tensor]:
         """The last S tokens of each sequence, its new one at the end, [B, S, H_kv, D]."""
         slots = (step.positions.long()[:, None] + 1 + torch.arange(self.size, device=step.rows.device)) % self.size
         return self.k[step.rows[:, None], slots], self.v[step.rows[:, None], slots]
+
+    def _check(self, k: Tensor) -> None:
+        if k.dtype != self.k.dtype:
+            raise ValueError(f"dtype of the cache must be that of the model's keys, {k.dtype}, got {self.k.dtype}")
 
 
 class LayerTokens(NamedTuple):
@@ -168,7 +174,9 @@ class Cache:
         self.host_lengths[row] = 0
 
     def check_room(self, row: int, num_tokens: int) -> None:
-        """Raise ValueError where so many more tokens of one sequence would not fit."""
+        """Raise ValueError where so many more tokens of one sequence would not fit, or there is no such sequence."""
+        if not 0 <= row < len(self.host_lengths):
+            raise ValueError(f"row must be from 0 to {len(self.host_lengths) - 1}, got {row}")
         length = self.host_lengths[row]
         if length + num_tokens > self.capacity:
             raise ValueError(
@@ -176,14 +184,18 @@ class Cache:
                 f"{row} and {num_tokens} more"
             )
 
-    def count_step(self) -> None:
-        """Count one token more of every sequence on the host: `decode` does, a replayed CUDA graph of it does not.
-
-        Raises:
-            ValueError: a sequence is at its capacity; reset those that have ended.
-        """
+    def check_step(self) -> None:
+        """Raise ValueError where a sequence is at its capacity; reset those that have ended."""
         for row in range(len(self.host_lengths)):
             self.check_room(row, 1)
+
+    def count_step(self) -> None:
+        """Count one token more of every sequence on the host: `decode` does, a CUDA graph of it can't.
+
+        Raises:
+            ValueError: a sequence is at its capacity.
+        """
+        self.check_step()
         self.host_lengths = [length + 1 for length in self.host_lengths]
 
     def chunk(self, row: int, num_tokens: int, rotary: Callable[[Tensor], "Rotary"]) -> Chunk:
