@@ -9,10 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nsa_kernels import decode_eager
+from nsa_kernels import decode_eager, eager, reference
 from nsa_kernels.decode_eager import Keys
 from nsa_kernels.geometry import NSAConfig, NSAOutput
-from nsa_kernels.native_sparse_attention import Backend
+from nsa_kernels.native_sparse_attention import Backend, stages_of
 
 # B sequences, S and W slots, C rows, T new tokens of a chunk, L tokens so far, H query heads, H_kv KV heads, n blocks.
 
@@ -80,6 +80,11 @@ def decode_attention(
         raise ValueError(
             f"k must have a multiple of select_block_size slots, {config.select_block_size}, got {cache.k.shape[1]}"
         )
+    if _on_triton(backend, q, cache.v, config):
+        from nsa_kernels import decode_triton
+
+        contiguous = [x.contiguous() for x in cache]
+        return decode_triton.sparse_attention(q.contiguous(), gates.contiguous(), contiguous, positions, config, scale)
     position = positions.long().unsqueeze(1)
     sliding = Keys(cache.sliding_k, cache.sliding_v, _ring_tokens(position, cache.sliding_k.shape[1]))
     selected, summaries = (cache.k, cache.v), (cache.summary_k, cache.summary_v)
@@ -122,6 +127,11 @@ def decode_dense_attention(
     _check("q", q, (B, H_KV * (q.shape[1] // H_KV), k.shape[3]))
     _check("v", v, (B, S, H_KV, v.shape[3]))
     _check("positions", positions, (B,))
+    if _on_triton(backend, q, v, NSAConfig()):
+        from nsa_kernels import decode_triton
+
+        contiguous = q.contiguous(), k.contiguous(), v.contiguous()
+        return decode_triton.dense_attention(*contiguous, positions, window_size, scale)
     position = positions.long().unsqueeze(1)
     tokens = _ring_tokens(position, S) if window_size is not None else torch.arange(S, device=q.device).expand(B, S)
     out = decode_eager.dense_attention(q.unsqueeze(1), position, Keys(k, v, tokens), window_size, scale)
@@ -178,6 +188,13 @@ def chunk_attention(
     needed = max(0, (L - config.compress_block_size) // config.compress_stride + 1)
     if len(summary_k) < needed:
         raise ValueError(f"summary_k must hold the {needed} complete blocks of {L} tokens, got {len(summary_k)}")
+    if _on_triton(backend, q, v, config):
+        from nsa_kernels import prefill_triton
+
+        q, gates, k, v, *others = (x.contiguous() for x in (q, gates, *(part.squeeze(0) for part in cache)))
+        return prefill_triton.sparse_attention(
+            q, gates, (k, v), (others[0], others[1]), (others[2], others[3]), config, scale
+        )
     tokens = torch.arange(L, device=q.device).unsqueeze(0)  # [1, L]
     sliding = Keys(cache.sliding_k, cache.sliding_v, tokens[:, -M:])
     selected, summaries = (cache.k, cache.v), (cache.summary_k, cache.summary_v)
@@ -185,6 +202,10 @@ def chunk_attention(
         q.unsqueeze(0), gates.unsqueeze(0), tokens[:, -T:], selected, sliding, summaries, config, scale
     )
     return NSAOutput(out.squeeze(0), blocks.squeeze(0))
+
+
+def _on_triton(backend: Backend, q: Tensor, v: Tensor, config: NSAConfig) -> bool:
+    return stages_of(backend, q, v, config) not in (eager, reference)
 
 
 def _ring_tokens(position: Tensor, slots: int) -> Tensor:
