@@ -4,6 +4,7 @@ The same function of the whole sequence as `native_sparse_attention`, token by t
 reads the summaries, n selected blocks and the window, whatever the length of the sequence.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from nsa_kernels import decode_eager, eager, reference
 from nsa_kernels.decode_eager import Keys
 from nsa_kernels.geometry import NSAConfig, NSAOutput
 from nsa_kernels.native_sparse_attention import Backend, stages_of
+from nsa_kernels.rotary import apply_rotary
 
 # B sequences, S and W slots, C rows, T new tokens of a chunk, L tokens so far, H query heads, H_kv KV heads, n blocks.
 
@@ -29,6 +31,59 @@ class LayerCache(NamedTuple):
     sliding_v: Tensor  # [B, W, H_kv, D_v]
     summary_k: Tensor  # [B, C, H_kv, D_qk], compression block i in row i, rotated; C >= S // compress_stride
     summary_v: Tensor  # [B, C, H_kv, D_v]
+
+
+class NewTokens(NamedTuple):
+    """Keys and values of one new token of each sequence, and where they go."""
+
+    k: Tensor  # [B, H_kv, D_qk]
+    v: Tensor  # [B, H_kv, D_v]
+    k_slots: Tensor  # [B, S, H_kv, D_qk], written: token t in slot t % S
+    v_slots: Tensor  # [B, S, H_kv, D_v]
+    rotate: bool  # whether the key takes its position before
+
+
+@torch.no_grad()
+def append_tokens(
+    q: Tensor,
+    pairs: Sequence[NewTokens],
+    positions: Tensor,
+    rotary: tuple[Tensor, Tensor],
+    *,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Rotate the queries and keys of one new token of each sequence and write its keys and values to their slots.
+
+    Args:
+        q: queries before their rotation, [B, H, D_qk].
+        pairs: keys and values of every branch, in the dtype of their slots.
+        positions: position of the new token in its sequence, int32 [B].
+        rotary: cosines and sines of the positions, [B, R/2] each.
+        backend: as in `native_sparse_attention`.
+
+    Returns:
+        The rotated queries, [B, H, D_qk].
+
+    Raises:
+        ValueError: shapes or dtypes that disagree.
+    """
+    for new in pairs:
+        S = new.k_slots.shape[1]
+        _check("k_slots", new.k_slots, (len(q), S, *new.k.shape[1:]))
+        _check("v_slots", new.v_slots, (len(q), S, *new.v.shape[1:]))
+        if not new.k.dtype == new.v.dtype == new.k_slots.dtype == new.v_slots.dtype:
+            raise ValueError(f"slots must have the dtype of the keys, {new.k.dtype}, got {new.k_slots.dtype}")
+    _check("positions", positions, (len(q),))
+    if pairs and _on_triton(backend, q, pairs[0].v, NSAConfig()):
+        from nsa_kernels import append_triton
+
+        return append_triton.append_tokens(q, pairs, positions, *rotary)
+    sequence = torch.arange(len(q), device=q.device)
+    for new in pairs:
+        slot = positions.long() % new.k_slots.shape[1]
+        new.k_slots[sequence, slot] = apply_rotary(new.k, *rotary) if new.rotate else new.k
+        new.v_slots[sequence, slot] = new.v
+    return apply_rotary(q, *rotary)
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from nsa_kernels import NSAConfig
-from nsa_kernels.decode import LayerCache
+from nsa_kernels.decode import LayerCache, NewTokens
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -36,7 +36,6 @@ class Step(NamedTuple):
 
     positions: Tensor  # int32 [B]
     rows: Tensor  # int64 [B]: 0, 1, …
-    slots: dict[int, Tensor]  # int64 [B] by number of slots: where the token goes
     rotary: "Rotary"  # of the tokens, [B, R/2] each
     block: Tensor | None  # int64 [B], the compression block that the token completes or comes before; None: none ends
     block_rotary: "Rotary | None"  # of the blocks' centres, where summaries are rotated
@@ -68,9 +67,9 @@ class TokenSlots(NamedTuple):
         self.k[row, slots], self.v[row, slots] = k[-kept:], v[-kept:]
         return seen
 
-    def append(self, step: Step, k: Tensor, v: Tensor) -> None:
-        """Append one token to each sequence, [B, H_kv, D]."""
-        self.put(step.rows, step.slots[self.size], k, v)
+    def new_tokens(self, k: Tensor, v: Tensor, rotate: bool = True) -> NewTokens:
+        """One token of each sequence, [B, H_kv, D], as `append_tokens` takes it."""
+        return NewTokens(k, v, self.k, self.v, rotate)
 
     def put(self, rows: Tensor, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """Write one slot of each sequence, [B, H_kv, D]."""
@@ -220,8 +219,6 @@ class Cache:
         nsa = self.config.nsa
         positions = self.lengths.clamp(max=self.capacity - 1)
         index = positions.long()
-        sizes = {slots.size for layer in self.layers for slots in layer[:3] if slots is not None}
-        slots = {size: index % size if size < self.capacity else index for size in sizes}
         block, block_rotary = None, None
         if completes_block and "nsa" in self.config.attention:
             past = index + nsa.compress_stride - nsa.compress_block_size
@@ -229,7 +226,7 @@ class Cache:
             if self._rotates_summaries:
                 block_rotary = rotary(block * nsa.compress_stride + nsa.compress_block_size // 2)
         rows = torch.arange(len(positions), device=positions.device)
-        return Step(positions, rows, slots, rotary(index), block, block_rotary)
+        return Step(positions, rows, rotary(index), block, block_rotary)
 
     def _tensors(self) -> Iterator[Tensor]:
         for layer in self.layers:

@@ -6,7 +6,14 @@ import itertools
 import pytest
 import torch
 from nsa_kernels import NSAConfig, native_sparse_attention, reference
-from nsa_kernels.decode import LayerCache, chunk_attention, decode_attention, decode_dense_attention
+from nsa_kernels.decode import (
+    LayerCache,
+    NewTokens,
+    append_tokens,
+    chunk_attention,
+    decode_attention,
+    decode_dense_attention,
+)
 from nsa_kernels.rotary import apply_rotary
 from support.packings import SMALL, assert_same_blocks, random_inputs
 
@@ -184,6 +191,34 @@ def test_kernels_take_chunk_by_chunk(geometry):
 def test_kernels_of_dense_attention_equal_that_of_the_whole_document(window_size):
     shape = SHAPES["groups_of_3_wide_keys"]
     assert_decodes_dense("triton", torch.float32, window_size, 1e-5, **shape)
+
+
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+def test_new_tokens_are_rotated_and_stored_in_their_slots(backend):
+    if backend == "triton" and torch.cuda.is_available():
+        pytest.skip("Triton's interpreter is for machines without a GPU")
+    B, H, H_KV, D_QK, D_V, HALF = 3, 6, 2, 24, 8, 5
+    positions = torch.tensor([0, 9, 30]).int()
+    cos, sin = torch.rand(2, B, HALF)
+    q = torch.randn(B, H, D_QK)
+    pairs = [
+        NewTokens(
+            torch.randn(B, H_KV, D_QK), torch.randn(B, H_KV, D_V),
+            torch.zeros(B, slots, H_KV, D_QK), torch.zeros(B, slots, H_KV, D_V), rotate,
+        )
+        for slots, rotate in ((40, True), (7, True), (4, False))
+    ]  # fmt: skip
+    out = append_tokens(q, pairs, positions, (cos, sin), backend=backend)
+    torch.testing.assert_close(out, apply_rotary(q, cos, sin))
+    for new in pairs:
+        k = apply_rotary(new.k, cos, sin) if new.rotate else new.k
+        for b, position in enumerate(positions.tolist()):
+            slot = position % new.k_slots.shape[1]
+            torch.testing.assert_close(new.k_slots[b, slot], k[b])
+            assert torch.equal(new.v_slots[b, slot], new.v[b])
+            others = [other for other in range(new.k_slots.shape[1]) if other != slot]
+            assert not new.k_slots[b, others].any()
+            assert not new.v_slots[b, others].any()
 
 
 def test_a_cache_that_does_not_fit_is_refused_by_name():

@@ -223,7 +223,7 @@ def test_tokens_past_the_capacity_are_an_error_that_names_them():
         (lambda model, cache: model.prefill(text(4), cache, 0, 0), "chunk_size must be at least 1, got 0"),
         (lambda model, cache: model.decode(text(3), cache), r"tokens must be \[B\], \(2,\) here, got \(3,\)"),
         (lambda model, cache: model.prefill(text(4), cache, 2), "row must be from 0 to 1, got 2"),
-        (lambda model, cache: model.float().decode(text(2), cache), "must be .* torch.float32, got torch.float64"),
+        (lambda model, cache: model.float().decode(text(2), cache), "slots must .* torch.float32, got torch.float64"),
         (lambda model, cache: model.float().prefill(text(2), cache, 0), "must be .* torch.float32, got torch.float64"),
         (lambda model, _: allocate(model, batch_size=0), "batch_size must be at least 1, got 0"),
         (lambda model, _: allocate(model, capacity=0), "capacity must be at least 1, got 0"),

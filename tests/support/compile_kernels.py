@@ -9,8 +9,8 @@ import sys
 
 import torch
 import triton
-from nsa_kernels import NSAConfig, decode_triton, native_sparse_attention, triton_backend
-from nsa_kernels.decode import LayerCache
+from nsa_kernels import NSAConfig, append_triton, decode_triton, native_sparse_attention, triton_backend
+from nsa_kernels.decode import LayerCache, NewTokens
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
@@ -81,6 +81,9 @@ def decode(H: int, H_kv: int, D_qk: int, D_v: int, dtype: torch.dtype) -> None:
     q, gates, positions = torch.zeros(B, H, D_qk, dtype=dtype), torch.zeros(B, H, 3, dtype=dtype), torch.zeros(B).int()
     decode_triton.sparse_attention(q, gates, cache, positions, config, 1.0)
     decode_triton.dense_attention(q, *cache[:2], positions, None, 1.0)
+    cos = torch.zeros(B, D_qk // 2)
+    pairs = [NewTokens(x[:, 0], y[:, 0], x, y, True) for x, y in (cache[:2], cache[2:4])]
+    append_triton.append_tokens(q, pairs, positions, cos, cos)
 
 
 if __name__ == "__main__":
