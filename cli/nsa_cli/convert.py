@@ -51,8 +51,10 @@ def _report(result: Conversion, output: str) -> None:
     print(f"new          {result.new / 1e6:.1f} M weights: gates and block summaries")
     print(f"tokenizer    {', '.join(result.tokenizer_files) or 'none'}")
     if result.difference is not None:
-        source, converted, tokens, text = result.difference
+        source, converted, tokens, text, by_position = result.difference
         print(f"loss         source {source:.4f}, converted {converted:.4f} nats a token on {tokens} tokens of {text}")
+        for start, (source, converted) in by_position.items():
+            print(f"  from {start:<8}source {source:.4f}, converted {converted:.4f}")
     for remark in result.remarks:
         print(f"note         {remark}")
     print(f"train on     nsa fit --config {Path(output, 'continue.yaml')} --data.sources '[\"my_texts/\"]'")

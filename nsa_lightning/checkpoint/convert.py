@@ -98,7 +98,7 @@ def convert(
         dtype = str(weights.dtype("model.embed_tokens.weight")).removeprefix("torch.")
         tokenizer_files = copy_tokenizer(source, directory)
         write_config(directory, config, _context(dense, config), dtype, source)
-        write_continuation(directory, output.resolve(), config, seq_len)
+        write_continuation(directory, output.resolve(), source, config, seq_len)
     difference = None
     if text is not None:
         difference = measure_difference((dense.config, weights), (config, WeightFiles(output, "output")), text)

@@ -270,7 +270,7 @@ class LanguageModel(LightningModule):
 
 
 def _with_its_vocabulary(transformer: TransformerConfig, directory: Path) -> TransformerConfig:
-    """As many rows in the embedding as the converted model has, which may be more than the tokenizer needs."""
+    """As many rows in the embedding as the saved model has, which may be more than the tokenizer needs."""
     saved = read_config(directory, "model.init_from").config
     if transformer.vocab_size > saved.vocab_size:
         raise ValueError(
@@ -278,6 +278,8 @@ def _with_its_vocabulary(transformer: TransformerConfig, directory: Path) -> Tra
             f"got {transformer.vocab_size}"
         )
     transformer = dataclasses.replace(transformer, vocab_size=saved.vocab_size)
+    if "nsa" not in saved.attention + transformer.attention:  # a dense model has no such settings
+        saved = dataclasses.replace(saved, nsa=transformer.nsa)
     changed = _differences(dataclasses.asdict(saved), dataclasses.asdict(transformer))
     if changed:
         rank_zero_warn(f"model.transformer differs from what model.init_from was converted to: {'; '.join(changed)}")

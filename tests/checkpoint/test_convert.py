@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import json
+import re
 import sys
 
 import pytest
@@ -92,13 +93,20 @@ def test_memory_is_held_for_one_shard(tmp_path, monkeypatch):
 
 def test_the_command_says_what_it_made_and_measures_it(tmp_path, monkeypatch, capsys):
     source = write_source(tmp_path / "source", tokenizer=True)
-    (tmp_path / "text.txt").write_text("some words of text\n" * 30)
-    words = ["--sample", tmp_path / "text.txt", "--sample_tokens", 64, "--nsa.compression", "mean", *FLAGS]
+    (tmp_path / "text.txt").write_text("some words of text\n" * 300)
+    words = ["--sample", tmp_path / "text.txt", "--sample_tokens", 300, "--nsa.compression", "mean", *FLAGS]
     words += ["--rope.scaling", "yarn", "--rope.factor", "2", "--attention", "[nsa, full]"]
     assert run(monkeypatch, "convert", "--source", source, "--output", tmp_path / "out", *words) == 0
     printed = capsys.readouterr().out
     assert "layers       1 full, 1 nsa" in printed
-    assert "nats a token on 64 tokens" in printed
+    assert "nats a token on 300 tokens" in printed
+    means = [
+        [float(number) for number in re.findall(r"\d\.\d{4}", line)]
+        for line in printed.splitlines()
+        if line.startswith(("loss", "  from"))
+    ]
+    for whole, early, late in zip(*means, strict=True):  # 299 predictions, 256 of them in the first bucket
+        assert whole == pytest.approx((256 * early + 43 * late) / 299, abs=2e-4)
     assert "note         seq_len 16384 is beyond the context of 512 tokens" in printed
     assert {path.name for path in (tmp_path / "out").iterdir()} >= {"config.json", "tokenizer.json", "continue.yaml"}
     saved = read_config(tmp_path / "out", "out")
