@@ -39,14 +39,15 @@ class Distillation:
             raise ValueError(f"distillation.weight must be above 0, got {self.weight}")
 
     def check(self, vocab_size: int) -> None:
-        """Refuse a teacher that does not predict the same tokens.
+        """Refuse a teacher that does not predict the same tokens, before any data is read.
 
         Raises:
-            ValueError: it is no model's directory, or its vocabulary has another size.
+            ValueError: its directory holds no whole model, or its vocabulary has another size.
         """
         if self.teacher is None:
             return
         rows = read_config(Path(self.teacher), _SETTING).config.vocab_size
+        WeightFiles(Path(self.teacher), _SETTING)
         if rows != vocab_size:
             raise ValueError(f"{_SETTING} must have the model's vocabulary of {vocab_size} tokens, got {rows}")
 

@@ -5,6 +5,7 @@ import errno
 import json
 import re
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -66,6 +67,19 @@ def test_weights_are_copied_bit_by_bit_to_every_branch_and_nothing_else_is_known
     total = sum(torch.Size(shape).numel() for shape in new.shapes.values())
     assert result.copied + result.repeated + result.new == total
     assert result.copied == sum(torch.Size(shape).numel() for shape in old.shapes.values())
+
+
+def test_with_the_other_gates_shut_the_start_is_the_source_up_to_what_a_query_selects(tmp_path):
+    source, text = write_source(tmp_path / "source", tokenizer=True), tmp_path / "text.txt"
+    text.write_text("some words of text\n" * 300)
+    nsa = replace(NSA, compress_block_size=8, compress_stride=8, select_block_size=64)  # reads 256 tokens
+    alone, mixed = (
+        convert(source, tmp_path / f"{bias}", ["nsa"], nsa, RopeChange(), 64, text, 300, bias).difference.by_position
+        for bias in (40.0, 4.0)
+    )
+    assert alone["0"][1] == pytest.approx(alone["0"][0], rel=1e-6)
+    assert alone["256"][1] != pytest.approx(alone["256"][0], rel=1e-6)
+    assert mixed["0"][1] != pytest.approx(mixed["0"][0], rel=1e-6)
 
 
 def test_memory_is_held_for_one_shard(tmp_path, monkeypatch):
@@ -145,6 +159,7 @@ def test_a_tied_output_layer_that_is_written_out_and_derived_tables_are_left_out
         ({}, ["--attention", "[nsa, full, full]"], "attention must have a length that divides num_layers"),
         ({}, ["--attention", "[sliding]"], "where the source has no sliding_window, got sliding"),
         ({}, ["--rope.scaling", "yarn"], "rope.factor must be set with rope.scaling=yarn, got none"),
+        ({}, ["--gate_bias", "-1"], "gate_bias must be at least 0, got -1.0"),
         ({}, ["--rope.factor", "2"], "rope.factor must be 1 with rope.scaling=none, got 2.0"),
         ({}, ["--seq_len", "8"], "max_seq_len (data.seq_len) must be at least nsa.compress_block_size, got 8"),
     ],

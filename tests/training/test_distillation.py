@@ -91,9 +91,7 @@ def test_a_teacher_that_cannot_be_is_named(tmp_path, teacher):
         ValueError, match=r"distillation.teacher must have the model's vocabulary of 301 tokens, got 300"
     ):
         language_model({"vocab_size": 301}, distillation={"teacher": str(teacher)})
-    (teacher / "model.safetensors").rename(tmp_path / "model.safetensors")
-    try:
-        with pytest.raises(ValueError, match=r"distillation.teacher must be a directory with model.safetensors"):
-            Teacher(teacher, SingleDeviceStrategy("cpu"), "32-true")
-    finally:
-        (tmp_path / "model.safetensors").rename(teacher / "model.safetensors")
+    damaged = write_source(tmp_path / "damaged")
+    (damaged / "model.safetensors").write_bytes((damaged / "model.safetensors").read_bytes()[:-9])
+    with pytest.raises(ValueError, match=r"distillation.teacher: .* is no whole safetensors file"):
+        language_model(distillation={"teacher": str(damaged)})
