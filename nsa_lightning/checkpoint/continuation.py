@@ -48,7 +48,7 @@ def write_continuation(directory: Path, final: Path, source: Path, config: Trans
             "transformer": transformer,
             "optimizer": {
                 "class_path": "torch.optim.AdamW",
-                "init_args": {"lr": 1e-4, "betas": [0.9, 0.95], "weight_decay": 0.1},
+                "init_args": {"lr": 1e-4, "betas": [0.9, 0.95], "weight_decay": 0.1, "fused": True},
             },
             "schedule": {"class_path": "WarmupCosine", "init_args": {"warmup_steps": 50}},
             "new_parts": {"lr_factor": 10.0, "freeze_others_steps": 20},
