@@ -104,7 +104,7 @@ def bench_training(
     time_limit: float = 600.0,
     output_dir: Path = Path("runs/bench_training"),
     overwrite: bool = False,
-    fit: list[str],
+    fit: list[str] = [],  # noqa: B006
 ) -> int:
     """Measure training steps of a config of `nsa fit`: tokens a second, MFU, peak memory, scaling over GPUs.
 

@@ -183,3 +183,19 @@ def test_help_explains_every_setting_without_importing_torch():
     command = [sys.executable, "-c", code, "bench", "training", "--help"]
     text = " ".join(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
     assert all(words in text for words in ("--lengths", "weak scaling", "--fit", "MFU"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("strategy", ["auto", "fsdp2"])
+def test_a_gpu_tells_its_memory_and_how_much_of_its_peak_is_used(bench, tmp_path, strategy):
+    arguments = ["--lengths", "4096", "--attention", "nsa", "full", "--devices", "1", "--profile", "true"]
+    arguments += ["--trainer.accelerator", "gpu", "--trainer.precision", "bf16-mixed", "--trainer.strategy", strategy]
+    wide = ["--model.transformer.hidden_size", "256", "--model.transformer.nsa.select_block_size", "64"]
+    assert bench(*arguments, *wide) == 0
+    for row in json.loads((tmp_path / "out" / "results.json").read_text())["records"]:
+        assert row["reason"] is None
+        assert 0 < row["step_ms"] < 1e4
+        assert row["peak_bytes"] > 1e7
+        assert row["mfu"] is None or 0 < row["mfu"] < 1
+        assert 0 <= row["nccl_alone"] < 0.5
