@@ -16,7 +16,7 @@ _OTHER_COMMANDS = {
     "memory": "tell what a step of fit takes on each GPU, before anything is allocated",
     "convert": "make an NSA model of a dense Hugging Face one, to train on",
     "export": "write a checkpoint as a Hugging Face directory",
-    "bench": "measure the attention operator or the loader: nsa bench kernels, nsa bench loader",
+    "bench": "measure the attention operator, the loader or training: nsa bench kernels, loader, training",
 }
 
 _HELP = """usage: nsa COMMAND [options]
