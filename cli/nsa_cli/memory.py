@@ -1,5 +1,6 @@
 """`nsa memory`: what a step of `nsa fit` with the same settings takes on each GPU, before anything is allocated."""
 
+import sys
 import warnings
 
 from jsonargparse import Namespace
