@@ -35,7 +35,7 @@ def _scores(q: Tensor, k: Tensor, hidden: Tensor) -> Tensor:
     return torch.bmm(q, k.mT).masked_fill_(hidden, float("-inf"))
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+def attend(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
     """Softmax attention: q [B, M, D], k [B, N, D], v [B, N, D_v] -> o [B, M, D_v], lse [B, M]; no key gives 0, 0."""
     scores = _scores(q, k, hidden)
     row_max = scores.amax(-1, keepdim=True)
@@ -137,7 +137,7 @@ class _ChunkedAttention(torch.autograd.Function):
         lse = q.new_empty(q.shape[:2], dtype=dtype)
         for queries, keys, hidden in chunks:
             num_queries = queries.stop - queries.start
-            o_rows, lse_rows = _attend(
+            o_rows, lse_rows = attend(
                 chunks.query_rows(q[queries], num_kv_heads).to(dtype) * scale,
                 chunks.take(k, keys).to(dtype),
                 chunks.take(v, keys).to(dtype),
@@ -194,7 +194,12 @@ def compress(x: Tensor, cu_seqlens: Tensor, config: NSAConfig, weights: Compress
     tokens = layout.start[:, None] + torch.arange(config.compress_block_size, device=x.device)  # [C, l]
     tokens = tokens.where(layout.is_block[:, None], 0)
     blocks = x.index_select(0, tokens.flatten()).view(*tokens.shape, *x.shape[1:])  # [C, l, H_kv, D]
-    summary = blocks.mean(1, dtype=torch.promote_types(x.dtype, torch.float32))  # [C, H_kv, D]
+    return summarise(blocks, weights).where(layout.is_block[:, None, None], 0.0)
+
+
+def summarise(blocks: Tensor, weights: CompressionWeights | None = None) -> Tensor:
+    """φ of blocks of keys or values that are gathered already, [C, l, H_kv, D] -> [C, H_kv, D]."""
+    summary = blocks.mean(1, dtype=torch.promote_types(blocks.dtype, torch.float32))  # [C, H_kv, D]
     if weights is not None:
         inputs = blocks.permute(2, 0, 1, 3) + weights.position_embedding.unsqueeze(1)  # [H_kv, C, l, D]
         mapped = torch.baddbmm(weights.in_bias.unsqueeze(1), inputs.flatten(2), weights.in_weight)
@@ -202,7 +207,7 @@ def compress(x: Tensor, cu_seqlens: Tensor, config: NSAConfig, weights: Compress
             hidden = torch.nn.functional.silu(mapped)
             mapped = torch.baddbmm(weights.out_bias.unsqueeze(1), hidden, weights.out_weight)
         summary = summary + mapped.transpose(0, 1)
-    return summary.where(layout.is_block[:, None, None], 0.0).to(x.dtype)
+    return summary.to(blocks.dtype)
 
 
 def _visible_compressed_rows(
@@ -236,7 +241,7 @@ def compressed_attention(
     return _ChunkedAttention.apply(q, compressed_k, compressed_v, compressed_k.shape[1], _default_scale(q, scale), runs)
 
 
-class _Candidates(NamedTuple):
+class Candidates(NamedTuple):
     """Which selection blocks, as rows of the selection layout, a chunk of queries ranks."""
 
     rows: Tensor  # int64 [J]
@@ -265,7 +270,7 @@ def _importance_columns(cu_seqlens: Tensor, config: NSAConfig, num_tokens: int) 
     return (summaries.cu_blocks[blocks.document, None] + index).where(exists, -1), weights
 
 
-def _rank(importance: Tensor, candidates: _Candidates, config: NSAConfig) -> Tensor:
+def rank(importance: Tensor, candidates: Candidates, config: NSAConfig) -> Tensor:
     """The n blocks of each query, int32 [c, H_kv, n] ascending then -1, from importance [H_kv, c, J]."""
     block = candidates.rows - candidates.first[:, None]  # [c, J], in the document
     own = candidates.own[:, None]
@@ -315,7 +320,7 @@ def block_selection(
         p = torch.nn.functional.pad(p, (0, 1))
         importance = p[..., column] @ weights.to(p.dtype)  # [H_kv, c, J]
         rows = torch.arange(low, high, device=q.device)
-        block_indices[queries] = _rank(importance, _Candidates(rows, first[queries], own[queries]), config)
+        block_indices[queries] = rank(importance, Candidates(rows, first[queries], own[queries]), config)
     return block_indices
 
 

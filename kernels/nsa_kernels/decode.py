@@ -1,0 +1,205 @@
+"""Attention of new tokens to what is cached: one token of each sequence, or the next chunk of one sequence.
+
+The same function of the whole sequence as `native_sparse_attention`, token by token, without its backward. A step
+reads the summaries, n selected blocks and the window, whatever the length of the sequence.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nsa_kernels import decode_eager
+from nsa_kernels.decode_eager import Keys
+from nsa_kernels.geometry import NSAConfig, NSAOutput
+from nsa_kernels.native_sparse_attention import Backend
+
+# B sequences, S and W slots, C rows, T new tokens of a chunk, L tokens so far, H query heads, H_kv KV heads, n blocks.
+
+
+class LayerCache(NamedTuple):
+    """Keys and values of B sequences in one NSA layer.
+
+    Slots and rows past a sequence's tokens count for nothing, but must be finite: a new cache holds zeros.
+    """
+
+    k: Tensor  # [B, S, H_kv, D_qk], selected branch, rotated; token t in slot t
+    v: Tensor  # [B, S, H_kv, D_v]
+    sliding_k: Tensor  # [B, W, H_kv, D_qk], W >= window_size, token t in slot t % W; `k` where the branches share
+    sliding_v: Tensor  # [B, W, H_kv, D_v]
+    summary_k: Tensor  # [B, C, H_kv, D_qk], compression block i in row i, rotated; C >= S // compress_stride
+    summary_v: Tensor  # [B, C, H_kv, D_v]
+
+
+@torch.no_grad()
+def decode_attention(
+    q: Tensor,
+    gates: Tensor,
+    cache: LayerCache,
+    positions: Tensor,
+    config: NSAConfig,
+    *,
+    scale: float | None = None,
+    backend: Backend = "auto",
+) -> NSAOutput:
+    """Attend one new token of each sequence to its cache, which holds the token's own keys and values already.
+
+    No value is read back to the host and shapes do not depend on the positions: fit for a CUDA graph.
+
+    Args:
+        q: queries with their position applied, [B, H, D_qk].
+        gates: branch weights, [B, H, 3]: compressed, selected, sliding.
+        cache: keys, values and every summary that is complete with the new token.
+        positions: position of the new token in its sequence, int32 [B].
+        config: block sizes, counts and window.
+        scale: multiplies the scores, positive; D_qk ** -0.5 if not given.
+        backend: as in `native_sparse_attention`; `reference` runs the eager one.
+
+    Returns:
+        The output in q's dtype, [B, H, D_v], and the selected blocks, int32 [B, H_kv, n].
+
+    Raises:
+        ValueError: shapes that disagree, or inputs that the chosen backend does not take.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    B, H_KV = len(q), cache.k.shape[2]
+    _check("q", q, (B, H_KV * (q.shape[1] // H_KV), cache.k.shape[3]))
+    _check("gates", gates, (*q.shape[:2], 3))
+    _check("positions", positions, (B,))
+    _check_pairs(cache, B)
+    if cache.sliding_k.shape[1] < config.window_size and cache.sliding_k.shape[1] < cache.k.shape[1]:
+        raise ValueError(
+            f"sliding_k must have at least window_size slots, {config.window_size}, got {cache.sliding_k.shape[1]}"
+        )
+    if cache.summary_k.shape[1] < cache.k.shape[1] // config.compress_stride:
+        raise ValueError(
+            "summary_k must have a row for every compress_stride slots of k, "
+            f"{cache.k.shape[1] // config.compress_stride}, got {cache.summary_k.shape[1]}"
+        )
+    if cache.k.shape[1] % config.select_block_size:
+        raise ValueError(
+            f"k must have a multiple of select_block_size slots, {config.select_block_size}, got {cache.k.shape[1]}"
+        )
+    position = positions.long().unsqueeze(1)
+    sliding = Keys(cache.sliding_k, cache.sliding_v, _ring_tokens(position, cache.sliding_k.shape[1]))
+    selected, summaries = (cache.k, cache.v), (cache.summary_k, cache.summary_v)
+    out, blocks = decode_eager.sparse_attention(
+        q.unsqueeze(1), gates.unsqueeze(1), position, selected, sliding, summaries, config, scale
+    )
+    return NSAOutput(out.squeeze(1), blocks.squeeze(1))
+
+
+@torch.no_grad()
+def decode_dense_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    window_size: int | None = None,
+    *,
+    scale: float | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Attend one new token of each sequence to all its tokens, or to the last ones, its own included.
+
+    Args:
+        q: queries with their position applied, [B, H, D_qk].
+        k: keys, [B, S, H_kv, D_qk], token t in slot t; with a window in slot t % S.
+        v: values, [B, S, H_kv, D_v].
+        positions: position of the new token in its sequence, int32 [B].
+        window_size: tokens that are seen; all if not given.
+        scale: multiplies the scores, positive; D_qk ** -0.5 if not given.
+        backend: as in `native_sparse_attention`.
+
+    Returns:
+        [B, H, D_v] in q's dtype.
+
+    Raises:
+        ValueError: shapes that disagree, or inputs that the chosen backend does not take.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    B, S, H_KV = k.shape[:3]
+    _check("q", q, (B, H_KV * (q.shape[1] // H_KV), k.shape[3]))
+    _check("v", v, (B, S, H_KV, v.shape[3]))
+    _check("positions", positions, (B,))
+    position = positions.long().unsqueeze(1)
+    tokens = _ring_tokens(position, S) if window_size is not None else torch.arange(S, device=q.device).expand(B, S)
+    out = decode_eager.dense_attention(q.unsqueeze(1), position, Keys(k, v, tokens), window_size, scale)
+    return out.squeeze(1)
+
+
+@torch.no_grad()
+def chunk_attention(
+    q: Tensor,
+    gates: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sliding_k: Tensor,
+    sliding_v: Tensor,
+    summary_k: Tensor,
+    summary_v: Tensor,
+    config: NSAConfig,
+    *,
+    scale: float | None = None,
+    backend: Backend = "auto",
+) -> NSAOutput:
+    """Attend the last T tokens of one document to all of it, as `native_sparse_attention` would.
+
+    Args:
+        q: queries with their position applied, [T, H, D_qk].
+        gates: branch weights, [T, H, 3]: compressed, selected, sliding.
+        k: keys of the selected branch, of all L tokens, [L, H_kv, D_qk].
+        v: values of the selected branch, [L, H_kv, D_v].
+        sliding_k: keys of the sliding branch, of the last tokens, at least min(L, T + window_size - 1) of them.
+        sliding_v: values of the sliding branch, as many.
+        summary_k: rotated key of each compression block, [C, H_kv, D_qk]; rows past the last complete block are unread.
+        summary_v: value of each compression block, [C, H_kv, D_v].
+        config: block sizes, counts and window.
+        scale: multiplies the scores, positive; D_qk ** -0.5 if not given.
+        backend: as in `native_sparse_attention`; `reference` runs the eager one.
+
+    Returns:
+        The output in q's dtype, [T, H, D_v], and the selected blocks, int32 [T, H_kv, n].
+
+    Raises:
+        ValueError: shapes that disagree, or inputs that the chosen backend does not take.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    (T, H, _), (L, H_KV, D_QK), M = q.shape, k.shape, len(sliding_k)
+    _check("q", q, (T, H_KV * (H // H_KV), D_QK))
+    _check("gates", gates, (T, H, 3))
+    cache = LayerCache(*(x.unsqueeze(0) for x in (k, v, sliding_k, sliding_v, summary_k, summary_v)))
+    _check_pairs(cache, 1)
+    if not T <= L or min(L, T + config.window_size - 1) > M:
+        raise ValueError(
+            f"k must hold the {T} new tokens, and sliding_k those and the {config.window_size - 1} before them, "
+            f"got {L} and {M}"
+        )
+    needed = max(0, (L - config.compress_block_size) // config.compress_stride + 1)
+    if len(summary_k) < needed:
+        raise ValueError(f"summary_k must hold the {needed} complete blocks of {L} tokens, got {len(summary_k)}")
+    tokens = torch.arange(L, device=q.device).unsqueeze(0)  # [1, L]
+    sliding = Keys(cache.sliding_k, cache.sliding_v, tokens[:, -M:])
+    selected, summaries = (cache.k, cache.v), (cache.summary_k, cache.summary_v)
+    out, blocks = decode_eager.sparse_attention(
+        q.unsqueeze(0), gates.unsqueeze(0), tokens[:, -T:], selected, sliding, summaries, config, scale
+    )
+    return NSAOutput(out.squeeze(0), blocks.squeeze(0))
+
+
+def _ring_tokens(position: Tensor, slots: int) -> Tensor:
+    """The token in each slot of a ring that holds the last ones up to `position` [B, 1]; negative for none: [B, W]."""
+    slot = torch.arange(slots, device=position.device)
+    return position - (position - slot) % slots
+
+
+def _check(name: str, x: Tensor, shape: tuple[int, ...]) -> None:
+    if x.shape != shape:
+        raise ValueError(f"{name} must be {shape} here, got {tuple(x.shape)}")
+
+
+def _check_pairs(cache: LayerCache, batch_size: int) -> None:
+    H_KV, D_QK, D_V = *cache.k.shape[2:], cache.v.shape[3]
+    for name, x in cache._asdict().items():
+        pair = cache.k if name in ("k", "v") else cache.sliding_k if name.startswith("sliding") else cache.summary_k
+        _check(name, x, (batch_size, pair.shape[1], H_KV, D_QK if name.endswith("k") else D_V))

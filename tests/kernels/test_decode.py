@@ -1,0 +1,175 @@
+"""Attention to a cache against the same operator on whole documents, at every position."""
+
+import dataclasses
+
+import pytest
+import torch
+from nsa_kernels import NSAConfig, native_sparse_attention, reference
+from nsa_kernels.decode import LayerCache, chunk_attention, decode_attention, decode_dense_attention
+from nsa_kernels.rotary import apply_rotary
+from support.packings import SMALL, assert_same_blocks, random_inputs
+
+GEOMETRIES = {
+    "small": SMALL,
+    "no_overlap": NSAConfig(
+        compress_block_size=4, compress_stride=4, select_block_size=4, num_selected_blocks=3, window_size=5
+    ),
+    "summary_wider_than_block": NSAConfig(
+        compress_block_size=16, compress_stride=2, select_block_size=4, num_selected_blocks=5, window_size=1
+    ),
+    "no_initial_block": NSAConfig(
+        compress_block_size=4, compress_stride=2, select_block_size=8,
+        num_selected_blocks=2, num_init_blocks=0, num_local_blocks=1, window_size=100,
+    ),
+}  # fmt: skip
+
+
+class Document:
+    """One document, its summaries, and what the operator computes of the whole of it."""
+
+    def __init__(self, length, config, *, separate=True, dtype=torch.float64, seed=0, **shape):
+        self.config, self.length = config, length
+        inputs = random_inputs([length], config, separate=separate, dtype=dtype, seed=seed, **shape)
+        self.inputs = inputs
+        rotary = inputs.compressed_rotary
+        compress_k = inputs.k if inputs.compress_k is None else inputs.compress_k
+        compress_v = inputs.v if inputs.compress_v is None else inputs.compress_v
+        with torch.no_grad():
+            self.summary_k = reference.compress(compress_k, inputs.cu_seqlens, config, inputs.k_weights)
+            self.summary_k = apply_rotary(self.summary_k, *rotary)
+            self.summary_v = reference.compress(compress_v, inputs.cu_seqlens, config, inputs.v_weights)
+            self.whole = native_sparse_attention(**inputs._asdict(), config=config, backend="eager")
+        self.sliding_k = inputs.k if inputs.sliding_k is None else inputs.sliding_k
+        self.sliding_v = inputs.v if inputs.sliding_v is None else inputs.sliding_v
+
+    def importance(self, position):
+        """Of the blocks at one position, [1, H_kv, J]."""
+        inputs = self.inputs
+        _, lse = reference.compressed_attention(
+            inputs.q, self.summary_k, self.summary_v, inputs.cu_seqlens, self.config
+        )
+        args = inputs.q, self.summary_k, lse, inputs.cu_seqlens, self.config
+        return reference.block_importance(*args)[position : position + 1]
+
+
+def cache_of(documents, positions, config, slots, ring):
+    """The cache in which document b has tokens up to positions[b], and what counts for nothing is 1e4."""
+    B, inputs = len(documents), documents[0].inputs
+    (H_KV, D_QK), D_V = inputs.k.shape[1:], inputs.v.shape[2]
+    rows = slots // config.compress_stride
+
+    def blank(size, D):
+        return torch.full((B, size, H_KV, D), 1e4, dtype=inputs.q.dtype)
+
+    cache = LayerCache(*(blank(size, D) for size in (slots, ring, rows) for D in (D_QK, D_V)))
+    for b, (document, position) in enumerate(zip(documents, positions, strict=True)):
+        length = position + 1
+        cache.k[b, :length], cache.v[b, :length] = document.inputs.k[:length], document.inputs.v[:length]
+        for token in range(max(0, length - ring), length):
+            cache.sliding_k[b, token % ring] = document.sliding_k[token]
+            cache.sliding_v[b, token % ring] = document.sliding_v[token]
+        complete = max(0, (length - config.compress_block_size) // config.compress_stride + 1)
+        cache.summary_k[b, :complete] = document.summary_k[:complete]
+        cache.summary_v[b, :complete] = document.summary_v[:complete]
+    return cache
+
+
+def assert_decodes(documents, positions, config, backend, tolerance, ring=None):
+    slots = -(-(max(positions) + 1) // config.select_block_size) * config.select_block_size
+    cache = cache_of(documents, positions, config, slots, ring or config.window_size)
+    pairs = list(zip(documents, positions, strict=True))
+    q = torch.stack([document.inputs.q[position] for document, position in pairs]).detach()
+    gates = torch.stack([document.inputs.gates[position] for document, position in pairs]).detach()
+    result = decode_attention(q, gates, cache, torch.tensor(positions).int(), config, backend=backend)
+    for b, (document, position) in enumerate(pairs):
+        expected = document.whole.block_indices[position : position + 1]
+        chosen = result.block_indices[b : b + 1]
+        if torch.equal(chosen, expected):
+            torch.testing.assert_close(result.out[b], document.whole.out[position], rtol=tolerance, atol=tolerance)
+        else:
+            assert_same_blocks(chosen, expected, document.importance(position), tolerance)
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize("separate", [True, False])
+def test_token_by_token_equals_the_whole_document(geometry, separate):
+    config = GEOMETRIES[geometry]
+    length = 2 * config.selected_tokens + config.compress_stride + 1
+    documents = [Document(length, config, separate=separate, seed=seed) for seed in range(3)]
+    for position in range(length):  # three sequences of different lengths at a time
+        positions = [position, (position * 7 + 3) % length, length - 1 - position]
+        assert_decodes(documents, positions, config, "eager", 1e-10, ring=config.window_size + position % 3)
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_chunk_by_chunk_equals_the_whole_document(geometry):
+    config = GEOMETRIES[geometry]
+    document = Document(2 * config.selected_tokens + 5, config)
+    for chunk in (1, 3, config.compress_block_size - 1, config.select_block_size, document.length):
+        assert_chunks(document, chunk, "eager", 1e-10)
+
+
+def assert_chunks(document, chunk, backend, tolerance):
+    config, inputs = document.config, document.inputs.to()
+    for start in range(0, document.length, chunk):
+        stop = min(start + chunk, document.length)
+        recent = max(0, start - config.window_size + 1)
+        complete = max(0, (stop - config.compress_block_size) // config.compress_stride + 1)
+        keys = inputs.k[:stop], inputs.v[:stop], document.sliding_k[recent:stop], document.sliding_v[recent:stop]
+        summaries = document.summary_k[:complete], document.summary_v[:complete]
+        q, gates = inputs.q[start:stop].detach(), inputs.gates[start:stop].detach()
+        result = chunk_attention(q, gates, *keys, *summaries, config, backend=backend)
+        for i, t in enumerate(range(start, stop)):
+            expected, chosen = document.whole.block_indices[t : t + 1], result.block_indices[i : i + 1]
+            if torch.equal(chosen, expected):
+                torch.testing.assert_close(result.out[i], document.whole.out[t], rtol=tolerance, atol=tolerance)
+            else:
+                assert_same_blocks(chosen, expected, document.importance(t), tolerance)
+
+
+@pytest.mark.parametrize("window_size", [None, 1, 7, 64])
+def test_dense_attention_of_one_token_equals_that_of_the_whole_document(window_size):
+    assert_decodes_dense("eager", torch.float64, window_size, 1e-10)
+
+
+def assert_decodes_dense(backend, dtype, window_size, tolerance, length=40, **shape):
+    document = Document(length, SMALL, dtype=dtype, **shape)
+    q, k, v = (x.detach() for x in (document.inputs.q, document.inputs.k, document.inputs.v))
+    cu_seqlens, reach = document.inputs.cu_seqlens, length if window_size is None else window_size
+    expected, _ = reference.sliding_attention(q, k, v, cu_seqlens, reach)
+    slots = length + 5 if window_size is None else window_size
+    for positions in ([0, length - 1], [min(window_size or 3, length - 1), 9]):
+        cached = [torch.full((2, slots, *x.shape[1:]), 1e4, dtype=dtype) for x in (k, v)]
+        for b, position in enumerate(positions):
+            for token in range(max(0, position + 1 - slots), position + 1):
+                cached[0][b, token % slots], cached[1][b, token % slots] = k[token], v[token]
+        where = torch.tensor(positions).int()
+        out = decode_dense_attention(q[positions], *cached, where, window_size, backend=backend)
+        torch.testing.assert_close(out, expected[positions], rtol=tolerance, atol=tolerance)
+
+
+def test_a_cache_that_does_not_fit_is_refused_by_name():
+    document = Document(20, SMALL)
+    cache = cache_of([document], [19], SMALL, 24, 6)
+    q, gates, positions = document.inputs.q[19:], document.inputs.gates[19:], torch.tensor([19]).int()
+
+    def decoded(*, q=q, gates=gates, positions=positions, config=SMALL, **parts):
+        decode_attention(q, gates, cache._replace(**parts), positions, config)
+
+    decoded()
+    for broken, message in (
+        ({"positions": positions[:0]}, r"positions must be \(1,\) here, got \(0,\)"),
+        ({"gates": gates[..., :2]}, r"gates must be \(1, 4, 3\) here, got \(1, 4, 2\)"),
+        ({"summary_v": cache.summary_v[..., :1]}, "summary_v must be"),
+        ({"k": cache.k[:, :20], "v": cache.v[:, :20]}, "k must have a multiple of select_block_size slots, 8, got 20"),
+        ({"config": dataclasses.replace(SMALL, window_size=9)}, "sliding_k must have at least window_size slots, 9"),
+        (
+            {"summary_k": cache.summary_k[:, :3], "summary_v": cache.summary_v[:, :3]},
+            "summary_k must have a row for every compress_stride slots of k, 12, got 3",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            decoded(**broken)
+    x, summaries = document.inputs, (document.summary_k[:2], document.summary_v[:2])
+    with pytest.raises(ValueError, match="summary_k must hold the 9 complete blocks of 20 tokens, got 2"):
+        chunk_attention(q, gates, x.k, x.v, document.sliding_k, document.sliding_v, *summaries, SMALL)
