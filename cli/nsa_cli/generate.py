@@ -79,13 +79,13 @@ def generate_text(
     prompts = read_prompts(prompt, prompt_file, sys.stdin.buffer)
     opened = open_language_model(Path(model), Path(tokenizer) if tokenizer is not None else None, rope)
     tokens = opened.encode(prompts, chat)
-    remark = opened.remark(tokens, max_new_tokens)
-    if remark is not None:
-        print(f"nsa generate: note: {remark}", file=sys.stderr)
     rows, capacity = min(batch_size, len(prompts)), max(map(len, tokens)) + max_new_tokens
     with written_answers(prompts, Path(output)) if output is not None else printed_answers(prompts, sys.stdout) as add:
         decoder = opened.decoder(rows, capacity, place, choose_dtype(dtype, place), cuda_graphs)
         sampler = Sampler(sampling, rows, opened.config.vocab_size, place)
+        remark = opened.remark(tokens, max_new_tokens)
+        if remark is not None:
+            print(f"nsa generate: note: {remark}", file=sys.stderr)
         generation = Generation(decoder, sampler, opened.tokenizer, opened.end_tokens, stops)
         try:
             for piece in generation.run(tokens):
