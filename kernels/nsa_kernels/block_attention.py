@@ -49,12 +49,15 @@ def _forward_kernel(
     size_ptr,  # [tiles, H_KV]
     o_ptr,  # [T, H, D_V]
     lse_ptr,  # [T, H]
-    num_tokens, scale_log2, U,
+    num_tokens, past, scale_log2, U,
     H_KV: tl.constexpr, GROUP: tl.constexpr, D_QK: tl.constexpr, D_V: tl.constexpr,
     BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     KEYS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program attends the queries of one tile and one KV head to the union of their blocks."""
+    """One program attends the queries of one tile and one KV head to the union of their blocks.
+
+    Query t is the token `past + t` of the keys.
+    """
     tile, kv_head = tl.program_id(0), tl.program_id(1)
     token, head, exists = tile_rows(tile * QUERIES, num_tokens, GROUP, QUERIES, ROWS)
     rows = row_addresses(token, kv_head * GROUP + head, H_KV * GROUP)
@@ -66,7 +69,7 @@ def _forward_kernel(
         start, mask = _union_part(start_ptr + union, mask_ptr + union, i, BLOCK_SIZE, KEYS)
         k = load_block(k_desc, start, kv_head, KEYS, BLOCK_QK)
         v = load_block(v_desc, start, kv_head, KEYS, BLOCK_V)
-        last = tl.where((mask >> (token - tile * QUERIES)) & 1 != 0, token, -1)
+        last = tl.where((mask >> (token - tile * QUERIES)) & 1 != 0, past + token, -1)
         s = start + tl.arange(0, KEYS)
         products = tl.dot(q, k.T, input_precision=PRECISION)
         products = tl.where(s[None, :] <= last[:, None], products, HIDDEN)
@@ -220,16 +223,20 @@ def union_tile(kernel: str, q: Tensor, v: Tensor, block_size: int) -> Launch:
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, document_start: Tensor, block_size: int, scale: float
-) -> tuple[Tensor, Tensor]:
-    """o [T, H, D_v] in q's dtype and lse [T, H] of queries that see the blocks of `block_indices`."""
+    q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, document_start: Tensor, block_size: int, scale: float,
+    past: int = 0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """o [T, H, D_v] in q's dtype and lse [T, H] of queries that see the blocks of `block_indices`.
+
+    The keys may begin `past` tokens before the queries; `document_start` counts them.
+    """
     (T, H, D_QK), (_, H_KV, D_V) = q.shape, v.shape
     o, lse = q.new_empty(T, H, D_V), q.new_empty(T, H, dtype=torch.float32)
     tile = union_tile("selected_forward", q, v, block_size)
     unions = unite(block_indices, document_start, block_size, tile.queries)
     _forward_kernel[(triton.cdiv(T, tile.queries), H_KV)](
         q, block_descriptor(k, tile.keys), block_descriptor(v, tile.keys), *unions, o, lse,
-        T, scale * LOG2_E.value, unions.start.shape[-1],
+        T, past, scale * LOG2_E.value, unions.start.shape[-1],
         H_KV, H // H_KV, D_QK, D_V, padded(D_QK), padded(D_V), tile.queries, tile.rows, block_size, tile.keys,
         dot_precision(q.dtype), num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip

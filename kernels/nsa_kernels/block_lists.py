@@ -46,7 +46,7 @@ def _union_kernel(
     exists = (query < QUERIES) & (token < num_tokens)
     block = tl.load(indices_ptr + (token.to(tl.int64) * H_KV + kv_head) * SLOTS + i % SLOTS, mask=exists, other=-1)
     start = tl.load(document_start_ptr + token, mask=exists, other=0) + block * BLOCK_SIZE
-    none = wide(num_tokens) << 32
+    none = wide(1) << 62  # after every start
     key = tl.sort(tl.where(block >= 0, (start.to(tl.int64) << 32) | query, none))
     start = (key >> 32).to(tl.int32)
     start, mask = tl.associative_scan((start, 1 << (key & 31).to(tl.int32)), 0, _or_same_block)

@@ -87,7 +87,7 @@ def _importance_kernel(
 
 
 @triton.jit
-def _best(bits, N: tl.constexpr):
+def best(bits, N: tl.constexpr):
     """Which N of a row of candidates are the largest, ties to the first; `bits` [M], -1 for none, FORCED comes first.
 
     Not negative floats order as their bits do, so a bisection of the bits finds a bound that N candidates reach, or
@@ -138,7 +138,7 @@ def _rank_kernel(
         forced = (j < INIT) | (j > own - LOCAL)
         bits = tl.minimum(tl.maximum(importance.to(tl.int32, bitcast=True), 0), FORCED - 1)  # even of NaN
         bits = tl.where(j <= own, tl.where(forced, FORCED, bits), -1)
-        chosen = _best(bits, SLOTS)
+        chosen = best(bits, SLOTS)
         place = tl.cumsum(chosen.to(tl.int32), 0) - 1
         if tl.num_programs(2) == 1:
             tl.store(indices_ptr + (wide(token) * H_KV + kv_head) * SLOTS + place, j, mask=chosen)
@@ -165,7 +165,7 @@ def _merge_kernel(
         i = tl.arange(0, BLOCKS)
         candidates = (wide(query) * H_KV + kv_head) * M + i
         bits = tl.load(best_bits_ptr + candidates, mask=i < M, other=-1)
-        chosen = _best(bits, SLOTS)
+        chosen = best(bits, SLOTS)
         place = tl.cumsum(chosen.to(tl.int32), 0) - 1
         block = tl.load(best_ptr + candidates, mask=chosen, other=0)
         tl.store(indices_ptr + (wide(token) * H_KV + kv_head) * SLOTS + place, block, mask=chosen)
@@ -195,9 +195,12 @@ def _rank(
 @torch.library.custom_op("nsa_kernels::block_selection", mutates_args=())
 def _block_selection(
     q: Tensor, compressed_k: Tensor, lse: Tensor, document_start: Tensor, first: Tensor, end: Tensor, sizes: list[int],
-    scale: float,
+    scale: float, past: int,
 ) -> Tensor:  # fmt: skip
-    """The n best blocks of each query; `first` and `end`: the run of summaries it sees; sizes: l, d, l', n, forced."""
+    """The n best blocks of each query; `first` and `end`: the run of summaries it sees; sizes: l, d, l', n, forced.
+
+    With `past` tokens before the first query `document_start` is -past.
+    """
     l, d, size, n, *_ = sizes  # noqa: E741
     (T, H, D), H_KV, R, S = q.shape, compressed_k.shape[1], size // d, l // d
     num_planes = 1 + triton.cdiv(S - 1, R)
@@ -205,11 +208,11 @@ def _block_selection(
     tile = launch("importance", q, D, H // H_KV)
     queries = min(tile.rows, triton.next_power_of_2(n * size + 1) // 2)
     keys = max(tile.keys, R)
-    chunk = max(queries, _PLANE_BYTES // (4 * num_planes * H_KV * triton.cdiv(T, size)) // queries * queries)
+    chunk = max(queries, _PLANE_BYTES // (4 * num_planes * H_KV * triton.cdiv(past + T, size)) // queries * queries)
     q_desc, k_desc = block_descriptor(q, queries), block_descriptor(compressed_k, keys)
     for begin in reversed(range(0, T, chunk)):  # the longest first: short ones are done sooner than launched
         stop = min(begin + chunk, T)
-        J = (stop - 1) // size + 1
+        J = (past + stop - 1) // size + 1
         planes = torch.empty(num_planes, H_KV, stop - begin, J, dtype=torch.float32, device=q.device)
         if n < J:
             _importance_kernel[(triton.cdiv(J * R, keys), triton.cdiv(stop - begin, queries), H_KV)](
@@ -225,7 +228,7 @@ def _block_selection(
 @_block_selection.register_fake
 def _(
     q: Tensor, compressed_k: Tensor, lse: Tensor, document_start: Tensor, first: Tensor, end: Tensor, sizes: list[int],
-    scale: float,
+    scale: float, past: int,
 ) -> Tensor:  # fmt: skip
     return torch.empty(q.shape[0], compressed_k.shape[1], sizes[3], dtype=torch.int32, device=q.device)
 
@@ -238,6 +241,7 @@ def block_selection(
     config: NSAConfig,
     scale: float | None = None,
     layout: BatchLayout | None = None,
+    past: int = 0,
 ) -> Tensor:
     """Choose n selection blocks for each query and KV head: the forced ones, then the most important.
 
@@ -249,6 +253,7 @@ def block_selection(
         config: block sizes and counts.
         scale: factor of the scores, positive; 1 / sqrt(D_qk) by default.
         layout: `batch_layout` of the batch, made here if not given.
+        past: tokens of the one document that come before the first query; the layout then has them in its numbers.
 
     Returns:
         int32 [T, H_kv, n], ascending, then -1 in empty slots; relative to the query's document. No gradient.
@@ -267,4 +272,4 @@ def block_selection(
     ]
     runs = (layout.document_start, layout.first_summary, layout.end_summary)
     q, compressed_k = q.detach().contiguous(), compressed_k.detach().contiguous()
-    return _block_selection(q, compressed_k, lse.detach(), *runs, sizes, scale)
+    return _block_selection(q, compressed_k, lse.detach(), *runs, sizes, scale, past)

@@ -4,15 +4,17 @@ The same function of the whole sequence as `native_sparse_attention`, token by t
 reads the summaries, n selected blocks and the window, whatever the length of the sequence.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from nsa_kernels import decode_eager
+from nsa_kernels import decode_eager, eager, reference
 from nsa_kernels.decode_eager import Keys
 from nsa_kernels.geometry import NSAConfig, NSAOutput
-from nsa_kernels.native_sparse_attention import Backend
+from nsa_kernels.native_sparse_attention import Backend, stages_of
+from nsa_kernels.rotary import apply_rotary
 
 # B sequences, S and W slots, C rows, T new tokens of a chunk, L tokens so far, H query heads, H_kv KV heads, n blocks.
 
@@ -29,6 +31,59 @@ class LayerCache(NamedTuple):
     sliding_v: Tensor  # [B, W, H_kv, D_v]
     summary_k: Tensor  # [B, C, H_kv, D_qk], compression block i in row i, rotated; C >= S // compress_stride
     summary_v: Tensor  # [B, C, H_kv, D_v]
+
+
+class NewTokens(NamedTuple):
+    """Keys and values of one new token of each sequence, and where they go."""
+
+    k: Tensor  # [B, H_kv, D_qk]
+    v: Tensor  # [B, H_kv, D_v]
+    k_slots: Tensor  # [B, S, H_kv, D_qk], written: token t in slot t % S
+    v_slots: Tensor  # [B, S, H_kv, D_v]
+    rotate: bool  # whether the key takes its position before
+
+
+@torch.no_grad()
+def append_tokens(
+    q: Tensor,
+    pairs: Sequence[NewTokens],
+    positions: Tensor,
+    rotary: tuple[Tensor, Tensor],
+    *,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Rotate the queries and keys of one new token of each sequence and write its keys and values to their slots.
+
+    Args:
+        q: queries before their rotation, [B, H, D_qk].
+        pairs: keys and values of every branch, in the dtype of their slots.
+        positions: position of the new token in its sequence, int32 [B].
+        rotary: cosines and sines of the positions, [B, R/2] each.
+        backend: as in `native_sparse_attention`.
+
+    Returns:
+        The rotated queries, [B, H, D_qk].
+
+    Raises:
+        ValueError: shapes or dtypes that disagree.
+    """
+    for new in pairs:
+        S = new.k_slots.shape[1]
+        _check("k_slots", new.k_slots, (len(q), S, *new.k.shape[1:]))
+        _check("v_slots", new.v_slots, (len(q), S, *new.v.shape[1:]))
+        if not new.k.dtype == new.v.dtype == new.k_slots.dtype == new.v_slots.dtype:
+            raise ValueError(f"slots must have the dtype of the keys, {new.k.dtype}, got {new.k_slots.dtype}")
+    _check("positions", positions, (len(q),))
+    if pairs and _on_triton(backend, q, pairs[0].v, NSAConfig()):
+        from nsa_kernels import append_triton
+
+        return append_triton.append_tokens(q, pairs, positions, *rotary)
+    sequence = torch.arange(len(q), device=q.device)
+    for new in pairs:
+        slot = positions.long() % new.k_slots.shape[1]
+        new.k_slots[sequence, slot] = apply_rotary(new.k, *rotary) if new.rotate else new.k
+        new.v_slots[sequence, slot] = new.v
+    return apply_rotary(q, *rotary)
 
 
 @torch.no_grad()
@@ -80,6 +135,11 @@ def decode_attention(
         raise ValueError(
             f"k must have a multiple of select_block_size slots, {config.select_block_size}, got {cache.k.shape[1]}"
         )
+    if _on_triton(backend, q, cache.v, config):
+        from nsa_kernels import decode_triton
+
+        contiguous = [x.contiguous() for x in cache]
+        return decode_triton.sparse_attention(q.contiguous(), gates.contiguous(), contiguous, positions, config, scale)
     position = positions.long().unsqueeze(1)
     sliding = Keys(cache.sliding_k, cache.sliding_v, _ring_tokens(position, cache.sliding_k.shape[1]))
     selected, summaries = (cache.k, cache.v), (cache.summary_k, cache.summary_v)
@@ -122,6 +182,11 @@ def decode_dense_attention(
     _check("q", q, (B, H_KV * (q.shape[1] // H_KV), k.shape[3]))
     _check("v", v, (B, S, H_KV, v.shape[3]))
     _check("positions", positions, (B,))
+    if _on_triton(backend, q, v, NSAConfig()):
+        from nsa_kernels import decode_triton
+
+        contiguous = q.contiguous(), k.contiguous(), v.contiguous()
+        return decode_triton.dense_attention(*contiguous, positions, window_size, scale)
     position = positions.long().unsqueeze(1)
     tokens = _ring_tokens(position, S) if window_size is not None else torch.arange(S, device=q.device).expand(B, S)
     out = decode_eager.dense_attention(q.unsqueeze(1), position, Keys(k, v, tokens), window_size, scale)
@@ -178,6 +243,13 @@ def chunk_attention(
     needed = max(0, (L - config.compress_block_size) // config.compress_stride + 1)
     if len(summary_k) < needed:
         raise ValueError(f"summary_k must hold the {needed} complete blocks of {L} tokens, got {len(summary_k)}")
+    if _on_triton(backend, q, v, config):
+        from nsa_kernels import prefill_triton
+
+        q, gates, k, v, *others = (x.contiguous() for x in (q, gates, *(part.squeeze(0) for part in cache)))
+        return prefill_triton.sparse_attention(
+            q, gates, (k, v), (others[0], others[1]), (others[2], others[3]), config, scale
+        )
     tokens = torch.arange(L, device=q.device).unsqueeze(0)  # [1, L]
     sliding = Keys(cache.sliding_k, cache.sliding_v, tokens[:, -M:])
     selected, summaries = (cache.k, cache.v), (cache.summary_k, cache.summary_v)
@@ -185,6 +257,10 @@ def chunk_attention(
         q.unsqueeze(0), gates.unsqueeze(0), tokens[:, -T:], selected, sliding, summaries, config, scale
     )
     return NSAOutput(out.squeeze(0), blocks.squeeze(0))
+
+
+def _on_triton(backend: Backend, q: Tensor, v: Tensor, config: NSAConfig) -> bool:
+    return stages_of(backend, q, v, config) not in (eager, reference)
 
 
 def _ring_tokens(position: Tensor, slots: int) -> Tensor:

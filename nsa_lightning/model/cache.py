@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from nsa_kernels import NSAConfig
-from nsa_kernels.decode import LayerCache
+from nsa_kernels.decode import LayerCache, NewTokens
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -36,7 +36,6 @@ class Step(NamedTuple):
 
     positions: Tensor  # int32 [B]
     rows: Tensor  # int64 [B]: 0, 1, …
-    slots: dict[int, Tensor]  # int64 [B] by number of slots: where the token goes
     rotary: "Rotary"  # of the tokens, [B, R/2] each
     block: Tensor | None  # int64 [B], the compression block that the token completes or comes before; None: none ends
     block_rotary: "Rotary | None"  # of the blocks' centres, where summaries are rotated
@@ -55,6 +54,7 @@ class TokenSlots(NamedTuple):
 
     def extend(self, row: int, start: int, k: Tensor, v: Tensor, reach: int) -> tuple[Tensor, Tensor]:
         """Append T tokens to one sequence and return them behind up to `reach` tokens that precede them, in order."""
+        self._check(k)
         first, end = max(start - reach, 0), start + len(k)
         if end <= self.size:
             self.k[row, start:end], self.v[row, start:end] = k, v
@@ -67,18 +67,23 @@ class TokenSlots(NamedTuple):
         self.k[row, slots], self.v[row, slots] = k[-kept:], v[-kept:]
         return seen
 
-    def append(self, step: Step, k: Tensor, v: Tensor) -> None:
-        """Append one token to each sequence, [B, H_kv, D]."""
-        self.put(step.rows, step.slots[self.size], k, v)
+    def new_tokens(self, k: Tensor, v: Tensor, rotate: bool = True) -> NewTokens:
+        """One token of each sequence, [B, H_kv, D], as `append_tokens` takes it."""
+        return NewTokens(k, v, self.k, self.v, rotate)
 
     def put(self, rows: Tensor, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """Write one slot of each sequence, [B, H_kv, D]."""
+        self._check(k)
         self.k[rows, slots], self.v[rows, slots] = k, v
 
     def in_order(self, step: Step) -> tuple[Tensor, Tensor]:
         """The last S tokens of each sequence, its new one at the end, [B, S, H_kv, D]."""
         slots = (step.positions.long()[:, None] + 1 + torch.arange(self.size, device=step.rows.device)) % self.size
         return self.k[step.rows[:, None], slots], self.v[step.rows[:, None], slots]
+
+    def _check(self, k: Tensor) -> None:
+        if k.dtype != self.k.dtype:
+            raise ValueError(f"dtype of the cache must be that of the model's keys, {k.dtype}, got {self.k.dtype}")
 
 
 class LayerTokens(NamedTuple):
@@ -168,7 +173,9 @@ class Cache:
         self.host_lengths[row] = 0
 
     def check_room(self, row: int, num_tokens: int) -> None:
-        """Raise ValueError where so many more tokens of one sequence would not fit."""
+        """Raise ValueError where so many more tokens of one sequence would not fit, or there is no such sequence."""
+        if not 0 <= row < len(self.host_lengths):
+            raise ValueError(f"row must be from 0 to {len(self.host_lengths) - 1}, got {row}")
         length = self.host_lengths[row]
         if length + num_tokens > self.capacity:
             raise ValueError(
@@ -176,14 +183,18 @@ class Cache:
                 f"{row} and {num_tokens} more"
             )
 
-    def count_step(self) -> None:
-        """Count one token more of every sequence on the host: `decode` does, a replayed CUDA graph of it does not.
-
-        Raises:
-            ValueError: a sequence is at its capacity; reset those that have ended.
-        """
+    def check_step(self) -> None:
+        """Raise ValueError where a sequence is at its capacity; reset those that have ended."""
         for row in range(len(self.host_lengths)):
             self.check_room(row, 1)
+
+    def count_step(self) -> None:
+        """Count one token more of every sequence on the host: `decode` does, a CUDA graph of it can't.
+
+        Raises:
+            ValueError: a sequence is at its capacity.
+        """
+        self.check_step()
         self.host_lengths = [length + 1 for length in self.host_lengths]
 
     def chunk(self, row: int, num_tokens: int, rotary: Callable[[Tensor], "Rotary"]) -> Chunk:
@@ -206,8 +217,6 @@ class Cache:
         nsa = self.config.nsa
         positions = self.lengths.clamp(max=self.capacity - 1)
         index = positions.long()
-        sizes = {slots.size for layer in self.layers for slots in layer[:3] if slots is not None}
-        slots = {size: index % size if size < self.capacity else index for size in sizes}
         block, block_rotary = None, None
         if completes_block and "nsa" in self.config.attention:
             past = index + nsa.compress_stride - nsa.compress_block_size
@@ -215,7 +224,7 @@ class Cache:
             if self._rotates_summaries:
                 block_rotary = rotary(block * nsa.compress_stride + nsa.compress_block_size // 2)
         rows = torch.arange(len(positions), device=positions.device)
-        return Step(positions, rows, slots, rotary(index), block, block_rotary)
+        return Step(positions, rows, rotary(index), block, block_rotary)
 
     def _tensors(self) -> Iterator[Tensor]:
         yield self.lengths

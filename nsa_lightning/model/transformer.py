@@ -272,7 +272,7 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def prefill(self, tokens: Tensor, cache: Cache, row: int, chunk_size: int = 4096) -> Tensor:
-        """Append tokens to one sequence of the cache, behind those that it holds.
+        """Append tokens to one sequence of the cache, behind those that it holds; interrupted, it holds none.
 
         Args:
             tokens: int64 [T].
@@ -291,20 +291,24 @@ class Transformer(nn.Module):
         if tokens.ndim != 1 or not len(tokens):
             raise ValueError(f"tokens must be [T] with at least one token, got {tuple(tokens.shape)}")
         cache.check_room(row, len(tokens))
-        for part in tokens.split(chunk_size):
-            chunk = cache.chunk(row, len(part), self.rotary)
-            x = self.embed_tokens(part)
-            for layer, kept in self._layers_with(cache):
-                x = layer.prefill(x, kept, chunk)
-            cache.count_chunk(row, len(part))
+        try:
+            for part in tokens.split(chunk_size):
+                chunk = cache.chunk(row, len(part), self.rotary)
+                x = self.embed_tokens(part)
+                for layer, kept in self._layers_with(cache):
+                    x = layer.prefill(x, kept, chunk)
+                cache.count_chunk(row, len(part))
+        except BaseException:  # some layers hold the tokens, some do not
+            cache.reset(row)
+            raise
         return self.norm(x[-1])
 
     @torch.no_grad()
     def decode(self, tokens: Tensor, cache: Cache, completes_block: bool = True) -> Tensor:
         """Append one token to each sequence of the cache.
 
-        Nothing is read back to the host, and shapes and addresses stay as they are: fit for a CUDA graph, with
-        `cache.count_step()` before each replay.
+        Nothing is read back to the host, and shapes and addresses stay as they are: fit for a CUDA graph, captured
+        with an empty cache that is reset afterwards, with `cache.count_step()` before each replay.
 
         Args:
             tokens: int64 [B].
@@ -319,12 +323,13 @@ class Transformer(nn.Module):
         """
         if tokens.shape != cache.lengths.shape:
             raise ValueError(f"tokens must be [B], {tuple(cache.lengths.shape)} here, got {tuple(tokens.shape)}")
-        cache.count_step()
+        cache.check_step()
         step = cache.step(completes_block, self.rotary)
         x = self.embed_tokens(tokens)
         for layer, kept in self._layers_with(cache):
             x = layer.decode(x, kept, step)
         cache.lengths.copy_(step.positions + 1)
+        cache.count_step()
         return self.norm(x)
 
     def _layers_with(self, cache: Cache) -> Iterator[tuple[Block, LayerTokens]]:

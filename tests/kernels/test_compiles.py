@@ -20,6 +20,10 @@ KERNELS = {
     "_union_kernel",
     "_dq_kernel",
     "_dkv_kernel",
+    "_parts_kernel",
+    "_choose_kernel",
+    "_merge_segments_kernel",
+    "_selected_kernel",
 }
 
 

@@ -1,11 +1,19 @@
 """Attention to a cache against the same operator on whole documents, at every position."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
 from nsa_kernels import NSAConfig, native_sparse_attention, reference
-from nsa_kernels.decode import LayerCache, chunk_attention, decode_attention, decode_dense_attention
+from nsa_kernels.decode import (
+    LayerCache,
+    NewTokens,
+    append_tokens,
+    chunk_attention,
+    decode_attention,
+    decode_dense_attention,
+)
 from nsa_kernels.rotary import apply_rotary
 from support.packings import SMALL, assert_same_blocks, random_inputs
 
@@ -106,13 +114,12 @@ def test_chunk_by_chunk_equals_the_whole_document(geometry):
     config = GEOMETRIES[geometry]
     document = Document(2 * config.selected_tokens + 5, config)
     for chunk in (1, 3, config.compress_block_size - 1, config.select_block_size, document.length):
-        assert_chunks(document, chunk, "eager", 1e-10)
+        assert_chunks(document, range(0, document.length, chunk), "eager", 1e-10)
 
 
-def assert_chunks(document, chunk, backend, tolerance):
+def assert_chunks(document, starts, backend, tolerance):
     config, inputs = document.config, document.inputs.to()
-    for start in range(0, document.length, chunk):
-        stop = min(start + chunk, document.length)
+    for start, stop in itertools.pairwise([*starts, document.length]):
         recent = max(0, start - config.window_size + 1)
         complete = max(0, (stop - config.compress_block_size) // config.compress_stride + 1)
         keys = inputs.k[:stop], inputs.v[:stop], document.sliding_k[recent:stop], document.sliding_v[recent:stop]
@@ -146,6 +153,72 @@ def assert_decodes_dense(backend, dtype, window_size, tolerance, length=40, **sh
         where = torch.tensor(positions).int()
         out = decode_dense_attention(q[positions], *cached, where, window_size, backend=backend)
         torch.testing.assert_close(out, expected[positions], rtol=tolerance, atol=tolerance)
+
+
+SHAPES = {
+    "groups_of_3_wide_keys": {"num_heads": 6, "num_kv_heads": 2, "qk_dim": 24, "v_dim": 16},
+    "one_kv_head": {"num_heads": 4, "num_kv_heads": 1, "qk_dim": 16, "v_dim": 16},
+}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter is for machines without a GPU")
+@pytest.mark.parametrize(("geometry", "shape"), [("small", "groups_of_3_wide_keys"), ("no_overlap", "one_kv_head"),
+                                                 ("summary_wider_than_block", "one_kv_head"),
+                                                 ("no_initial_block", "one_kv_head")])  # fmt: skip
+def test_kernels_decode_as_the_whole_document(geometry, shape, monkeypatch):
+    config = GEOMETRIES[geometry]
+    monkeypatch.setattr("nsa_kernels.decode_triton._SEGMENT", 4 if geometry == "small" else 2048)
+    config = dataclasses.replace(config, select_block_size=max(config.select_block_size, 4))
+    length = 4 * config.select_block_size + config.selected_tokens + 1 + config.compress_stride + 1
+    documents = [Document(length, config, dtype=torch.float32, seed=seed, **SHAPES[shape]) for seed in range(3)]
+    for position in (config.compress_block_size - 2, config.compress_block_size - 1, config.selected_tokens):
+        positions = [position, (position * 7 + 3) % length, length - 1 - position]
+        assert_decodes(documents, positions, config, "triton", 1e-5, ring=config.window_size + 3)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter is for machines without a GPU")
+@pytest.mark.parametrize("geometry", ["small", "no_overlap"])
+def test_kernels_take_chunk_by_chunk(geometry):
+    config = GEOMETRIES[geometry]
+    shape = SHAPES["groups_of_3_wide_keys"]
+    document = Document(config.selected_tokens + 13, config, dtype=torch.float32, **shape)
+    starts = [0, 1, config.compress_block_size - 1, config.selected_tokens - 2, config.selected_tokens + 5]
+    assert_chunks(document, starts, "triton", 1e-5)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter is for machines without a GPU")
+@pytest.mark.parametrize("window_size", [None, 7])
+def test_kernels_of_dense_attention_equal_that_of_the_whole_document(window_size):
+    shape = SHAPES["groups_of_3_wide_keys"]
+    assert_decodes_dense("triton", torch.float32, window_size, 1e-5, **shape)
+
+
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+def test_new_tokens_are_rotated_and_stored_in_their_slots(backend):
+    if backend == "triton" and torch.cuda.is_available():
+        pytest.skip("Triton's interpreter is for machines without a GPU")
+    B, H, H_KV, D_QK, D_V, HALF = 3, 6, 2, 24, 8, 5
+    positions = torch.tensor([0, 9, 30]).int()
+    cos, sin = torch.rand(2, B, HALF)
+    q = torch.randn(B, H, D_QK)
+    pairs = [
+        NewTokens(
+            torch.randn(B, H_KV, D_QK), torch.randn(B, H_KV, D_V),
+            torch.zeros(B, slots, H_KV, D_QK), torch.zeros(B, slots, H_KV, D_V), rotate,
+        )
+        for slots, rotate in ((40, True), (7, True), (4, False))
+    ]  # fmt: skip
+    out = append_tokens(q, pairs, positions, (cos, sin), backend=backend)
+    torch.testing.assert_close(out, apply_rotary(q, cos, sin))
+    for new in pairs:
+        k = apply_rotary(new.k, cos, sin) if new.rotate else new.k
+        for b, position in enumerate(positions.tolist()):
+            slot = position % new.k_slots.shape[1]
+            torch.testing.assert_close(new.k_slots[b, slot], k[b])
+            assert torch.equal(new.v_slots[b, slot], new.v[b])
+            others = [other for other in range(new.k_slots.shape[1]) if other != slot]
+            assert not new.k_slots[b, others].any()
+            assert not new.v_slots[b, others].any()
 
 
 def test_a_cache_that_does_not_fit_is_refused_by_name():

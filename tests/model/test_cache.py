@@ -88,7 +88,7 @@ def test_a_prompt_in_chunks_and_its_continuation_equal_the_whole_document(name):
 def test_sequences_of_any_lengths_share_a_batch_as_if_alone(data):
     """Prompts, answers and further prompts in any order, each in chunks of any size; a reset row begins anew."""
     model = build(**VARIANTS[data.draw(st.sampled_from(sorted(VARIANTS)))])
-    cache, texts = allocate(model, batch_size=3), [text(90, seed) for seed in range(3)]
+    cache, texts = allocate(model, batch_size=3, capacity=95), [text(95, seed) for seed in range(3)]
     expected, lengths = [whole(model, tokens) for tokens in texts], [0, 0, 0]
     for _ in range(data.draw(st.integers(1, 6))):
         row = data.draw(st.integers(0, 2))
@@ -147,6 +147,25 @@ def test_a_broken_sequence_leaves_nothing_to_the_next_in_its_row():
     assert_close(model.prefill(tokens, cache, 0), whole(model, tokens)[-1])
 
 
+def test_an_interrupted_prompt_leaves_an_empty_row_and_an_interrupted_step_is_taken_again(monkeypatch):
+    model, tokens = build(), text(30)
+    cache, expected = allocate(model, batch_size=2), whole(model, tokens)
+    for row in (0, 1):
+        model.prefill(tokens[:20], cache, row)
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(model.layers[2].mlp, "forward", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model.decode(tokens[[20, 20]], cache)
+        with pytest.raises(KeyboardInterrupt):
+            model.prefill(tokens[20:], cache, 1)
+    assert cache.host_lengths == cache.lengths.tolist() == [20, 0]
+    assert_close(model.decode(tokens[[20, 0]], cache), expected[[20, 0]])
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 def test_the_bytes_needed_are_the_bytes_allocated(name):
     config = dataclasses.replace(CONFIG, **VARIANTS[name])
@@ -184,6 +203,9 @@ def test_tokens_past_the_capacity_are_an_error_that_names_them():
         (lambda model, cache: model.prefill(text(0), cache, 0), "tokens must be .* at least one token, got \\(0,\\)"),
         (lambda model, cache: model.prefill(text(4), cache, 0, 0), "chunk_size must be at least 1, got 0"),
         (lambda model, cache: model.decode(text(3), cache), r"tokens must be \[B\], \(2,\) here, got \(3,\)"),
+        (lambda model, cache: model.prefill(text(4), cache, 2), "row must be from 0 to 1, got 2"),
+        (lambda model, cache: model.float().decode(text(2), cache), "slots must .* torch.float32, got torch.float64"),
+        (lambda model, cache: model.float().prefill(text(2), cache, 0), "must be .* torch.float32, got torch.float64"),
         (lambda model, _: allocate(model, batch_size=0), "batch_size must be at least 1, got 0"),
         (lambda model, _: allocate(model, capacity=0), "capacity must be at least 1, got 0"),
     ],

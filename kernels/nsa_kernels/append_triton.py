@@ -1,0 +1,78 @@
+"""Rotary embedding of one new token of each sequence and its way into the cache, in one launch for all branches."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nsa_kernels.primitives import padded, wide
+
+# B sequences, S slots, H query heads, H_kv KV heads, D head dim, R rotated dimensions of a head.
+
+
+@triton.jit
+def _copy_head(source_ptr, target_ptr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Copy one head."""
+    column = tl.arange(0, BLOCK_D)
+    tl.store(target_ptr + column, tl.load(source_ptr + column, mask=column < D), mask=column < D)
+
+
+@triton.jit
+def _rotate_head(source_ptr, target_ptr, cos_ptr, sin_ptr, HALF: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Copy one head, its first 2 * HALF dimensions rotated: pairs (i, i + HALF) by the angle of i."""
+    column = tl.arange(0, BLOCK_D)
+    rotated, first = column < 2 * HALF, column < HALF
+    x = tl.load(source_ptr + column, mask=column < D, other=0.0).to(tl.float32)
+    other = tl.load(source_ptr + tl.where(first, column + HALF, column - HALF), mask=rotated, other=0.0).to(tl.float32)
+    cos = tl.load(cos_ptr + column % HALF, mask=rotated, other=1.0).to(tl.float32)
+    sin = tl.load(sin_ptr + column % HALF, mask=rotated, other=0.0).to(tl.float32)
+    turned = x * cos + tl.where(first, -other, other) * sin
+    tl.store(target_ptr + column, turned.to(target_ptr.dtype.element_ty), mask=column < D)
+
+
+@triton.jit
+def _append_kernel(
+    q_ptr, out_ptr,  # [B, H, D_QK]
+    cos_ptr, sin_ptr,  # [B, HALF]
+    positions_ptr,  # [B]
+    k_ptrs, v_ptrs,  # tuples of [B, H_KV, D]
+    k_slots_ptrs, v_slots_ptrs,  # tuples of [B, S, H_KV, D]
+    slots,  # tuple of S
+    ROTATE: tl.constexpr, H: tl.constexpr, H_KV: tl.constexpr, HALF: tl.constexpr,
+    D_QK: tl.constexpr, D_V: tl.constexpr, BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """One program takes one head of one sequence: of the queries, or the key and value of one branch."""
+    head, sequence = tl.program_id(0), wide(tl.program_id(1))
+    cos_ptr += sequence * HALF
+    sin_ptr += sequence * HALF
+    if head < H:
+        row = (sequence * H + head) * D_QK
+        _rotate_head(q_ptr + row, out_ptr + row, cos_ptr, sin_ptr, HALF, D_QK, BLOCK_QK)
+    for i in tl.static_range(len(ROTATE)):
+        kv_head = head - H - i * H_KV
+        if (kv_head >= 0) & (kv_head < H_KV):
+            source = sequence * H_KV + kv_head
+            target = (sequence * slots[i] + tl.load(positions_ptr + sequence) % slots[i]) * H_KV + kv_head
+            if ROTATE[i]:
+                _rotate_head(k_ptrs[i] + source * D_QK, k_slots_ptrs[i] + target * D_QK, cos_ptr, sin_ptr,
+                             HALF, D_QK, BLOCK_QK)  # fmt: skip
+            else:
+                _copy_head(k_ptrs[i] + source * D_QK, k_slots_ptrs[i] + target * D_QK, D_QK, BLOCK_QK)
+            _copy_head(v_ptrs[i] + source * D_V, v_slots_ptrs[i] + target * D_V, D_V, BLOCK_V)
+
+
+def append_tokens(q: Tensor, pairs: Sequence[Any], positions: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`decode.append_tokens`; slots are contiguous."""
+    (B, H, D_QK), (_, H_KV, D_V) = q.shape, pairs[0].v.shape
+    q, out = q.contiguous(), torch.empty_like(q, memory_format=torch.contiguous_format)
+    _append_kernel[(H + len(pairs) * H_KV, B)](
+        q, out, cos.contiguous(), sin.contiguous(), positions,
+        tuple(new.k.contiguous() for new in pairs), tuple(new.v.contiguous() for new in pairs),
+        tuple(new.k_slots for new in pairs), tuple(new.v_slots for new in pairs),
+        tuple(new.k_slots.shape[1] for new in pairs), tuple(new.rotate for new in pairs),
+        H, H_KV, cos.shape[1], D_QK, D_V, padded(D_QK), padded(D_V), num_warps=1,
+    )  # fmt: skip
+    return out
