@@ -8,7 +8,7 @@ from pathlib import Path
 from nsa_cli.function_command import run_function
 from nsa_lightning.checkpoint.convert import RopeChange
 from nsa_lightning.generation.answers import printed_answers, written_answers
-from nsa_lightning.generation.device import DtypeName, choose_device, choose_dtype
+from nsa_lightning.generation.device import DtypeName, choose_dtype, use_device
 from nsa_lightning.generation.generate import Generation, StopConfig
 from nsa_lightning.generation.language_model import open_language_model
 from nsa_lightning.generation.prompts import read_prompts
@@ -75,7 +75,7 @@ def generate_text(
     stops = StopConfig(max_new_tokens=max_new_tokens, stop=stop)
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    place = choose_device(device)
+    place = use_device(device)
     prompts = read_prompts(prompt, prompt_file, sys.stdin.buffer)
     opened = open_language_model(Path(model), Path(tokenizer) if tokenizer is not None else None, rope)
     tokens = opened.encode(prompts, chat)

@@ -32,8 +32,7 @@ class Decoder:
 
     @torch.inference_mode()
     def begin(self, row: int, prompt: Tensor) -> Tensor:
-        """Give a row to a prompt, int64 [L]; logits [V] of the token after it."""
-        self.cache.reset(row)
+        """Give an empty row to a prompt, int64 [L]; logits [V] of the token after it."""
         return self._logits(self.model.prefill(prompt.to(self._tokens.device), self.cache, row))
 
     @torch.inference_mode()

@@ -8,7 +8,7 @@ from support.training import CONFIG, NSA
 
 from nsa_lightning.data.tokenizer import train_tokenizer
 from nsa_lightning.generation.decoder import Decoder
-from nsa_lightning.generation.device import check_memory, choose_device
+from nsa_lightning.generation.device import check_memory, use_device
 from nsa_lightning.generation.generate import Generation, StopConfig
 from nsa_lightning.generation.sampling import Sampler, SamplingConfig
 from nsa_lightning.model.cache import Cache
@@ -133,7 +133,7 @@ def test_a_cache_that_does_not_fit_says_how_many_tokens_would(monkeypatch):
 @pytest.mark.parametrize("name", ["gpu", "meta", "cuda:99", "cpuu"])
 def test_a_device_that_cannot_be_used_is_named(name):
     with pytest.raises(ValueError, match=f"device must be .*, got {name}"):
-        choose_device(name)
+        use_device(name)
 
 
 @pytest.mark.parametrize(
