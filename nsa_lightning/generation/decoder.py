@@ -26,18 +26,24 @@ class Decoder:
     def __init__(self, model: Transformer, batch_size: int, capacity: int, cuda_graphs: bool) -> None:
         weight = model.output_embedding
         self.model, self.batch_size = model, batch_size
+        self._idle = set(range(batch_size))
         self.cache = Cache.allocate(model.config, batch_size, capacity, weight.device, weight.dtype)
         self._tokens = torch.zeros(batch_size, dtype=torch.int64, device=weight.device)
         self._graphs = _StepGraphs(self._run, self._forget) if cuda_graphs and weight.is_cuda else None
 
     @torch.inference_mode()
     def begin(self, row: int, prompt: Tensor) -> Tensor:
-        """Give an empty row to a prompt, int64 [L]; logits [V] of the token after it."""
+        """Give a row to a prompt, int64 [L]; logits [V] of the token after it."""
+        self._idle.discard(row)
+        self.cache.reset(row)
         return self._logits(self.model.prefill(prompt.to(self._tokens.device), self.cache, row))
 
     @torch.inference_mode()
     def step(self, tokens: list[int]) -> Tensor:
         """Append one token to every sequence; logits [B, V] of the next, overwritten by the step after it."""
+        for row in self._idle:  # they take tokens too, until they are full
+            if self.cache.host_lengths[row] == self.cache.capacity:
+                self.cache.reset(row)
         self._tokens.copy_(torch.tensor(tokens), non_blocking=True)
         completes_block = self.cache.completes_block
         if self._graphs is None:
@@ -46,8 +52,8 @@ class Decoder:
         return self._graphs.replay(completes_block)
 
     def end(self, row: int) -> None:
-        """Forget a sequence; its row idles until `begin`, for less than `capacity` steps."""
-        self.cache.reset(row)
+        """Leave a row idle: its tokens and logits mean nothing until `begin`."""
+        self._idle.add(row)
 
     def _run(self, completes_block: bool) -> Tensor:
         return self._logits(self.model.decode(self._tokens, self.cache, completes_block))
