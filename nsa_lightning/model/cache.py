@@ -158,7 +158,7 @@ class Cache:
     @property
     def num_bytes(self) -> int:
         """Memory of all layers."""
-        return sum(x.nbytes for x in self._tensors())
+        return self.lengths.nbytes + sum(x.nbytes for x in self._tensors())
 
     @property
     def completes_block(self) -> bool:
@@ -168,9 +168,11 @@ class Cache:
 
     def reset(self, row: int) -> None:
         """Forget a sequence: one that has ended idles at little cost, and its row takes another."""
+        used = self.host_lengths[row] + 1  # one more where a step was interrupted
         for x in self._tensors():
-            x[row].zero_()
+            x[row, :used] = 0
         self.host_lengths[row] = 0
+        self.lengths[row] = 0
 
     def check_room(self, row: int, num_tokens: int) -> None:
         """Raise ValueError where so many more tokens of one sequence would not fit, or there is no such sequence."""
@@ -208,7 +210,7 @@ class Cache:
         return Chunk(row, start, rotary(positions), blocks, block_rotary)
 
     def count_chunk(self, row: int, num_tokens: int) -> None:
-        """Count tokens that every layer has appended to one sequence."""
+        """Count new tokens of one sequence."""
         self.host_lengths[row] += num_tokens
         self.lengths[row] = self.host_lengths[row]
 
@@ -227,7 +229,6 @@ class Cache:
         return Step(positions, rows, rotary(index), block, block_rotary)
 
     def _tensors(self) -> Iterator[Tensor]:
-        yield self.lengths
         for layer in self.layers:
             for slots in layer:
                 yield from slots or ()
