@@ -169,7 +169,7 @@ def test_a_context_that_is_exceeded_is_told_with_the_scaling_that_reaches_so_far
         (["--prompt", "x", "--tokenizer", "nowhere"], "tokenizer must be a tokenizer.json or its directory, got"),
         (["--prompt", "x", "--rope.scaling", "yarn"], "rope.factor must be set with rope.scaling=yarn, got none"),
         (["--prompt", "x", "--output", "nowhere/out.jsonl"], "nowhere/out.jsonl"),
-        (["--prompt", "x", "--model", "latin"], "ckpt_path must be a checkpoint of nsa fit, got latin"),
+        (["--prompt", "x", "--model", "latin"], "model must be a checkpoint of nsa fit, got latin"),
         (["--prompt", "x", "--model", "gone"], "model must be a checkpoint of nsa fit or a directory of nsa convert"),
         (["--prompt", "x", "--model", "untold.ckpt"], "tokenizer must be given where the run of the checkpoint has no"),
         (["--prompt", "x", "--dtype", "int8"], "int8"),
