@@ -292,6 +292,11 @@ def _summarised(inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     return inputs["compress_k"], inputs.get("compress_v", inputs["v"])
 
 
+def is_new_part(name: str) -> bool:
+    """Whether the parameter of that name belongs to what a dense model has no counterpart of: gates and summaries."""
+    return not {"branch_gate", "branch_gate_hidden", "k_summary", "v_summary"}.isdisjoint(name.split("."))
+
+
 def build_attention(kind: AttentionKind, shape: LayerShape, nsa: NSALayerConfig, sliding_window: int) -> DenseAttention:
     """The attention layer of that name."""
     if kind == "nsa":
