@@ -4,7 +4,7 @@ The same function of the whole sequence as `native_sparse_attention`, token by t
 reads the summaries, n selected blocks and the window, whatever the length of the sequence.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -141,6 +141,7 @@ def decode_attention(
         contiguous = [x.contiguous() for x in cache]
         return decode_triton.sparse_attention(q.contiguous(), gates.contiguous(), contiguous, positions, config, scale)
     position = positions.long().unsqueeze(1)
+    cache = LayerCache(*_used(cache, positions, config))
     sliding = Keys(cache.sliding_k, cache.sliding_v, _ring_tokens(position, cache.sliding_k.shape[1]))
     selected, summaries = (cache.k, cache.v), (cache.summary_k, cache.summary_v)
     out, blocks = decode_eager.sparse_attention(
@@ -187,7 +188,8 @@ def decode_dense_attention(
 
         contiguous = q.contiguous(), k.contiguous(), v.contiguous()
         return decode_triton.dense_attention(*contiguous, positions, window_size, scale)
-    position = positions.long().unsqueeze(1)
+    position, S = positions.long().unsqueeze(1), _used_slots(S, positions)
+    k, v = k[:, :S], v[:, :S]
     tokens = _ring_tokens(position, S) if window_size is not None else torch.arange(S, device=q.device).expand(B, S)
     out = decode_eager.dense_attention(q.unsqueeze(1), position, Keys(k, v, tokens), window_size, scale)
     return out.squeeze(1)
@@ -261,6 +263,19 @@ def chunk_attention(
 
 def _on_triton(backend: Backend, q: Tensor, v: Tensor, config: NSAConfig) -> bool:
     return stages_of(backend, q, v, config) not in (eager, reference)
+
+
+def _used_slots(slots: int, positions: Tensor) -> int:
+    """How many slots hold tokens of any sequence; all of them on a device that would be waited for."""
+    return min(slots, int(positions.max()) + 1) if positions.device.type == "cpu" else slots
+
+
+def _used(cache: LayerCache, positions: Tensor, config: NSAConfig) -> Iterator[Tensor]:
+    """The part of a cache that holds tokens of any sequence, in whole selection blocks."""
+    tokens = -(-_used_slots(cache.k.shape[1], positions) // config.select_block_size) * config.select_block_size
+    rows = tokens // config.compress_stride
+    for x, used in zip(cache, (tokens, tokens, tokens, tokens, rows, rows), strict=True):
+        yield x[:, :used]
 
 
 def _ring_tokens(position: Tensor, slots: int) -> Tensor:

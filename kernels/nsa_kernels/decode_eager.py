@@ -42,15 +42,15 @@ def sparse_attention(
 
     Selected keys and values [B, S, H_kv, D] hold token t in slot t, summaries block i in row i.
     """
-    num_kv_heads, chunk = sliding.k.shape[2], _chunk_size(q, selected, config)
-    num_blocks = -(-selected[0].shape[1] // config.select_block_size)
+    num_kv_heads, num_blocks = sliding.k.shape[2], -(-selected[0].shape[1] // config.select_block_size)
+    chunk = _chunk_size(q, selected, min(num_blocks, config.num_selected_blocks) * config.select_block_size)
     outs, chosen = [], []
     for start in range(0, q.shape[1], chunk):
         rows = slice(start, start + chunk)
         heads = _by_group(q[:, rows], num_kv_heads) * scale  # [B, H_kv, t, G, D]
         compressed_o, importance = _compressed(heads, positions[:, rows], *summaries, num_blocks, config)
         blocks = _choose(importance, positions[:, rows], config)
-        selected_o = _selected(heads, positions[:, rows], *selected, blocks, config)
+        selected_o = _selected(heads, positions[:, rows], *selected, blocks[..., :num_blocks], config)
         sliding_o = _seen(heads, positions[:, rows], sliding, config.window_size)
         weights = gates[:, rows].to(heads.dtype).unsqueeze(-1).unbind(3)  # 3 × [B, t, H, 1]
         branches = zip(weights, (compressed_o, selected_o, sliding_o), strict=True)
@@ -65,9 +65,10 @@ def dense_attention(q: Tensor, positions: Tensor, keys: Keys, window_size: int |
     return _by_head(_seen(heads, positions, keys, window_size)).to(q.dtype)
 
 
-def _chunk_size(q: Tensor, selected: tuple[Tensor, Tensor], config: NSAConfig) -> int:
+def _chunk_size(q: Tensor, selected: tuple[Tensor, Tensor], tokens: int) -> int:
+    """Queries whose keys are gathered at a time, `tokens` for each."""
     k, v = selected
-    return max(1, _CHUNK_BYTES // (4 * len(q) * k.shape[2] * config.selected_tokens * (k.shape[3] + v.shape[3])))
+    return max(1, _CHUNK_BYTES // (4 * len(q) * k.shape[2] * tokens * (k.shape[3] + v.shape[3])))
 
 
 def _by_group(q: Tensor, num_kv_heads: int) -> Tensor:
