@@ -194,7 +194,12 @@ def compress(x: Tensor, cu_seqlens: Tensor, config: NSAConfig, weights: Compress
     tokens = layout.start[:, None] + torch.arange(config.compress_block_size, device=x.device)  # [C, l]
     tokens = tokens.where(layout.is_block[:, None], 0)
     blocks = x.index_select(0, tokens.flatten()).view(*tokens.shape, *x.shape[1:])  # [C, l, H_kv, D]
-    summary = blocks.mean(1, dtype=torch.promote_types(x.dtype, torch.float32))  # [C, H_kv, D]
+    return summarise(blocks, weights).where(layout.is_block[:, None, None], 0.0)
+
+
+def summarise(blocks: Tensor, weights: CompressionWeights | None = None) -> Tensor:
+    """φ of blocks of keys or values that are gathered already, [C, l, H_kv, D] -> [C, H_kv, D]."""
+    summary = blocks.mean(1, dtype=torch.promote_types(blocks.dtype, torch.float32))  # [C, H_kv, D]
     if weights is not None:
         inputs = blocks.permute(2, 0, 1, 3) + weights.position_embedding.unsqueeze(1)  # [H_kv, C, l, D]
         mapped = torch.baddbmm(weights.in_bias.unsqueeze(1), inputs.flatten(2), weights.in_weight)
@@ -202,7 +207,7 @@ def compress(x: Tensor, cu_seqlens: Tensor, config: NSAConfig, weights: Compress
             hidden = torch.nn.functional.silu(mapped)
             mapped = torch.baddbmm(weights.out_bias.unsqueeze(1), hidden, weights.out_weight)
         summary = summary + mapped.transpose(0, 1)
-    return summary.where(layout.is_block[:, None, None], 0.0).to(x.dtype)
+    return summary.to(blocks.dtype)
 
 
 def _visible_compressed_rows(

@@ -1,5 +1,6 @@
 """The decoder in plain PyTorch."""
 
+from nsa_lightning.model.cache import Cache
 from nsa_lightning.model.transformer import Transformer, TransformerConfig
 
-__all__ = ["Transformer", "TransformerConfig"]
+__all__ = ["Cache", "Transformer", "TransformerConfig"]

@@ -1,16 +1,20 @@
 """The attention layers of the decoder: `nsa`, `full` and `sliding`, one choice a layer."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
 from nsa_kernels import CompressionWeights, NSAConfig, NSAOutput, native_sparse_attention
+from nsa_kernels.decode import chunk_attention, decode_attention, decode_dense_attention
+from nsa_kernels.eager import summarise
 from nsa_kernels.packing import BatchLayout
 from nsa_kernels.rotary import apply_rotary
 from torch import Tensor, nn
 
+from nsa_lightning.model.cache import Chunk, LayerTokens, Step
 from nsa_lightning.model.context_parallel import ContextParallel
-from nsa_lightning.model.fused_attention import packed_causal_attention
+from nsa_lightning.model.fused_attention import chunk_causal_attention, packed_causal_attention
 from nsa_lightning.model.statistics import BranchStatistics, branch_statistics
 
 AttentionKind = Literal["nsa", "full", "sliding"]
@@ -116,6 +120,22 @@ class DenseAttention(KeyValue):
         out = packed_causal_attention(q, k, v, context.cu_seqlens, context.max_seqlen, self.window_size)
         return self.o_proj(context.parallel.to_tokens(out).flatten(1)), None
 
+    def prefill(self, x: Tensor, cache: LayerTokens, chunk: Chunk) -> Tensor:
+        """Append T tokens to one sequence of the cache and attend them to it, [T, hidden_size] in and out."""
+        k, v = self.key_value(x)
+        q, k = self.rotated_query(x, chunk.rotary), apply_rotary(k, *chunk.rotary)
+        reach = chunk.start if self.window_size is None else self.window_size - 1
+        k, v = cache.tokens.extend(chunk.row, chunk.start, k, v, reach)
+        return self.o_proj(chunk_causal_attention(q, k, v, self.window_size).flatten(1))
+
+    def decode(self, x: Tensor, cache: LayerTokens, step: Step) -> Tensor:
+        """Append one token to each sequence of the cache and attend it to its own, [B, hidden_size] in and out."""
+        k, v = self.key_value(x)
+        q, k = self.rotated_query(x, step.rotary), apply_rotary(k, *step.rotary)
+        cache.tokens.append(step, k, v)
+        out = decode_dense_attention(q, cache.tokens.k, cache.tokens.v, step.positions, self.window_size)
+        return self.o_proj(out.flatten(1))
+
 
 class BlockSummary(nn.Module):
     """The learned part of φ(x) = mean(x) + f(x + e), one per KV head; it starts at zero."""
@@ -181,25 +201,30 @@ class NSAttention(DenseAttention):
 
     def forward(self, x: Tensor, context: PackedContext, watch: bool = False) -> tuple[Tensor, BranchStatistics | None]:
         """[T, hidden_size] -> [T, hidden_size], and what the gates and the selection did if `watch`."""
-        gates = self.gates(x)
-        result = self.attend(x, gates, context)
-        statistics = branch_statistics(gates, result.block_indices, context.cu_seqlens, self.config) if watch else None
+        inputs = self.projections(x, context.rotary)
+        result = self.attend(inputs, context)
+        statistics = None
+        if watch:
+            statistics = branch_statistics(inputs["gates"], result.block_indices, context.cu_seqlens, self.config)
         return self.o_proj(result.out.flatten(1)), statistics
 
-    def attend(self, x: Tensor, gates: Tensor, context: PackedContext) -> NSAOutput:
+    def projections(self, x: Tensor, rotary: Rotary) -> dict[str, Tensor]:
+        """What tokens attend with and are attended by, as `native_sparse_attention` names it."""
+        k, v = self.key_value(x)
+        inputs = {"q": self.rotated_query(x, rotary), "k": apply_rotary(k, *rotary), "v": v, "gates": self.gates(x)}
+        if self.sliding is not None:
+            sliding_k, inputs["sliding_v"] = self.sliding.key_value(x)
+            inputs["sliding_k"] = apply_rotary(sliding_k, *rotary)
+        if self.compressed is not None:
+            k, inputs["compress_v"] = self.compressed.key_value(x)
+        inputs["compress_k"] = apply_rotary(k, *rotary) if self.config.compress_rope == "before" else k
+        return inputs
+
+    def attend(self, inputs: dict[str, Tensor], context: PackedContext) -> NSAOutput:
         """The gated sum of the branches before the output projection, [T, H, D_v], and the selected blocks.
 
         Where ranks share the batch the sum is that of this rank's tokens, the blocks are those its heads chose for all.
         """
-        k, v = self.key_value(x)
-        inputs = {"q": self.rotated_query(x, context.rotary), "k": apply_rotary(k, *context.rotary), "v": v}
-        inputs["gates"] = gates
-        if self.sliding is not None:
-            sliding_k, inputs["sliding_v"] = self.sliding.key_value(x)
-            inputs["sliding_k"] = apply_rotary(sliding_k, *context.rotary)
-        if self.compressed is not None:
-            k, inputs["compress_v"] = self.compressed.key_value(x)
-        inputs["compress_k"] = apply_rotary(k, *context.rotary) if self.config.compress_rope == "before" else k
         parallel = context.parallel
         received: dict[str, Any] = dict(zip(inputs, parallel.to_heads(*inputs.values()), strict=True))
         result = native_sparse_attention(
@@ -213,6 +238,51 @@ class NSAttention(DenseAttention):
             backend=self.config.backend,
         )
         return NSAOutput(parallel.to_tokens(result.out), result.block_indices)
+
+    def prefill(self, x: Tensor, cache: LayerTokens, chunk: Chunk) -> Tensor:
+        """Append T tokens to one sequence of the cache and attend them to it, [T, hidden_size] in and out."""
+        assert cache.pending is not None
+        assert cache.summaries is not None
+        new, row, start, config = self.projections(x, chunk.rotary), chunk.row, chunk.start, self.config
+        l, d, first = config.compress_block_size, config.compress_stride, chunk.blocks.start  # noqa: E741
+        pending = cache.pending.extend(row, start, *_summarised(new), reach=start - first * d)
+        if chunk.blocks:
+            blocks = (tokens.unfold(0, l, d).movedim(-1, 1) for tokens in pending)  # 2 × [C, l, H_kv, D]
+            cache.summaries.extend(row, first, *self._summaries(blocks, chunk.block_rotary), reach=0)
+        selected = sliding = cache.tokens.extend(row, start, new["k"], new["v"], reach=start)
+        if cache.sliding is not None:
+            sliding = cache.sliding.extend(row, start, new["sliding_k"], new["sliding_v"], config.window_size - 1)
+        pairs = (*selected, *sliding, cache.summaries.k[row], cache.summaries.v[row])
+        result = chunk_attention(new["q"], new["gates"], *pairs, config, backend=config.backend)
+        return self.o_proj(result.out.flatten(1))
+
+    def decode(self, x: Tensor, cache: LayerTokens, step: Step) -> Tensor:
+        """Append one token to each sequence of the cache and attend it to its own, [B, hidden_size] in and out."""
+        assert cache.pending is not None
+        assert cache.summaries is not None
+        new = self.projections(x, step.rotary)
+        cache.tokens.append(step, new["k"], new["v"])
+        if cache.sliding is not None:
+            cache.sliding.append(step, new["sliding_k"], new["sliding_v"])
+        cache.pending.append(step, *_summarised(new))
+        if step.block is not None:
+            summaries = self._summaries(cache.pending.in_order(step), step.block_rotary)
+            cache.summaries.put(step.rows, step.block, *summaries)
+        pairs, backend = cache.operands(), self.config.backend
+        result = decode_attention(new["q"], new["gates"], pairs, step.positions, self.config, backend=backend)
+        return self.o_proj(result.out.flatten(1))
+
+    def _summaries(self, blocks: Iterable[Tensor], rotary: Rotary | None) -> tuple[Tensor, Tensor]:
+        """Summaries of blocks of keys [C, l, H_kv, D_qk] and of values, the keys' turned by `rotary`."""
+        (k, v), alone = blocks, ContextParallel()
+        summary_k = summarise(k, self.k_summary.weights(alone) if self.k_summary is not None else None)
+        summary_v = summarise(v, self.v_summary.weights(alone) if self.v_summary is not None else None)
+        return summary_k if rotary is None else apply_rotary(summary_k, *rotary), summary_v
+
+
+def _summarised(inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Keys and values of the compressed branch."""
+    return inputs["compress_k"], inputs.get("compress_v", inputs["v"])
 
 
 def build_attention(kind: AttentionKind, shape: LayerShape, nsa: NSALayerConfig, sliding_window: int) -> DenseAttention:

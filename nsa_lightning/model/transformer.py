@@ -1,5 +1,6 @@
 """The decoder: pre-norm blocks of attention and SwiGLU, as Llama 2/3, Mistral, Qwen2 and Qwen3 have them."""
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
@@ -15,6 +16,7 @@ from nsa_lightning.model.attention import (
     PackedContext,
     build_attention,
 )
+from nsa_lightning.model.cache import Cache, Chunk, LayerTokens, Step
 from nsa_lightning.model.context_parallel import ContextParallel
 from nsa_lightning.model.feed_forward import FeedForward
 from nsa_lightning.model.initialization import fill_normal
@@ -170,8 +172,19 @@ class Block(nn.Module):
 
     def _layer(self, x: Tensor, context: PackedContext, watch: bool) -> tuple[Tensor, BranchStatistics | None]:
         attended, statistics = self.self_attn(self.input_layernorm(x), context, watch)
+        return self._add(x, attended), statistics
+
+    def prefill(self, x: Tensor, cache: LayerTokens, chunk: Chunk) -> Tensor:
+        """New tokens of one sequence of the cache, [T, hidden_size] in and out."""
+        return self._add(x, self.self_attn.prefill(self.input_layernorm(x), cache, chunk))
+
+    def decode(self, x: Tensor, cache: LayerTokens, step: Step) -> Tensor:
+        """A new token of each sequence of the cache, [B, hidden_size] in and out."""
+        return self._add(x, self.self_attn.decode(self.input_layernorm(x), cache, step))
+
+    def _add(self, x: Tensor, attended: Tensor) -> Tensor:
         x = x + attended
-        return x + self.mlp(self.post_attention_layernorm(x)), statistics
+        return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class TransformerOutput(NamedTuple):
@@ -256,6 +269,71 @@ class Transformer(nn.Module):
             if layer_statistics is not None:
                 statistics[index] = layer_statistics
         return TransformerOutput(self.norm(x), statistics)
+
+    @torch.no_grad()
+    def prefill(self, tokens: Tensor, cache: Cache, row: int, chunk_size: int = 4096) -> Tensor:
+        """Append tokens to one sequence of the cache, behind those that it holds; interrupted, it holds none.
+
+        Args:
+            tokens: int64 [T].
+            cache: of this model's config.
+            row: index of the sequence.
+            chunk_size: tokens that are computed at a time, which bounds the memory beside the cache.
+
+        Returns:
+            Final hidden states of the last token, [hidden_size].
+
+        Raises:
+            ValueError: there are no tokens, more than the cache has room for, or chunk_size is not positive.
+        """
+        if chunk_size < 1:
+            raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+        if tokens.ndim != 1 or not len(tokens):
+            raise ValueError(f"tokens must be [T] with at least one token, got {tuple(tokens.shape)}")
+        cache.check_room(row, len(tokens))
+        try:
+            for part in tokens.split(chunk_size):
+                chunk = cache.chunk(row, len(part), self.rotary)
+                x = self.embed_tokens(part)
+                for layer, kept in self._layers_with(cache):
+                    x = layer.prefill(x, kept, chunk)
+                cache.count_chunk(row, len(part))
+        except BaseException:  # some layers hold the tokens, some do not
+            cache.reset(row)
+            raise
+        return self.norm(x[-1])
+
+    @torch.no_grad()
+    def decode(self, tokens: Tensor, cache: Cache, completes_block: bool = True) -> Tensor:
+        """Append one token to each sequence of the cache.
+
+        Nothing is read back to the host, and shapes and addresses stay as they are: fit for a CUDA graph, captured
+        with an empty cache that is reset afterwards, with `cache.count_step()` before each replay.
+
+        Args:
+            tokens: int64 [B].
+            cache: of this model's config.
+            completes_block: `cache.completes_block`; where False no summaries are computed.
+
+        Returns:
+            Final hidden states, [B, hidden_size].
+
+        Raises:
+            ValueError: not one token a sequence, or a sequence is at its capacity.
+        """
+        if tokens.shape != cache.lengths.shape:
+            raise ValueError(f"tokens must be [B], {tuple(cache.lengths.shape)} here, got {tuple(tokens.shape)}")
+        cache.check_step()
+        step = cache.step(completes_block, self.rotary)
+        x = self.embed_tokens(tokens)
+        for layer, kept in self._layers_with(cache):
+            x = layer.decode(x, kept, step)
+        cache.lengths.copy_(step.positions + 1)
+        cache.count_step()
+        return self.norm(x)
+
+    def _layers_with(self, cache: Cache) -> Iterator[tuple[Block, LayerTokens]]:
+        return zip(cast("Iterable[Block]", self.layers), cache.layers, strict=True)
 
     def context(self, positions: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> PackedContext:
         """What every layer needs to know of the batch; arguments as `forward`."""

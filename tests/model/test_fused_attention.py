@@ -2,7 +2,7 @@ import pytest
 import torch
 from support.packings import cu_seqlens
 
-from nsa_lightning.model.fused_attention import packed_causal_attention
+from nsa_lightning.model.fused_attention import chunk_causal_attention, packed_causal_attention
 
 
 def masked_attention(q, k, v, offsets, window_size):
@@ -39,3 +39,16 @@ def test_equals_masked_attention_with_its_gradients(lengths, window_size, heads,
     ):
         torch.testing.assert_close(gradient, expected_gradient)
     assert actual.shape == (T, H, v_dim)
+
+
+@pytest.mark.parametrize("window_size", [None, 1, 4, 5, 7, 100])
+@pytest.mark.parametrize("num_queries", [1, 4, 5, 13])
+def test_the_last_queries_of_a_document_see_all_of_it(num_queries, window_size, monkeypatch):
+    monkeypatch.setattr("nsa_lightning.model.fused_attention._MASKED_QUERIES", 3)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(13, h, d, dtype=torch.float64, generator=generator) for h, d in ((6, 8), (2, 8), (2, 6)))
+    expected = masked_attention(q, k, v, cu_seqlens([13]), window_size)[-num_queries:]
+    seen = 13 if window_size is None else min(13, num_queries + window_size - 1)
+    for held in {seen, 13}:
+        actual = chunk_causal_attention(q[-num_queries:], k[-held:], v[-held:], window_size)
+        torch.testing.assert_close(actual, expected)
