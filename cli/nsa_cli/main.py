@@ -15,6 +15,7 @@ _OTHER_COMMANDS = {
     "consolidate": "write a sharded checkpoint as one file",
     "memory": "tell what a step of fit takes on each GPU, before anything is allocated",
     "convert": "make an NSA model of a dense Hugging Face one, to train on",
+    "generate": "continue prompts with a trained model, or answer them",
     "export": "write a checkpoint as a Hugging Face directory",
     "bench": "measure the attention operator or the loader: nsa bench kernels, nsa bench loader",
 }

@@ -141,6 +141,20 @@ class Tokenizer:
                 parts[document].append(np.asarray(encoding.ids, dtype=np.int64))
         return [np.concatenate([*part, [self.end_of_text_id]]) for part in parts]
 
+    def encode_prompt(self, text: str, *, start: bool = True) -> list[int]:
+        """Tokens of a text to be continued, in which the names of special tokens stand for them.
+
+        Args:
+            text: the prompt.
+            start: begin as documents do, with the tokenizer's own start, such as BOS.
+        """
+        self._tokenizer.encode_special_tokens = False
+        try:
+            tokens: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        finally:
+            self._tokenizer.encode_special_tokens = True
+        return [*self._start.tolist(), *tokens] if start else tokens
+
     def decode(self, tokens: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of `tokens`; bytes that are not UTF-8 become U+FFFD."""
         return self._tokenizer.decode(list(tokens), skip_special_tokens=skip_special_tokens)

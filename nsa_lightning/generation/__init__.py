@@ -1,0 +1,1 @@
+"""Text from a trained model: prompts, the decoding loop, sampling and streamed text."""

@@ -1,0 +1,85 @@
+"""Where answers go: printed as they come, or to a file that appears once it is whole."""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+from nsa_lightning.data.storage import whole_file
+from nsa_lightning.generation.generate import Piece
+from nsa_lightning.generation.prompts import Prompt
+
+
+@contextmanager
+def printed_answers(prompts: Sequence[Prompt], out: TextIO) -> Iterator[Callable[[Piece], None]]:
+    """Print answers in the order of their prompts, each under its name if there are several.
+
+    One is printed as it comes; the others wait for it. What waits when Ctrl-C comes is printed too.
+    """
+    waiting, ended = [""] * len(prompts), [False] * len(prompts)
+    current = 0
+    named = len(prompts) > 1
+
+    def show(number: int) -> None:
+        if named and number not in begun:
+            out.write(f"==> {prompts[number].name} <==\n")
+        begun.add(number)
+        out.write(waiting[number])
+        waiting[number] = ""
+
+    def add(piece: Piece) -> None:
+        nonlocal current
+        waiting[piece.prompt] += piece.text
+        ended[piece.prompt] = piece.finish is not None
+        while current < len(prompts) and (waiting[current] or ended[current]):
+            show(current)
+            if not ended[current]:
+                break
+            out.write("\n")
+            current += 1
+        out.flush()
+
+    begun: set[int] = set()
+    try:
+        yield add
+    except KeyboardInterrupt:
+        for number in range(current, len(prompts)):
+            if waiting[number] or number in begun:
+                show(number)
+                out.write("\n")
+        out.flush()
+        raise
+
+
+@contextmanager
+def written_answers(prompts: Sequence[Prompt], path: Path) -> Iterator[Callable[[Piece], None]]:
+    """Write one JSON line a prompt, in their order: prompt, answer, its number of tokens and why it ended.
+
+    After Ctrl-C the file has the answers that were finished.
+
+    Raises:
+        ValueError: the file exists or cannot be written.
+    """
+    if path.exists():
+        raise ValueError(f"output must not exist, got {path}")
+    texts, lines = [""] * len(prompts), [""] * len(prompts)
+
+    def add(piece: Piece) -> None:
+        texts[piece.prompt] += piece.text
+        if piece.finish is not None:
+            prompt, answer = prompts[piece.prompt].text, texts[piece.prompt]
+            line = {"prompt": prompt, "answer": answer, "tokens": len(piece.tokens), "finish": piece.finish}
+            lines[piece.prompt] = json.dumps(line, ensure_ascii=False) + "\n"
+
+    interrupted = None
+    with whole_file(path) as stream:
+        try:
+            yield add
+        except KeyboardInterrupt as error:
+            if not any(lines):
+                raise
+            interrupted = error
+        stream.write("".join(lines).encode())
+    if interrupted is not None:
+        raise interrupted
