@@ -1,17 +1,23 @@
 """`nsa bench WHAT`: finds the measurement and runs it."""
 
+import json
 import sys
 from collections.abc import Callable
 
 from nsa_cli.function_command import run_function
 from nsa_lightning.benchmark.kernels import bench_kernels
 from nsa_lightning.benchmark.loader import bench_loader
+from nsa_lightning.benchmark.training import bench_training
 
-_BENCHMARKS: dict[str, Callable[..., int]] = {"kernels": bench_kernels, "loader": bench_loader}
+_BENCHMARKS: dict[str, Callable[..., int]] = {
+    "kernels": bench_kernels,
+    "loader": bench_loader,
+    "training": bench_training,
+}
 
 _HELP = """usage: nsa bench WHAT [options]
 
-Measure the attention operator, or what feeds it.
+Measure the attention operator, what feeds it, or training as a whole.
 
 benchmarks:
 {benchmarks}
@@ -20,6 +26,7 @@ benchmarks:
 
 example:
   nsa bench kernels --shapes A --lengths 8192 16384 --output_dir runs/bench
+  nsa bench training --config configs/nsa_1b.yaml --lengths 32768 --devices 1 2
 """
 
 
@@ -33,4 +40,18 @@ def run() -> int:
     if name not in _BENCHMARKS:
         print(f"nsa bench: error: no benchmark {name!r}; the benchmarks are {', '.join(_BENCHMARKS)}", file=sys.stderr)
         return 2
-    return run_function(f"bench {name}", _BENCHMARKS[name], sys.argv[3:])
+    words = sys.argv[3:] if name != "training" else _with_fit_settings(sys.argv[3:])
+    return run_function(f"bench {name}", _BENCHMARKS[name], words)
+
+
+def _with_fit_settings(words: list[str]) -> list[str]:
+    """Flags of `nsa fit`, which are --config and those with a dot, and what follows them, as one setting `--fit`."""
+    own: list[str] = []
+    fit: list[str] = []
+    target = own
+    for word in words:
+        if word.startswith("--"):
+            flag = word.split("=")[0]
+            target = fit if flag == "--config" or "." in flag else own
+        target.append(word)
+    return [*own, "--fit", json.dumps(fit)] if fit or not any(word in ("-h", "--help") for word in own) else own

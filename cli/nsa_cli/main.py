@@ -17,7 +17,7 @@ _OTHER_COMMANDS = {
     "convert": "make an NSA model of a dense Hugging Face one, to train on",
     "generate": "continue prompts with a trained model, or answer them",
     "export": "write a checkpoint as a Hugging Face directory",
-    "bench": "measure the attention operator or the loader: nsa bench kernels, nsa bench loader",
+    "bench": "measure the attention operator, the loader or training: nsa bench kernels, loader, training",
 }
 
 _HELP = """usage: nsa COMMAND [options]

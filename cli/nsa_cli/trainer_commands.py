@@ -94,11 +94,7 @@ class NSACommandLine(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Check what would otherwise fail late or unclearly."""
         config = self.config[self.subcommand]
-        if config.trainer.accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
-            raise ValueError(
-                f"trainer.accelerator must name hardware that PyTorch can use, got {config.trainer.accelerator}: "
-                f"torch {torch.__version__} sees no GPU. Use --trainer.accelerator cpu or auto"
-            )
+        check_accelerator(config.trainer.accelerator)
         if self.subcommand == "fit" and config.trainer.max_steps < 1:
             raise ValueError(
                 f"trainer.max_steps must be at least 1, got {config.trainer.max_steps}: "
@@ -126,6 +122,15 @@ class NSACommandLine(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """Model settings come from the config and the flags, never from a checkpoint."""
+
+
+def check_accelerator(accelerator: Any) -> None:
+    """Refuse a GPU where PyTorch sees none."""
+    if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
+        raise ValueError(
+            f"trainer.accelerator must name hardware that PyTorch can use, got {accelerator}: "
+            f"torch {torch.__version__} sees no GPU. Use --trainer.accelerator cpu or auto"
+        )
 
 
 def run() -> int:

@@ -3,6 +3,7 @@
 import math
 import random
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
@@ -118,32 +119,42 @@ class KernelSettings:
     overwrite: bool
 
     def __post_init__(self) -> None:
-        _check_choices("documents", self.documents, get_args(DocumentMix))
-        _check_choices("inputs", self.inputs, get_args(InputKind))
-        _check_choices("dtype", [self.dtype], DTYPES)
-        _check_filled("shapes", self.shapes)
+        check_choices("documents", self.documents, get_args(DocumentMix))
+        check_choices("inputs", self.inputs, get_args(InputKind))
+        check_choices("dtype", [self.dtype], DTYPES)
+        check_filled("shapes", self.shapes)
         for shape in self.shapes:
             parse_shape(shape)
         for name in ("lengths", "check_documents"):
             values = getattr(self, name)
-            _check_filled(name, values)
+            check_filled(name, values)
             if min(values) < 1:
                 raise ValueError(f"{name} must be at least 1 token each, got {min(values)}")
         if not 0 < self.time_budget < math.inf:
             raise ValueError(f"time_budget must be seconds above 0, got {self.time_budget}")
         if self.repetitions < 1:
             raise ValueError(f"repetitions must be at least 1, got {self.repetitions}")
-        if self.output_dir.exists() and not self.output_dir.is_dir():
-            raise ValueError(f"output_dir must be a directory, got the file {self.output_dir}")
-        for name in (RESULTS_NAME, PLOT_NAME):
-            if (self.output_dir / name).exists() and not self.overwrite:
-                raise ValueError(
-                    f"output_dir must not hold {name} yet, got {self.output_dir}: "
-                    "set --output_dir to another directory, or --overwrite true"
-                )
+        check_output(self.output_dir, (RESULTS_NAME, PLOT_NAME), self.overwrite)
 
 
-def _check_filled(name: str, values: list[str] | list[int]) -> None:
+def check_output(output_dir: Path, names: Sequence[str], overwrite: bool) -> None:
+    """Refuse a directory whose results would be replaced without a word.
+
+    Raises:
+        ValueError: it is a file, or holds one of the names and `overwrite` is not set.
+    """
+    if output_dir.exists() and not output_dir.is_dir():
+        raise ValueError(f"output_dir must be a directory, got the file {output_dir}")
+    for name in names:
+        if (output_dir / name).exists() and not overwrite:
+            raise ValueError(
+                f"output_dir must not hold {name} yet, got {output_dir}: "
+                "set --output_dir to another directory, or --overwrite true"
+            )
+
+
+def check_filled(name: str, values: list[str] | list[int]) -> None:
+    """Refuse a list that is empty or, but for documents to check, names a value twice."""
     if not values:
         raise ValueError(f"{name} must name at least one, got none")
     if len(set(values)) < len(values):
@@ -152,8 +163,9 @@ def _check_filled(name: str, values: list[str] | list[int]) -> None:
             raise ValueError(f"{name} must name each value once, got {repeated} again")
 
 
-def _check_choices(name: str, values: list[str], choices: tuple[str, ...]) -> None:
-    _check_filled(name, values)
+def check_choices(name: str, values: list[str], choices: tuple[str, ...]) -> None:
+    """Refuse a list with a value that is no choice."""
+    check_filled(name, values)
     for value in values:
         if value not in choices:
             raise ValueError(f"{name} must be of {', '.join(choices)}, got {value!r}")

@@ -25,7 +25,7 @@ def text_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
-def _number(value: float | None, suffix: str = "") -> str:
+def number(value: float | None, suffix: str = "") -> str:
     """Three significant digits, `-` for what was not measured."""
     if value is None:
         return "-"
@@ -100,12 +100,12 @@ def _whole_table(wholes: Sequence[Record], records: Sequence[Record]) -> str:
     for whole in wholes:
         others = [_rival_of(whole, rival, records) or Record(case=whole.case, method=rival) for rival in rivals]
         row = [str(whole.case.tokens)]
-        row += [_number(value) for one in (whole, *others) for value in (one.forward_ms, one.backward_ms)]
+        row += [number(value) for one in (whole, *others) for value in (one.forward_ms, one.backward_ms)]
         for other in others:
-            row.append(_number(ratio(other.forward_ms, whole.forward_ms), "x"))
-            row.append(_number(ratio(other.backward_ms, whole.backward_ms), "x"))
-        row += [_number(one.peak_gib) for one in (whole, *others)]
-        row.append("/".join(_number(whole.unions.get(neighbours)) for neighbours in NEIGHBOURS))
+            row.append(number(ratio(other.forward_ms, whole.forward_ms), "x"))
+            row.append(number(ratio(other.backward_ms, whole.backward_ms), "x"))
+        row += [number(one.peak_gib) for one in (whole, *others)]
+        row.append("/".join(number(whole.unions.get(neighbours)) for neighbours in NEIGHBOURS))
         rows.append(row)
     return text_table(header, rows)
 
@@ -119,7 +119,7 @@ def _stage_table(records: Sequence[Record]) -> str:
             (record.forward_ms, record.forward_floor_ms),
             (record.backward_ms, record.backward_floor_ms),
         ):
-            row += [_number(ms), _number(floor), _number(ratio(ms, floor) if ms is not None and ms > 0 else None)]
+            row += [number(ms), number(floor), number(ratio(ms, floor) if ms is not None and ms > 0 else None)]
         rows.append(row)
     return text_table(header, rows)
 

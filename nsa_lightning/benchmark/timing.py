@@ -79,7 +79,7 @@ def within_memory(call: Callable[[], _Result]) -> tuple[_Result | None, str | No
     try:
         return call(), None
     except torch.OutOfMemoryError as error:
-        reason = _first_line(error)
+        reason = first_line(error)
     release_memory()  # here, where the failed call's frames are gone
     return None, reason
 
@@ -94,13 +94,14 @@ def if_supported(call: Callable[[], _Result]) -> tuple[_Result | None, str | Non
         try:
             return call(), None
         except Exception as error:
-            reason = _first_line(error)
+            reason = first_line(error)
     release_memory()
-    details = [_first_line(warning.message) for warning in said]
+    details = [first_line(warning.message) for warning in said]
     return None, " ".join([reason, *dict.fromkeys(text for text in details if "not used because" not in text)])
 
 
-def _first_line(error: BaseException | str) -> str:
+def first_line(error: BaseException | str) -> str:
+    """What went wrong, without the advice that follows."""
     line = str(error).strip().split("\n")[0] or type(error).__name__
     return line.split(" (Triggered internally")[0].split(". This could be")[0][:200]
 
