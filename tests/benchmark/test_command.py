@@ -169,4 +169,4 @@ def test_help_explains_every_setting_without_importing_torch():
 
 def test_an_unknown_benchmark_lists_those_there_are(bench, capsys):
     assert bench("speed") == 2
-    assert "no benchmark 'speed'; the benchmarks are kernels, loader, training" in capsys.readouterr().err
+    assert "no benchmark 'speed'; the benchmarks are kernels, decode, loader, training" in capsys.readouterr().err

@@ -119,7 +119,7 @@ def test_answers_of_a_batch_are_those_of_single_prompts(model, sampling):
 
 
 def test_a_cache_that_does_not_fit_says_how_many_tokens_would(monkeypatch):
-    monkeypatch.setattr("nsa_lightning.generation.device._free_memory", lambda device: 2_000_000)
+    monkeypatch.setattr("nsa_lightning.generation.device.free_memory", lambda device: 2_000_000)
     check_memory(CONFIG, 2, 1000, CPU, torch.float32)
     with pytest.raises(ValueError, match=r"takes 0.0\d GB, .* 0.00 GB are free, enough for 2 x \d+") as caught:
         check_memory(CONFIG, 2, 100_000, CPU, torch.float32)
