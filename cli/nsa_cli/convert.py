@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from nsa_cli.function_command import run_function
-from nsa_lightning.checkpoint.convert import Conversion, RopeChange, convert
+from nsa_lightning.checkpoint.convert import OPEN, Conversion, RopeChange, convert
 from nsa_lightning.model.attention import AttentionKind, NSALayerConfig
 
 
@@ -17,6 +17,7 @@ def convert_model(
     seq_len: int = 16384,
     sample: str | None = None,
     sample_tokens: int = 2048,
+    gate_bias: float = OPEN,
 ) -> int:
     """Make an NSA model of a dense one: Llama 2/3, Mistral, Qwen2/2.5, Qwen3, SmolLM.
 
@@ -31,6 +32,8 @@ def convert_model(
         seq_len: tokens in a sequence of the continued training.
         sample: text file on which the difference from the source is measured; left out, a module of Python's own.
         sample_tokens: how many of its tokens; 0 measures nothing.
+        gate_bias: what the selected branch's gates have before their sigmoid, the other two its negative; at 40 the
+            selected branch is alone.
 
     Returns:
         0.
@@ -39,7 +42,7 @@ def convert_model(
         ValueError: the source cannot be converted, the settings do not fit it, or the output cannot be written.
     """
     text = Path(sample) if sample is not None else None
-    result = convert(Path(source), Path(output), attention, nsa, rope, seq_len, text, sample_tokens)
+    result = convert(Path(source), Path(output), attention, nsa, rope, seq_len, text, sample_tokens, gate_bias)
     _report(result, output)
     return 0
 
@@ -51,8 +54,10 @@ def _report(result: Conversion, output: str) -> None:
     print(f"new          {result.new / 1e6:.1f} M weights: gates and block summaries")
     print(f"tokenizer    {', '.join(result.tokenizer_files) or 'none'}")
     if result.difference is not None:
-        source, converted, tokens, text = result.difference
+        source, converted, tokens, text, by_position = result.difference
         print(f"loss         source {source:.4f}, converted {converted:.4f} nats a token on {tokens} tokens of {text}")
+        for start, (source, converted) in by_position.items():
+            print(f"  from {start:<8}source {source:.4f}, converted {converted:.4f}")
     for remark in result.remarks:
         print(f"note         {remark}")
     print(f"train on     nsa fit --config {Path(output, 'continue.yaml')} --data.sources '[\"my_texts/\"]'")

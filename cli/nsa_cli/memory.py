@@ -54,6 +54,8 @@ class MemoryCommandLine(NSACommandLine):
         print(report(estimate, step, module.activation_checkpointing))
         if module.compile_blocks:
             print("nsa memory: the blocks are estimated as not compiled; compiled ones keep less", file=sys.stderr)
+        if module.distillation.teacher is not None:
+            print("nsa memory: the teacher of model.distillation and its loss are not counted", file=sys.stderr)
 
 
 def run() -> int:

@@ -105,8 +105,11 @@ class NSACommandLine(LightningCLI):
             config.ckpt_path = _find_checkpoint(path, _run_directory(config), required=self.subcommand != "fit")
         elif path:
             _check_checkpoint(Path(path))
-        elif self.subcommand != "fit":
-            raise ValueError("ckpt_path must name the checkpoint to measure, got none. Set --ckpt_path")
+        elif self.subcommand != "fit" and config.model.init_from is None:
+            raise ValueError(
+                "ckpt_path must name the checkpoint to measure, got none. "
+                "Set --ckpt_path, or --model.init_from to measure what training starts from"
+            )
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         """Leave out the callbacks that the trainer's own switches turn off; write checkpoints our way."""

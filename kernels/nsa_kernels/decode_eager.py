@@ -16,8 +16,8 @@ from nsa_kernels.geometry import NSAConfig, NSAOutput
 # B sequences, T queries of each, H query heads, H_kv KV heads, G = H / H_kv, D head dim, S keys, C summaries, n chosen
 # blocks of l' tokens, J blocks to choose from.
 
-_CHUNK_BYTES = 2**26
-"""Size of the keys and values that a chunk of queries gathers."""
+_CHUNK_BYTES = 2**23
+"""Size of the keys and values that a chunk of queries gathers: what a CPU caches."""
 
 
 class Keys(NamedTuple):
@@ -114,7 +114,8 @@ def _selected(q: Tensor, positions: Tensor, k: Tensor, v: Tensor, blocks: Tensor
     tokens, hidden = (x.flatten(3).transpose(1, 2) for x in (tokens.clamp(0, k.shape[1] - 1), hidden))
     sequence = torch.arange(len(q), device=q.device)[:, None, None, None]
     head = torch.arange(q.shape[1], device=q.device)[:, None, None]
-    k, v = (x[sequence, tokens, head].to(q.dtype) for x in (k, v))  # [B, H_kv, T, n · l', D]
+    rows = ((sequence * k.shape[1] + tokens) * q.shape[1] + head).flatten()
+    k, v = (x.flatten(0, 2).index_select(0, rows).view(*tokens.shape, -1).to(q.dtype) for x in (k, v))
     return _softmax_attention(q, k, v, hidden.unsqueeze(3))
 
 

@@ -12,11 +12,15 @@ FILE = "continue.yaml"
 
 _HEAD = """\
 # Train the converted model on: nsa fit --config {path} --data.sources '["/path/to/texts/**/*.jsonl.gz"]'
-# Its weights start from model.init_from. Every setting is explained by `nsa fit --help`.
+# Its weights start from model.init_from. Gates and block summaries (model.new_parts) learn faster than what was
+# trained before, and alone for the first steps. Every setting is explained by `nsa fit --help`. To
+#   learn from the source's predictions too     --model.distillation.teacher {source}
+#   train the source on in the same way         --model.init_from {source} --model.transformer.attention '[full]'
+#   measure what training starts from           nsa validate --config {path}
 """
 
 
-def write_continuation(directory: Path, final: Path, config: TransformerConfig, seq_len: int) -> None:
+def write_continuation(directory: Path, final: Path, source: Path, config: TransformerConfig, seq_len: int) -> None:
     """Write `continue.yaml` into a directory that will have the path `final`."""
     transformer = asdict(config)
     for linked in ("vocab_size", "max_seq_len"):  # nsa fit takes them from the tokenizer and data.seq_len
@@ -44,9 +48,10 @@ def write_continuation(directory: Path, final: Path, config: TransformerConfig, 
             "transformer": transformer,
             "optimizer": {
                 "class_path": "torch.optim.AdamW",
-                "init_args": {"lr": 1e-4, "betas": [0.9, 0.95], "weight_decay": 0.1},
+                "init_args": {"lr": 1e-4, "betas": [0.9, 0.95], "weight_decay": 0.1, "fused": True},
             },
             "schedule": {"class_path": "WarmupCosine", "init_args": {"warmup_steps": 50}},
+            "new_parts": {"lr_factor": 10.0, "freeze_others_steps": 20},
         },
         "data": {
             "sources": ["data/**/*.jsonl.gz"],
@@ -55,5 +60,5 @@ def write_continuation(directory: Path, final: Path, config: TransformerConfig, 
             "batch_size": 1,
         },
     }
-    head = _HEAD.format(path=final / FILE)
+    head = _HEAD.format(path=final / FILE, source=source.resolve())
     (directory / FILE).write_text(head + yaml.safe_dump(settings, sort_keys=False))

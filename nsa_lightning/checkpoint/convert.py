@@ -23,7 +23,7 @@ from nsa_lightning.model.rope import RopeConfig
 from nsa_lightning.model.transformer import Transformer, TransformerConfig
 
 OPEN = 4.0
-"""Bias of an open gate before its sigmoid; a shut one has -OPEN."""
+"""Bias of an open gate before its sigmoid, where nothing else is asked for; a shut one has its negative."""
 
 _BRANCHES = (".self_attn.compressed.", ".self_attn.sliding.")
 
@@ -78,12 +78,15 @@ def convert(
     seq_len: int,
     sample: Path | None,
     sample_tokens: int,
+    gate_bias: float = OPEN,
 ) -> Conversion:
     """Convert tensor by tensor; arguments as `nsa convert` has them.
 
     Raises:
         ValueError: the source cannot be converted, the settings do not fit it, or the output cannot be written.
     """
+    if gate_bias < 0:
+        raise ValueError(f"gate_bias must be at least 0, got {gate_bias}")
     dense = read_dense_config(source, "source")
     config = _nsa_config(dense, attention, nsa, rope, seq_len)
     weights = WeightFiles(source, "source")
@@ -94,11 +97,12 @@ def convert(
     measured = sample_tokens > 0 and (source / "tokenizer.json").is_file()
     text = read_sample(source, sample, sample_tokens) if measured else None
     with new_directory(output) as directory:
-        write_weights(directory, _tensors(model, weights, origins), min(SHARD_BYTES, weights.largest_file // 2))
+        tensors = _tensors(model, weights, origins, gate_bias)
+        write_weights(directory, tensors, min(SHARD_BYTES, weights.largest_file // 2))
         dtype = str(weights.dtype("model.embed_tokens.weight")).removeprefix("torch.")
         tokenizer_files = copy_tokenizer(source, directory)
         write_config(directory, config, _context(dense, config), dtype, source)
-        write_continuation(directory, output.resolve(), config, seq_len)
+        write_continuation(directory, output.resolve(), source, config, seq_len)
     difference = None
     if text is not None:
         difference = measure_difference((dense.config, weights), (config, WeightFiles(output, "output")), text)
@@ -137,20 +141,24 @@ def _origin(name: str, weights: WeightFiles) -> str | None:
     return hugging_face if hugging_face in weights.shapes else None
 
 
-def _tensors(model: Transformer, weights: WeightFiles, origins: dict[str, str | None]) -> Iterator[tuple[str, Tensor]]:
+def _tensors(
+    model: Transformer, weights: WeightFiles, origins: dict[str, str | None], gate_bias: float
+) -> Iterator[tuple[str, Tensor]]:
     """The converted model's tensors, one at a time; new ones in the dtype of the source's embedding."""
     dtype = weights.dtype("model.embed_tokens.weight")
     for name, parameter in model.named_parameters():
         origin = origins[name]
-        tensor = weights.read(origin) if origin is not None else _first_value(model, name, parameter).to(dtype)
-        yield hugging_face_name(name), tensor
+        first = (
+            weights.read(origin) if origin is not None else _first_value(model, name, parameter, gate_bias).to(dtype)
+        )
+        yield hugging_face_name(name), first
 
 
-def _first_value(model: Transformer, name: str, parameter: Tensor) -> Tensor:
+def _first_value(model: Transformer, name: str, parameter: Tensor, gate_bias: float) -> Tensor:
     """A new part: gates of fixed weight, everything else as a model starts that is trained from scratch."""
     tensor = torch.zeros(parameter.shape)
     if name.endswith("branch_gate.bias"):
-        return torch.tensor([-OPEN, OPEN, -OPEN]).repeat(model.config.num_heads)  # compressed, selected, sliding
+        return torch.tensor([-gate_bias, gate_bias, -gate_bias]).repeat(model.config.num_heads)
     if not name.endswith("branch_gate.weight"):
         fill_normal(tensor, *model.first_values(name), seed=0, name=name)
     return tensor

@@ -12,6 +12,7 @@ from nsa_lightning.checkpoint.weights import WeightFiles, hugging_face_name
 from nsa_lightning.data.tokenizer import load_tokenizer
 from nsa_lightning.model.loss import token_cross_entropy
 from nsa_lightning.model.transformer import Transformer, TransformerConfig
+from nsa_lightning.training.metrics import LossByPosition
 
 Model = tuple[TransformerConfig, WeightFiles]
 
@@ -30,6 +31,7 @@ class Difference(NamedTuple):
     converted: float
     num_tokens: int
     text: Path
+    by_position: dict[str, tuple[float, float]]  # both from a position on, up to where the next begins
 
 
 def read_sample(source: Path, sample: Path | None, max_tokens: int) -> Sample:
@@ -51,8 +53,14 @@ def read_sample(source: Path, sample: Path | None, max_tokens: int) -> Sample:
 
 def measure_difference(source: Model, converted: Model, sample: Sample) -> Difference:
     """Mean losses of two models on a sample."""
-    losses = [float(token_losses(*model, sample.tokens).mean()) for model in (source, converted)]
-    return Difference(losses[0], losses[1], len(sample.tokens), sample.path)
+    means, buckets = [], []
+    for model in (source, converted):
+        losses, metric = token_losses(*model, sample.tokens), LossByPosition()
+        metric.update(losses, torch.arange(len(losses)), torch.ones_like(losses, dtype=torch.bool))
+        means.append(float(losses.mean()))
+        buckets.append(metric.compute())
+    by_position = {start: (float(loss), float(buckets[1][start])) for start, loss in buckets[0].items()}
+    return Difference(means[0], means[1], len(sample.tokens), sample.path, by_position)
 
 
 @torch.inference_mode()

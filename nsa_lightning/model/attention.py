@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from nsa_kernels import CompressionWeights, NSAConfig, NSAOutput, native_sparse_attention
-from nsa_kernels.decode import chunk_attention, decode_attention, decode_dense_attention
+from nsa_kernels.decode import append_tokens, chunk_attention, decode_attention, decode_dense_attention
 from nsa_kernels.eager import summarise
 from nsa_kernels.packing import BatchLayout
 from nsa_kernels.rotary import apply_rotary
@@ -107,10 +107,14 @@ class DenseAttention(KeyValue):
         self.q_norm = nn.RMSNorm(shape.head_dim, eps=shape.norm_eps) if shape.qk_norm else nn.Identity()
         self.o_proj = nn.Linear(shape.num_heads * shape.value_head_dim, shape.hidden_size, bias=False)
 
+    def query(self, x: Tensor) -> Tensor:
+        """Queries before their rotation, [T, H, D_qk]."""
+        q = self.q_proj(x).unflatten(-1, (self.num_heads, -1))
+        return self.q_norm(q).to(q.dtype)  # autocast leaves the norm in float32
+
     def rotated_query(self, x: Tensor, rotary: Rotary) -> Tensor:
         """Queries with their position applied, [T, H, D_qk]."""
-        q = self.q_proj(x).unflatten(-1, (self.num_heads, -1))
-        return apply_rotary(self.q_norm(q).to(q.dtype), *rotary)  # autocast leaves the norm in float32
+        return apply_rotary(self.query(x), *rotary)
 
     def forward(self, x: Tensor, context: PackedContext, watch: bool = False) -> tuple[Tensor, BranchStatistics | None]:
         """[T, hidden_size] -> [T, hidden_size]; a dense layer has no branches to watch."""
@@ -130,9 +134,8 @@ class DenseAttention(KeyValue):
 
     def decode(self, x: Tensor, cache: LayerTokens, step: Step) -> Tensor:
         """Append one token to each sequence of the cache and attend it to its own, [B, hidden_size] in and out."""
-        k, v = self.key_value(x)
-        q, k = self.rotated_query(x, step.rotary), apply_rotary(k, *step.rotary)
-        cache.tokens.append(step, k, v)
+        new = cache.tokens.new_tokens(*self.key_value(x))
+        q = append_tokens(self.query(x), [new], step.positions, step.rotary)
         out = decode_dense_attention(q, cache.tokens.k, cache.tokens.v, step.positions, self.window_size)
         return self.o_proj(out.flatten(1))
 
@@ -260,16 +263,20 @@ class NSAttention(DenseAttention):
         """Append one token to each sequence of the cache and attend it to its own, [B, hidden_size] in and out."""
         assert cache.pending is not None
         assert cache.summaries is not None
-        new = self.projections(x, step.rotary)
-        cache.tokens.append(step, new["k"], new["v"])
-        if cache.sliding is not None:
-            cache.sliding.append(step, new["sliding_k"], new["sliding_v"])
-        cache.pending.append(step, *_summarised(new))
+        k, v = self.key_value(x)
+        new = [cache.tokens.new_tokens(k, v)]
+        if self.sliding is not None:
+            assert cache.sliding is not None
+            new.append(cache.sliding.new_tokens(*self.sliding.key_value(x)))
+        if self.compressed is not None:
+            k, v = self.compressed.key_value(x)
+        new.append(cache.pending.new_tokens(k, v, rotate=self.config.compress_rope == "before"))
+        backend = self.config.backend
+        q = append_tokens(self.query(x), new, step.positions, step.rotary, backend=backend)
         if step.block is not None:
             summaries = self._summaries(cache.pending.in_order(step), step.block_rotary)
             cache.summaries.put(step.rows, step.block, *summaries)
-        pairs, backend = cache.operands(), self.config.backend
-        result = decode_attention(new["q"], new["gates"], pairs, step.positions, self.config, backend=backend)
+        result = decode_attention(q, self.gates(x), cache.operands(), step.positions, self.config, backend=backend)
         return self.o_proj(result.out.flatten(1))
 
     def _summaries(self, blocks: Iterable[Tensor], rotary: Rotary | None) -> tuple[Tensor, Tensor]:
@@ -283,6 +290,11 @@ class NSAttention(DenseAttention):
 def _summarised(inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Keys and values of the compressed branch."""
     return inputs["compress_k"], inputs.get("compress_v", inputs["v"])
+
+
+def is_new_part(name: str) -> bool:
+    """Whether the parameter of that name belongs to what a dense model has no counterpart of: gates and summaries."""
+    return not {"branch_gate", "branch_gate_hidden", "k_summary", "v_summary"}.isdisjoint(name.split("."))
 
 
 def build_attention(kind: AttentionKind, shape: LayerShape, nsa: NSALayerConfig, sliding_window: int) -> DenseAttention:

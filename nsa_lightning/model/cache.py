@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from nsa_kernels import NSAConfig
-from nsa_kernels.decode import LayerCache
+from nsa_kernels.decode import LayerCache, NewTokens
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -36,7 +36,6 @@ class Step(NamedTuple):
 
     positions: Tensor  # int32 [B]
     rows: Tensor  # int64 [B]: 0, 1, …
-    slots: dict[int, Tensor]  # int64 [B] by number of slots: where the token goes
     rotary: "Rotary"  # of the tokens, [B, R/2] each
     block: Tensor | None  # int64 [B], the compression block that the token completes or comes before; None: none ends
     block_rotary: "Rotary | None"  # of the blocks' centres, where summaries are rotated
@@ -68,9 +67,9 @@ class TokenSlots(NamedTuple):
         self.k[row, slots], self.v[row, slots] = k[-kept:], v[-kept:]
         return seen
 
-    def append(self, step: Step, k: Tensor, v: Tensor) -> None:
-        """Append one token to each sequence, [B, H_kv, D]."""
-        self.put(step.rows, step.slots[self.size], k, v)
+    def new_tokens(self, k: Tensor, v: Tensor, rotate: bool = True) -> NewTokens:
+        """One token of each sequence, [B, H_kv, D], as `append_tokens` takes it."""
+        return NewTokens(k, v, self.k, self.v, rotate)
 
     def put(self, rows: Tensor, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """Write one slot of each sequence, [B, H_kv, D]."""
@@ -159,7 +158,7 @@ class Cache:
     @property
     def num_bytes(self) -> int:
         """Memory of all layers."""
-        return sum(x.nbytes for x in self._tensors())
+        return self.lengths.nbytes + sum(x.nbytes for x in self._tensors())
 
     @property
     def completes_block(self) -> bool:
@@ -169,9 +168,11 @@ class Cache:
 
     def reset(self, row: int) -> None:
         """Forget a sequence: one that has ended idles at little cost, and its row takes another."""
+        used = self.host_lengths[row] + 1  # one more where a step was interrupted
         for x in self._tensors():
-            x[row].zero_()
+            x[row, :used] = 0
         self.host_lengths[row] = 0
+        self.lengths[row] = 0
 
     def check_room(self, row: int, num_tokens: int) -> None:
         """Raise ValueError where so many more tokens of one sequence would not fit, or there is no such sequence."""
@@ -209,7 +210,7 @@ class Cache:
         return Chunk(row, start, rotary(positions), blocks, block_rotary)
 
     def count_chunk(self, row: int, num_tokens: int) -> None:
-        """Count tokens that every layer has appended to one sequence."""
+        """Count new tokens of one sequence."""
         self.host_lengths[row] += num_tokens
         self.lengths[row] = self.host_lengths[row]
 
@@ -218,8 +219,6 @@ class Cache:
         nsa = self.config.nsa
         positions = self.lengths.clamp(max=self.capacity - 1)
         index = positions.long()
-        sizes = {slots.size for layer in self.layers for slots in layer[:3] if slots is not None}
-        slots = {size: index % size if size < self.capacity else index for size in sizes}
         block, block_rotary = None, None
         if completes_block and "nsa" in self.config.attention:
             past = index + nsa.compress_stride - nsa.compress_block_size
@@ -227,10 +226,9 @@ class Cache:
             if self._rotates_summaries:
                 block_rotary = rotary(block * nsa.compress_stride + nsa.compress_block_size // 2)
         rows = torch.arange(len(positions), device=positions.device)
-        return Step(positions, rows, slots, rotary(index), block, block_rotary)
+        return Step(positions, rows, rotary(index), block, block_rotary)
 
     def _tensors(self) -> Iterator[Tensor]:
-        yield self.lengths
         for layer in self.layers:
             for slots in layer:
                 yield from slots or ()

@@ -59,9 +59,9 @@ def chunk_causal_attention(q: Tensor, k: Tensor, v: Tensor, window_size: int | N
         [T, H, D_v].
     """
     if _takes_varlen(q, v):
-        lengths = len(q), len(k)
-        queries, keys = (torch.tensor([0, length], dtype=torch.int32, device=q.device) for length in lengths)
-        return _varlen(q, k, v, (queries, keys), lengths, window_size)
+        lengths = (len(q), len(k))
+        ends = torch.arange(2, dtype=torch.int32, device=q.device)  # times a length: [0, length], made on the device
+        return _varlen(q, k, v, (ends * lengths[0], ends * lengths[1]), lengths, window_size)
     return _document_attention(q, k, v, window_size)
 
 

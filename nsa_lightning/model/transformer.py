@@ -294,10 +294,10 @@ class Transformer(nn.Module):
         try:
             for part in tokens.split(chunk_size):
                 chunk = cache.chunk(row, len(part), self.rotary)
+                cache.count_chunk(row, len(part))
                 x = self.embed_tokens(part)
                 for layer, kept in self._layers_with(cache):
                     x = layer.prefill(x, kept, chunk)
-                cache.count_chunk(row, len(part))
         except BaseException:  # some layers hold the tokens, some do not
             cache.reset(row)
             raise

@@ -8,21 +8,20 @@ from torch import Tensor
 from torch.nn import Module
 from torchmetrics import Metric
 
-_SUMS = ("nats", "tokens", "bytes")
+POSITION_BUCKETS = [0, *(2**exponent for exponent in range(8, 25))]
+"""First position of each bucket of `LossByPosition`; it ends where the next begins."""
 
 
-class LanguageModelingMetrics(Metric):
-    """Loss (nats a token), perplexity and bits per byte from sums over all scored tokens."""
+class _ExactSums(Metric):
+    """Sums over batches and ranks in float64."""
 
     full_state_update = False
-    nats: Tensor
-    tokens: Tensor
-    bytes: Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, **sizes: Sequence[int]) -> None:
         super().__init__()
-        for name in _SUMS:
-            self.add_state(name, default=torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self._sums = tuple(sizes)
+        for name, size in sizes.items():
+            self.add_state(name, default=torch.zeros(size, dtype=torch.float64), dist_reduce_fx="sum")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = ()) -> Module:
         """Follow the model to its device but keep float64: a sum in a lower precision stops growing."""
@@ -36,8 +35,19 @@ class LanguageModelingMetrics(Metric):
         self._widen()
 
     def _widen(self) -> None:
-        for name in _SUMS:
+        for name in self._sums:
             setattr(self, name, getattr(self, name).double())
+
+
+class LanguageModelingMetrics(_ExactSums):
+    """Loss (nats a token), perplexity and bits per byte from sums over all scored tokens."""
+
+    nats: Tensor
+    tokens: Tensor
+    bytes: Tensor
+
+    def __init__(self) -> None:
+        super().__init__(nats=(), tokens=(), bytes=())
 
     def update(self, nats: Tensor, tokens: Tensor, bytes: Tensor) -> None:
         """Add the summed loss of a batch, the number of scored tokens and the bytes they stand for."""
@@ -53,3 +63,26 @@ class LanguageModelingMetrics(Metric):
             "perplexity": loss.exp().float(),
             "bits_per_byte": (self.nats / math.log(2) / self.bytes).float(),
         }
+
+
+class LossByPosition(_ExactSums):
+    """Loss (nats a token) by how far into its document a token is predicted, in buckets that double."""
+
+    nats: Tensor
+    tokens: Tensor
+
+    def __init__(self) -> None:
+        size = (len(POSITION_BUCKETS),)
+        super().__init__(nats=size, tokens=size)
+
+    def update(self, losses: Tensor, positions: Tensor, scored: Tensor) -> None:
+        """Add the losses [T] of the tokens at positions [T] in their documents, where `scored` [T]."""
+        starts = torch.tensor(POSITION_BUCKETS[1:], device=positions.device)
+        bucket = torch.bucketize(positions, starts, right=True)
+        self.nats.index_add_(0, bucket, losses.double().where(scored, 0.0))
+        self.tokens.index_add_(0, bucket, scored.double())
+
+    def compute(self) -> dict[str, Tensor]:
+        """Mean loss of every bucket that has tokens, by its first position."""
+        means = (self.nats / self.tokens).float()
+        return {str(start): means[i] for i, start in enumerate(POSITION_BUCKETS) if self.tokens[i] > 0}

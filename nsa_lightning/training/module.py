@@ -25,8 +25,18 @@ from nsa_lightning.model.recompute import Recompute
 from nsa_lightning.model.statistics import BranchStatistics
 from nsa_lightning.model.transformer import Transformer, TransformerConfig, TransformerOutput
 from nsa_lightning.training.checkpoints import check_same_sizes
-from nsa_lightning.training.metrics import LanguageModelingMetrics
-from nsa_lightning.training.optimizer import ADAMW_DEFAULTS, Schedule, WarmupCosine, parameter_groups
+from nsa_lightning.training.distillation import Distillation, Teacher
+from nsa_lightning.training.metrics import LanguageModelingMetrics, LossByPosition
+from nsa_lightning.training.optimizer import (
+    ADAMW_DEFAULTS,
+    NewParts,
+    Schedule,
+    WarmupCosine,
+    frozen_groups,
+    group_schedules,
+    parameter_groups,
+    scale_new_parts,
+)
 from nsa_lightning.training.strategy import FSDP2Strategy
 
 
@@ -40,7 +50,10 @@ class LanguageModel(LightningModule):
         compile: compile every decoder block with torch.compile.
         activation_checkpointing: what backward computes again to save memory: `none`, every `block`, or `selective`,
             which keeps attention outputs and chosen blocks and computes the rest of a block again.
-        init_from: directory of `nsa convert` whose weights training starts from; random ones if not given.
+        init_from: directory of `nsa convert`, or of a dense model for `full` layers, whose weights training starts
+            from; random ones if not given.
+        new_parts: learning rate of gates and block summaries, and for how long they train alone.
+        distillation: a dense model whose predictions are learned too.
     """
 
     def __init__(
@@ -51,12 +64,15 @@ class LanguageModel(LightningModule):
         compile: bool = False,
         activation_checkpointing: Recompute = "none",
         init_from: str | None = None,
+        new_parts: NewParts = NewParts(),  # noqa: B008 (frozen)
+        distillation: Distillation = Distillation(),  # noqa: B008 (frozen)
     ) -> None:
         super().__init__()
         if isinstance(transformer, dict):  # load_from_checkpoint hands over the saved settings
             transformer = TransformerConfig.from_dict(transformer)
         if init_from is not None:
             transformer = _with_its_vocabulary(transformer, Path(init_from))
+        distillation.check(transformer.vocab_size)
         self.save_hyperparameters({"transformer": dataclasses.asdict(transformer)})
         self.transformer_config = transformer
         self.optimizer_callable = optimizer
@@ -64,8 +80,11 @@ class LanguageModel(LightningModule):
         self.compile_blocks = compile
         self.activation_checkpointing = activation_checkpointing
         self.init_from = init_from
+        self.new_parts = new_parts
+        self.distillation = distillation
         self.model: Transformer | None = None
-        self.metrics = LanguageModelingMetrics()
+        self.teacher: Teacher | None = None
+        self.metrics, self.loss_by_position = LanguageModelingMetrics(), LossByPosition()
         self.watch_attention = False
         self.before_step: Callable[[Optimizer, Tensor, Tensor], None] | None = None  # optimizer, loss, gradient norm
         self.attention_statistics: dict[int, BranchStatistics] = {}
@@ -97,13 +116,20 @@ class LanguageModel(LightningModule):
             load_weights(model, WeightFiles(Path(self.init_from), "model.init_from"))
         self.model = model
 
+    def on_fit_start(self) -> None:
+        """Read the teacher, which training alone needs."""
+        if self.distillation.teacher is not None:
+            directory = Path(self.distillation.teacher)
+            self.teacher = Teacher(directory, self.trainer.strategy, str(self.trainer.precision))
+
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """The optimizer over two parameter groups, and the schedule stepped after every optimizer step."""
+        """The optimizer over named parameter groups, and the schedule stepped after every optimizer step."""
         optimizer = self.optimizer_callable(parameter_groups(self))
+        scale_new_parts(optimizer, self.new_parts)
         total_steps = self.trainer.max_steps
         if total_steps < 1:
             raise ValueError(f"trainer.max_steps must be at least 1 for the learning-rate schedule, got {total_steps}")
-        scheduler = LambdaLR(optimizer, lambda step: self.schedule.factor(step, total_steps))
+        scheduler = LambdaLR(optimizer, group_schedules(optimizer, self.new_parts, self.schedule, total_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def forward(self, batch: PackedBatch, watch: bool = False) -> TransformerOutput:
@@ -122,48 +148,81 @@ class LanguageModel(LightningModule):
     def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
         """This rank's share of the mean loss over the scored tokens of all ranks; logs that mean.
 
-        Strategies average gradients over the ranks, so the share is scaled by their number: the gradient is that of
-        one process with the same sequences. A batch that is all padding has loss 0.
+        With a teacher, of its divergence too. A batch that is all padding has loss 0.
         """
+        assert self.model is not None
         nats, tokens, output = self.summed_loss(batch, self.watch_attention)
-        total = torch.stack([nats.detach().double(), tokens.double()])
-        if torch.distributed.is_initialized():  # not through the strategy, which would wait for the device
-            torch.distributed.all_reduce(total)
-        global_nats, global_tokens = total.float().unbind()
-        global_tokens = global_tokens.clamp(min=1)
-        self.global_loss = global_nats / global_tokens
+        loss, self.global_loss = self._mean_over_ranks(nats, tokens)
         self.log("train/loss", self.global_loss, prog_bar=True)
+        if self.teacher is not None:
+            divergence = self.teacher.divergence(self.model, output.hidden, batch)
+            share, mean = self._mean_over_ranks(*divergence)
+            self.log("train/distillation", mean)
+            loss = loss + self.distillation.weight * share
         self.attention_statistics = output.statistics
         self._cu_seqlens = batch.cu_seqlens
-        return nats * (self.trainer.world_size / global_tokens)
+        return loss
+
+    def _mean_over_ranks(self, total: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+        """This rank's share of a mean over what all ranks count, and that mean.
+
+        Strategies average gradients over the ranks, so the share is scaled by their number: the gradient is that of
+        one process with the same sequences.
+        """
+        sums = torch.stack([total.detach().double(), count.double()])
+        if torch.distributed.is_initialized():  # not through the strategy, which would wait for the device
+            torch.distributed.all_reduce(sums)
+        global_total, global_count = sums.float().unbind()
+        global_count = global_count.clamp(min=1)
+        return total * (self.trainer.world_size / global_count), global_total / global_count
 
     def validation_step(self, batch: PackedBatch, batch_idx: int) -> None:
         """Add the batch to the metrics."""
         assert self.model is not None
-        nats, tokens, _ = self.summed_loss(batch)
-        self.metrics.update(nats, tokens, batch.target_bytes / self.model.parallel.size)
+        losses, parallel = self._token_losses(batch), self.model.parallel
+        scored = parallel.share(batch.targets) != IGNORE_INDEX
+        self.metrics.update(losses.sum(dtype=torch.float64), scored.sum(), batch.target_bytes / parallel.size)
+        self.loss_by_position.update(losses, parallel.share(batch.positions), scored)
 
     test_step = validation_step
 
     def on_validation_epoch_end(self) -> None:
-        """Log val/loss, val/perplexity and val/bits_per_byte."""
+        """Log val/loss, val/perplexity, val/bits_per_byte and val/loss_by_position."""
         self._log_metrics("val")
 
     def on_test_epoch_end(self) -> None:
-        """Log test/loss, test/perplexity and test/bits_per_byte."""
+        """Log test/loss, test/perplexity, test/bits_per_byte and test/loss_by_position."""
         self._log_metrics("test")
 
     def _log_metrics(self, stage: str) -> None:
         values = {f"{stage}/{name}": value for name, value in self.metrics.compute().items()}
         self.log_dict(values, prog_bar=True, sync_dist=True)
+        by_position = self.loss_by_position.compute()
+        self.log_dict(
+            {f"{stage}/loss_by_position/{start}": value for start, value in by_position.items()}, sync_dist=True
+        )
         self.metrics.reset()
+        self.loss_by_position.reset()
 
     def predict_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
         """Loss of every token in nats, float32 [T]; 0 where the target is not scored."""
         assert self.model is not None
-        hidden, parallel = self(batch).hidden, self.model.parallel
-        targets = parallel.share(batch.targets)
-        return parallel.whole(token_cross_entropy(hidden, self.model.output_embedding, targets, IGNORE_INDEX))
+        return self.model.parallel.whole(self._token_losses(batch))
+
+    def _token_losses(self, batch: PackedBatch) -> Tensor:
+        """Loss of each of this rank's tokens in nats; 0 where the target is not scored."""
+        assert self.model is not None
+        targets = self.model.parallel.share(batch.targets)
+        return token_cross_entropy(self(batch).hidden, self.model.output_embedding, targets, IGNORE_INDEX)
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Drop the gradients of what is frozen: neither weights nor moments change, and clipping does not count them.
+
+        They are computed all the same, for DDP settles at its start which parameters have one.
+        """
+        for group in frozen_groups(optimizer, self.new_parts, self.global_step):
+            for parameter in group["params"]:
+                parameter.grad = None
 
     def configure_gradient_clipping(
         self,
@@ -211,7 +270,7 @@ class LanguageModel(LightningModule):
 
 
 def _with_its_vocabulary(transformer: TransformerConfig, directory: Path) -> TransformerConfig:
-    """As many rows in the embedding as the converted model has, which may be more than the tokenizer needs."""
+    """As many rows in the embedding as the saved model has, which may be more than the tokenizer needs."""
     saved = read_config(directory, "model.init_from").config
     if transformer.vocab_size > saved.vocab_size:
         raise ValueError(
@@ -219,6 +278,8 @@ def _with_its_vocabulary(transformer: TransformerConfig, directory: Path) -> Tra
             f"got {transformer.vocab_size}"
         )
     transformer = dataclasses.replace(transformer, vocab_size=saved.vocab_size)
+    if "nsa" not in saved.attention + transformer.attention:  # a dense model has no such settings
+        saved = dataclasses.replace(saved, nsa=transformer.nsa)
     changed = _differences(dataclasses.asdict(saved), dataclasses.asdict(transformer))
     if changed:
         rank_zero_warn(f"model.transformer differs from what model.init_from was converted to: {'; '.join(changed)}")

@@ -2,21 +2,87 @@
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import nn
+from torch.optim import Optimizer
+
+from nsa_lightning.model.attention import is_new_part
 
 ADAMW_DEFAULTS: dict[str, Any] = {"lr": 3e-4, "betas": (0.9, 0.95), "weight_decay": 0.1, "fused": True}
 """Arguments of the AdamW that trains where no optimizer is configured."""
 
 
+_NEW = "new_parts_"
+"""Begins the names of the parameter groups of what a dense model does not have."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewParts:
+    """How branch gates and block summaries train, which a dense model does not have.
+
+    The branches' own keys and values are not among them: they start as copies of trained weights.
+
+    Raises:
+        ValueError: a negative number of steps, or a learning rate that is not positive.
+    """
+
+    lr_factor: float = 1.0
+    """Their learning rate as a multiple of the optimizer's."""
+
+    freeze_others_steps: int = 0
+    """Steps in which they alone are trained; the schedule of all others begins afterwards, warm-up included. A model
+    without new parts trains from its first step."""
+
+    def __post_init__(self) -> None:
+        if self.lr_factor <= 0:
+            raise ValueError(f"new_parts.lr_factor must be above 0, got {self.lr_factor}")
+        if self.freeze_others_steps < 0:
+            raise ValueError(f"new_parts.freeze_others_steps must be at least 0, got {self.freeze_others_steps}")
+
+
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
-    """Two groups for the optimizer: matrices, which take its weight decay, and norms and biases, which do not."""
-    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    decayed = [p for name, p in trained if name.endswith("weight") and p.ndim >= 2]
-    others = [p for name, p in trained if not (name.endswith("weight") and p.ndim >= 2)]
-    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
+    """Named groups for the optimizer: matrices take its weight decay, norms and biases do not; new parts by themselves.
+
+    At most `decayed`, `undecayed`, `new_parts_decayed` and `new_parts_undecayed`; empty ones are left out.
+    """
+    groups: list[dict[str, Any]] = [
+        {"params": [], "name": f"{prefix}{name}"} | settings
+        for prefix in ("", _NEW)
+        for name, settings in (("decayed", {}), ("undecayed", {"weight_decay": 0.0}))
+    ]
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            undecayed = not (name.endswith("weight") and parameter.ndim >= 2)
+            groups[2 * is_new_part(name) + undecayed]["params"].append(parameter)
     return [group for group in groups if group["params"]]
+
+
+def scale_new_parts(optimizer: Optimizer, new_parts: NewParts) -> None:
+    """Give the new parts of a fresh optimizer their learning rate."""
+    for group in optimizer.param_groups:
+        if group["name"].startswith(_NEW):
+            group["lr"] *= new_parts.lr_factor
+
+
+def frozen_groups(optimizer: Optimizer, new_parts: NewParts, step: int) -> list[dict[str, Any]]:
+    """The groups that the optimizer step `step`, counted from 0, leaves as they are."""
+    others = [group for group in optimizer.param_groups if not group["name"].startswith(_NEW)]
+    return others if step < new_parts.freeze_others_steps and len(others) < len(optimizer.param_groups) else []
+
+
+def group_schedules(
+    optimizer: Optimizer, new_parts: NewParts, schedule: "Schedule", total_steps: int
+) -> list[Callable[[int], float]]:
+    """Multiple of its learning rate by step, for each group: 0 while it is frozen, then the schedule from its start."""
+
+    def from_step(first: int) -> Callable[[int], float]:
+        return lambda step: 0.0 if step < first else schedule.factor(step - first, total_steps - first)
+
+    late = {group["name"] for group in frozen_groups(optimizer, new_parts, step=0)}
+    return [from_step(new_parts.freeze_others_steps * (group["name"] in late)) for group in optimizer.param_groups]
 
 
 class Schedule(ABC):

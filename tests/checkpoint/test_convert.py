@@ -3,7 +3,9 @@
 import contextlib
 import errno
 import json
+import re
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -67,6 +69,19 @@ def test_weights_are_copied_bit_by_bit_to_every_branch_and_nothing_else_is_known
     assert result.copied == sum(torch.Size(shape).numel() for shape in old.shapes.values())
 
 
+def test_with_the_other_gates_shut_the_start_is_the_source_up_to_what_a_query_selects(tmp_path):
+    source, text = write_source(tmp_path / "source", tokenizer=True), tmp_path / "text.txt"
+    text.write_text("some words of text\n" * 300)
+    nsa = replace(NSA, compress_block_size=8, compress_stride=8, select_block_size=64)  # reads 256 tokens
+    alone, mixed = (
+        convert(source, tmp_path / f"{bias}", ["nsa"], nsa, RopeChange(), 64, text, 300, bias).difference.by_position
+        for bias in (40.0, 4.0)
+    )
+    assert alone["0"][1] == pytest.approx(alone["0"][0], rel=1e-6)
+    assert alone["256"][1] != pytest.approx(alone["256"][0], rel=1e-6)
+    assert mixed["0"][1] != pytest.approx(mixed["0"][0], rel=1e-6)
+
+
 def test_memory_is_held_for_one_shard(tmp_path, monkeypatch):
     """Counted in what is read before the next file is written; the largest tensor is the embedding."""
     source = write_source(tmp_path / "source", shard_bytes=40_000)
@@ -92,13 +107,20 @@ def test_memory_is_held_for_one_shard(tmp_path, monkeypatch):
 
 def test_the_command_says_what_it_made_and_measures_it(tmp_path, monkeypatch, capsys):
     source = write_source(tmp_path / "source", tokenizer=True)
-    (tmp_path / "text.txt").write_text("some words of text\n" * 30)
-    words = ["--sample", tmp_path / "text.txt", "--sample_tokens", 64, "--nsa.compression", "mean", *FLAGS]
+    (tmp_path / "text.txt").write_text("some words of text\n" * 300)
+    words = ["--sample", tmp_path / "text.txt", "--sample_tokens", 300, "--nsa.compression", "mean", *FLAGS]
     words += ["--rope.scaling", "yarn", "--rope.factor", "2", "--attention", "[nsa, full]"]
     assert run(monkeypatch, "convert", "--source", source, "--output", tmp_path / "out", *words) == 0
     printed = capsys.readouterr().out
     assert "layers       1 full, 1 nsa" in printed
-    assert "nats a token on 64 tokens" in printed
+    assert "nats a token on 300 tokens" in printed
+    means = [
+        [float(number) for number in re.findall(r"\d\.\d{4}", line)]
+        for line in printed.splitlines()
+        if line.startswith(("loss", "  from"))
+    ]
+    for whole, early, late in zip(*means, strict=True):  # 299 predictions, 256 of them in the first bucket
+        assert whole == pytest.approx((256 * early + 43 * late) / 299, abs=2e-4)
     assert "note         seq_len 16384 is beyond the context of 512 tokens" in printed
     assert {path.name for path in (tmp_path / "out").iterdir()} >= {"config.json", "tokenizer.json", "continue.yaml"}
     saved = read_config(tmp_path / "out", "out")
@@ -137,6 +159,7 @@ def test_a_tied_output_layer_that_is_written_out_and_derived_tables_are_left_out
         ({}, ["--attention", "[nsa, full, full]"], "attention must have a length that divides num_layers"),
         ({}, ["--attention", "[sliding]"], "where the source has no sliding_window, got sliding"),
         ({}, ["--rope.scaling", "yarn"], "rope.factor must be set with rope.scaling=yarn, got none"),
+        ({}, ["--gate_bias", "-1"], "gate_bias must be at least 0, got -1.0"),
         ({}, ["--rope.factor", "2"], "rope.factor must be 1 with rope.scaling=none, got 2.0"),
         ({}, ["--seq_len", "8"], "max_seq_len (data.seq_len) must be at least nsa.compress_block_size, got 8"),
     ],

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from lightning.pytorch import Trainer
 from nsa_cli.main import main
 from support.dense import SOURCES, write_source
 from support.training import NSA, fit, language_model, run_job, write_corpus
@@ -81,6 +82,47 @@ def test_training_starts_from_the_converted_weights_and_keeps_the_embedding(work
     assert max(distances) < 1e-3
     assert max(distances) > 0
     assert yaml.safe_load((trained / "config.yaml").read_text())["model"]["init_from"] == str(workplace / "made")
+
+
+@pytest.mark.parametrize("attention", ["nsa", "full"])
+def test_what_training_starts_from_is_measured_and_a_dense_source_trains_on_alike(workplace, monkeypatch, attention):
+    """The converted model differs from its source by what its other gates let through."""
+    monkeypatch.chdir(workplace)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(workplace / "cache"))
+    words = [
+        "--config",
+        workplace / "made" / "continue.yaml",
+        "--trainer.accelerator",
+        "cpu",
+        "--data.num_workers",
+        "0",
+    ]
+    words += [
+        "--trainer.precision",
+        "32-true",
+        "--data.sources",
+        f"[{workplace / 'corpus'}]",
+        "--data.val_fraction",
+        "0.2",
+    ]
+    if attention == "full":
+        words += ["--model.init_from", workplace / "source", "--model.transformer.attention", "[full]"]
+    measured = []
+    monkeypatch.setattr(Trainer, "validate", logged(Trainer.validate, measured))
+    assert run(monkeypatch, "validate", *words) == 0
+    assert measured[0]["val/loss_by_position/0"] == pytest.approx(measured[0]["val/loss"])
+    learns = ["--model.distillation.teacher", workplace / "source", "--trainer.max_steps", "1"]
+    assert run(monkeypatch, "fit", *words, *learns, "--trainer.val_check_interval", "1") == 0
+
+
+def logged(function, results):
+    """The function, which notes what it returns."""
+
+    def call(*args, **kwargs):
+        results.extend(function(*args, **kwargs))
+        return results
+
+    return call
 
 
 def test_a_run_from_converted_weights_goes_on_from_its_checkpoint(tmp_path, trained, monkeypatch):

@@ -110,6 +110,19 @@ def test_sequences_of_any_lengths_share_a_batch_as_if_alone(data):
         assert cache.lengths.tolist() == cache.host_lengths == lengths
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter is for machines without a GPU")
+def test_kernels_take_the_cache_as_it_is():
+    def model_on(backend):
+        nsa = dataclasses.replace(NSA, backend=backend, window_size=100)  # more than the cache has slots
+        return build(attention=["nsa"], num_layers=1, head_dim=16, nsa=nsa).float()
+
+    model, tokens = model_on("triton"), text(13)
+    cache = Cache.allocate(model.config, 2, 13)
+    hidden = [model.prefill(tokens[:10], cache, 1, chunk_size=8)]
+    hidden += [model.decode(token.repeat(2), cache)[1] for token in tokens[10:]]
+    torch.testing.assert_close(torch.stack(hidden), whole(model_on("eager"), tokens)[9:], rtol=1e-5, atol=1e-5)
+
+
 def test_a_step_reads_nothing_back_and_moves_nothing():
     """What a CUDA graph asks for; tensors without numbers raise where a number would decide."""
     with torch.device("meta"):
@@ -137,14 +150,20 @@ def test_a_replayed_step_past_the_capacity_stays_in_its_row():
     assert cache.lengths.tolist() == [19, 12]
 
 
-def test_a_broken_sequence_leaves_nothing_to_the_next_in_its_row():
-    model, tokens = build(), text(20)
-    cache = allocate(model)
-    model.prefill(tokens, cache, 0)
-    for layer in cache.layers:
-        layer.tokens.v[0, -1] = float("nan")
+@pytest.mark.parametrize("length", [3, 70])
+def test_a_reset_leaves_nothing_of_a_sequence(length):
+    """Not even what is not finite, which masks do not stop."""
+    model = build()
+    cache = allocate(model, batch_size=2)
+    for parameter in model.parameters():
+        parameter.fill_(float("nan"))
+    model.prefill(text(length), cache, 0)
+    model.decode(text(2), cache)
+    kept = [x for layer in cache.layers for slots in layer if slots is not None for x in slots]
+    assert all(x[0].isnan().any() for x in kept)
     cache.reset(0)
-    assert_close(model.prefill(tokens, cache, 0), whole(model, tokens)[-1])
+    assert not any(x[0].any() for x in kept)
+    assert all(x[1].isnan().any() for x in kept)
 
 
 def test_an_interrupted_prompt_leaves_an_empty_row_and_an_interrupted_step_is_taken_again(monkeypatch):
@@ -204,7 +223,7 @@ def test_tokens_past_the_capacity_are_an_error_that_names_them():
         (lambda model, cache: model.prefill(text(4), cache, 0, 0), "chunk_size must be at least 1, got 0"),
         (lambda model, cache: model.decode(text(3), cache), r"tokens must be \[B\], \(2,\) here, got \(3,\)"),
         (lambda model, cache: model.prefill(text(4), cache, 2), "row must be from 0 to 1, got 2"),
-        (lambda model, cache: model.float().decode(text(2), cache), "must be .* torch.float32, got torch.float64"),
+        (lambda model, cache: model.float().decode(text(2), cache), "slots must .* torch.float32, got torch.float64"),
         (lambda model, cache: model.float().prefill(text(2), cache, 0), "must be .* torch.float32, got torch.float64"),
         (lambda model, _: allocate(model, batch_size=0), "batch_size must be at least 1, got 0"),
         (lambda model, _: allocate(model, capacity=0), "capacity must be at least 1, got 0"),

@@ -1,4 +1,4 @@
-"""The decoder on a GPU: fused attention, bf16 training, and no wait for the device inside a step."""
+"""The decoder on a GPU: fused attention, bf16 training, CUDA graphs, and no wait for the device inside a step."""
 
 import dataclasses
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from support.packings import cu_seqlens
 
-from nsa_lightning.model import Transformer, TransformerConfig
+from nsa_lightning.model import Cache, Transformer, TransformerConfig
 from nsa_lightning.model.attention import NSALayerConfig
 from nsa_lightning.model.fused_attention import packed_causal_attention
 from nsa_lightning.model.loss import summed_cross_entropy
@@ -76,3 +76,46 @@ def test_compiled_blocks_equal_the_plain_ones():
     for block in model.layers:
         block.compile()
     torch.testing.assert_close(model(*packed_batch()).hidden, plain, rtol=1e-4, atol=1e-4)
+
+
+def captured(step):
+    """A CUDA graph of a step, and what it writes to."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()  # compiles the kernels
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = step()
+    return graph, output
+
+
+@pytest.mark.parametrize("attention", ["nsa", "full", "sliding"])
+def test_prompts_and_replayed_steps_equal_the_whole_document_and_never_wait_for_the_device(attention):
+    torch.manual_seed(0)
+    config = dataclasses.replace(CONFIG, attention=[attention], sliding_window=64)
+    model = Transformer(config).cuda().bfloat16().requires_grad_(False)
+    document = packed_batch()[0][:700]
+    exact = model.double()(document, torch.arange(700).cuda(), cu_seqlens([700]).cuda(), 700).hidden
+    model.bfloat16()
+    cache = Cache.allocate(config, 2, 700, "cuda", torch.bfloat16)
+    tokens = torch.zeros(2, dtype=torch.int64, device="cuda")
+    graphs = {completes: captured(lambda c=completes: model.decode(tokens, cache, c)) for completes in (True, False)}
+    lengths, hidden = [660, 5], []
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for row, length in enumerate(lengths):
+            cache.reset(row)
+            model.prefill(document[:length], cache, row, chunk_size=256)
+        for step in range(40):
+            tokens.copy_(torch.stack([document[length + step] for length in lengths]))
+            graph, output = graphs[cache.completes_block]
+            cache.count_step()
+            graph.replay()
+            hidden.append(output.clone())
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    expected = torch.stack([exact[length : length + 40] for length in lengths], dim=1)
+    assert (torch.stack(hidden).double() - expected).norm() / expected.norm() < 0.05
+    assert cache.lengths.tolist() == cache.host_lengths == [700, 45]

@@ -3,7 +3,12 @@ import torch
 import torch.nn.functional as F
 
 from nsa_lightning.model import loss as loss_module
-from nsa_lightning.model.loss import chunked_cross_entropy, summed_cross_entropy, token_cross_entropy
+from nsa_lightning.model.loss import (
+    chunked_cross_entropy,
+    summed_cross_entropy,
+    summed_divergence,
+    token_cross_entropy,
+)
 
 IGNORED = -100
 
@@ -48,6 +53,28 @@ def test_token_losses_add_up_to_the_sum(monkeypatch, problem):
     assert losses.shape == targets.shape
     assert (losses[targets == IGNORED] == 0).all()
     torch.testing.assert_close(losses.sum(), summed_cross_entropy(hidden, weight, targets, IGNORED))
+
+
+def test_the_divergence_is_that_of_whole_logits_with_its_gradients(monkeypatch, problem):
+    """Also from a teacher of another width; no gradient reaches it."""
+    monkeypatch.setattr(loss_module, "_CHUNK_LOGITS", 50 * 4)
+    hidden, weight, targets = problem
+    teacher_hidden, teacher_weight = torch.randn(37, 6), torch.randn(50, 6)
+    compared = targets != IGNORED
+    truth = F.kl_div(
+        (hidden @ weight.T)[compared].log_softmax(-1),
+        (teacher_hidden @ teacher_weight.T)[compared].softmax(-1),
+        reduction="sum",
+    )
+    actual = summed_divergence(hidden, weight, teacher_hidden, teacher_weight, compared)
+    torch.testing.assert_close(actual, truth, rtol=1e-5, atol=0)
+    pairs = zip(
+        torch.autograd.grad(actual, (hidden, weight)), torch.autograd.grad(truth, (hidden, weight)), strict=True
+    )
+    for gradient, expected in pairs:
+        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
+    assert actual > 1
+    assert summed_divergence(hidden, weight, hidden, weight, compared).abs() < 1e-4
 
 
 def test_the_fallback_never_holds_the_logits_of_all_tokens(monkeypatch):

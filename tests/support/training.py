@@ -20,8 +20,9 @@ from nsa_lightning.model.attention import NSALayerConfig
 from nsa_lightning.model.transformer import TransformerConfig
 from nsa_lightning.training.callbacks import DocumentScores, LossGuard, TokenThroughput
 from nsa_lightning.training.checkpoints import RunCheckpointIO
+from nsa_lightning.training.distillation import Distillation
 from nsa_lightning.training.module import LanguageModel
-from nsa_lightning.training.optimizer import WarmupCosine
+from nsa_lightning.training.optimizer import NewParts, WarmupCosine
 from nsa_lightning.training.strategy import FSDP2Strategy
 
 NSA = NSALayerConfig(
@@ -67,10 +68,11 @@ def packed_batches(lengths, *, count):
     return DataLoader(batches, batch_size=None)
 
 
-def language_model(transformer=None, **changes):
+def language_model(transformer=None, new_parts=None, distillation=None, **changes):
     settings = transformer or {}
     settings = settings | {"nsa": dataclasses.replace(NSA, **settings.get("nsa", {}))}
     config = dataclasses.replace(CONFIG, **settings)
+    changes |= {"new_parts": NewParts(**(new_parts or {})), "distillation": Distillation(**(distillation or {}))}
     return LanguageModel(config, schedule=WarmupCosine(warmup_steps=2), **changes)
 
 
@@ -82,7 +84,7 @@ class Notes(Callback):
     """Loss and gradient norm of every step, and the gradients of the last one before they are clipped."""
 
     def __init__(self):
-        self.losses, self.norms, self.gradients = [], [], {}
+        self.losses, self.norms, self.gradients, self.divergences = [], [], {}, []
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
         self.gradients = {name: whole(p.grad).clone() for name, p in pl_module.named_parameters()}
@@ -91,6 +93,8 @@ class Notes(Callback):
         if not trainer.fit_loop._should_accumulate():
             self.losses.append(trainer.callback_metrics["train/loss"].item())
             self.norms.append(trainer.callback_metrics["train/grad_norm"].item())
+            if "train/distillation" in trainer.callback_metrics:
+                self.divergences.append(trainer.callback_metrics["train/distillation"].item())
 
 
 STRATEGIES = {
@@ -190,6 +194,7 @@ def fit(
     return {
         "losses": notes.losses,
         "norms": notes.norms,
+        "divergences": notes.divergences,
         "gradients": notes.gradients,
         "weights": weights,
         "metrics": metrics,

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from support.dense import write_source
 from support.training import data_module, fit, language_model, make_trainer, run_job
 
 from nsa_lightning.model.context_parallel import ContextParallel
@@ -44,6 +45,11 @@ def job(folder, ranks, **runs):
     return dict(zip(runs, run_job(folder, *(common | run for run in runs.values()), ranks=ranks), strict=True))
 
 
+def distilled(teacher):
+    """A run with a teacher made for fewer tokens than the longest document has."""
+    return RUNS["mixed"] | {"model": {"transformer": MIXED, "distillation": {"teacher": teacher}}}
+
+
 @pytest.fixture(scope="module")
 def together(folder, alone):
     """The runs of two ranks that share every batch."""
@@ -52,6 +58,7 @@ def together(folder, alone):
         "corpus": RUNS["corpus"] | saved,
         "resumed": RUNS["corpus"] | {"resume": str(folder / "alone.ckpt")},
         "bf16": RUNS["mixed"] | {"precision": "bf16-mixed"},
+        "distilled": distilled(str(write_source(folder / "teacher", max_position_embeddings=70))),
     }
     return job(folder, 2, **(RUNS | others))
 
@@ -75,6 +82,13 @@ def test_ranks_that_share_batches_train_as_one(together, alone, name):
     assert alone[name]["norms"][0] > 0.5  # the norm at which the test's trainer clips
 
 
+def test_ranks_that_share_batches_learn_from_a_teacher_as_one(together, folder):
+    alone = fit(folder, folder / "corpus", **SETTINGS, **distilled(str(folder / "teacher")))
+    assert_same_run(together["distilled"], alone)
+    assert together["distilled"]["divergences"] == pytest.approx(alone["divergences"], rel=1e-5)
+    assert len(alone["divergences"]) == STEPS
+
+
 def test_shared_batches_train_in_bf16(together, alone):
     assert together["bf16"]["losses"] == pytest.approx(alone["mixed"]["losses"], rel=0.02)
     assert together["bf16"]["losses"] != pytest.approx(alone["mixed"]["losses"], rel=1e-5)
@@ -82,7 +96,8 @@ def test_shared_batches_train_in_bf16(together, alone):
 
 def test_validation_and_document_scores_count_every_token_once(together, alone, folder):
     assert together["corpus"]["metrics"] == pytest.approx(alone["corpus"]["metrics"], rel=1e-5)
-    assert set(alone["corpus"]["metrics"]) == {"val/loss", "val/perplexity", "val/bits_per_byte"}
+    names = ("loss", "perplexity", "bits_per_byte", "loss_by_position/0")
+    assert set(alone["corpus"]["metrics"]) == {f"val/{name}" for name in names}
     expected = [json.loads(line) for line in (folder / "alone" / "document_scores.jsonl").read_text().splitlines()]
     actual = [
         json.loads(line) for line in (folder / "together" / "document_scores.rank0.jsonl").read_text().splitlines()

@@ -2,17 +2,21 @@
 
 import pytest
 import torch
+from support.dense import write_source
 from support.training import fit, run_job
 from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from nsa_lightning.model.attention import is_new_part
 from nsa_lightning.model.transformer import Transformer, TransformerConfig
+from nsa_lightning.training.sharded_checkpoint import read_whole
 from nsa_lightning.training.sharding import shard_transformer
 
 FIRST, ALL = 3, 5  # steps before the checkpoint, and in all
 SCHEDULED = {"max_steps": ALL, "max_epochs": -1}
+FROZEN = {"new_parts": {"freeze_others_steps": FIRST + 1, "lr_factor": 3.0}}  # the last step trains everything
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +30,7 @@ def jobs(folder, single):
     """Runs of two processes, by name: one sequence a rank where the single process has two."""
     common = {"corpus": str(folder / "corpus"), "root": str(folder / "two"), "data": {"batch_size": 1}} | SCHEDULED
     first = {"save_after": FIRST}
+    distilled = {"model": {"distillation": {"teacher": str(write_source(folder / "teacher")), "weight": 2.0}}}
     runs = {
         "ddp": {"strategy": "ddp", "save": str(folder / "ddp.ckpt")} | first,
         "fsdp2": {"strategy": "fsdp2", "save": str(folder / "sharded.ckpt")} | first,
@@ -43,6 +48,12 @@ def jobs(folder, single):
         "sharded to ddp": {"strategy": "ddp", "resume": str(folder / "sharded.ckpt")},
         "sharded to fsdp2": {"strategy": "fsdp2", "resume": str(folder / "sharded.ckpt")},
         "single to fsdp2": {"strategy": "fsdp2", "resume": str(folder / "single.ckpt")},
+        "frozen ddp": {"strategy": "ddp", "model": FROZEN},
+        "frozen fsdp2": {"strategy": "fsdp2", "model": FROZEN, "save": str(folder / "frozen.ckpt")} | first,
+        "frozen resumed": {"strategy": "fsdp2", "model": FROZEN, "resume": str(folder / "frozen.ckpt")},
+        "distilled ddp": {"strategy": "ddp"} | distilled,
+        "distilled fsdp2": {"strategy": "fsdp2"} | distilled,
+        "distilled bf16": {"strategy": "fsdp2", "precision": "bf16-mixed"} | distilled,
     }  # fmt: skip
     return dict(zip(runs, run_job(folder, *(common | run for run in runs.values())), strict=True))
 
@@ -67,7 +78,8 @@ def test_two_ranks_train_as_one(jobs, single, name):
 def test_validation_in_a_sharded_run_scores_every_token_once(jobs, folder):
     expected = fit(folder / "val", folder / "corpus", **SCHEDULED, limit_val_batches=1.0, val_check_interval=2)
     assert jobs["validating"]["metrics"] == pytest.approx(expected["metrics"], rel=1e-4)
-    assert set(expected["metrics"]) == {"val/loss", "val/perplexity", "val/bits_per_byte"}
+    by_position = {"val/loss_by_position/0"}  # documents are shorter than the first bucket
+    assert set(expected["metrics"]) == {"val/loss", "val/perplexity", "val/bits_per_byte"} | by_position
 
 
 @pytest.mark.parametrize("name", ["accumulating", "reducing"])
@@ -103,6 +115,35 @@ def test_two_ranks_go_on_from_any_checkpoint(jobs, single, name):
 def test_one_process_goes_on_from_a_checkpoint_of_two(jobs, single, folder, name):
     resumed = fit(folder / "resumed", folder / "corpus", **SCHEDULED, resume=str(folder / f"{name}.ckpt"))
     assert_same_run(resumed, single, steps=ALL - FIRST)
+
+
+@pytest.mark.parametrize(
+    ("name", "steps"), [("frozen ddp", ALL), ("frozen fsdp2", ALL), ("frozen resumed", ALL - FIRST)]
+)
+def test_two_ranks_train_new_parts_alone_and_go_on_in_the_middle_of_it(jobs, folder, single, name, steps):
+    expected = fit(folder / "frozen", folder / "corpus", **SCHEDULED, model=FROZEN)
+    assert_same_run(jobs[name], expected, steps=steps, tolerance=2e-3)  # small gradients, which Adam makes much of
+    assert expected["norms"][0] < 0.5 * single["norms"][0]  # of the gates and summaries alone
+    assert expected["norms"][-1] > 0.5 * single["norms"][-1]
+
+
+def test_a_sharded_checkpoint_has_moments_of_trained_parts_alone(jobs, single, folder):
+    checkpoint = read_whole(folder / "frozen.ckpt")
+    (state,) = checkpoint["optimizer_states"]
+    new = [name for name in checkpoint["state_dict"] if is_new_part(name)]
+    assert len(state["state"]) == len(new) > 0
+    assert all(entry["step"] == FIRST for entry in state["state"].values())
+
+
+@pytest.mark.parametrize("name", ["distilled ddp", "distilled fsdp2"])
+def test_two_ranks_learn_from_a_teacher_as_one(jobs, single, folder, name):
+    distillation = {"teacher": str(folder / "teacher"), "weight": 2.0}
+    expected = fit(folder / "distilled", folder / "corpus", **SCHEDULED, model={"distillation": distillation})
+    assert_same_run(jobs[name], expected)
+    assert jobs[name]["divergences"] == pytest.approx(expected["divergences"], rel=1e-5)
+    assert jobs["distilled bf16"]["divergences"] == pytest.approx(expected["divergences"], rel=0.02)
+    assert expected["losses"][0] == single["losses"][0]
+    assert expected["losses"][-1] != pytest.approx(single["losses"][-1], rel=1e-4)
 
 
 def test_seventy_billion_weights_are_built_without_memory_and_shared_evenly():

@@ -1,8 +1,11 @@
 import math
 
+import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from nsa_lightning.training.metrics import LanguageModelingMetrics
+from nsa_lightning.training.metrics import LanguageModelingMetrics, LossByPosition
 
 
 def test_sums_over_batches_not_means_of_means():
@@ -32,3 +35,21 @@ def test_a_model_cast_to_bfloat16_keeps_exact_sums():
         assert metrics.nats == 201 * 8000
         assert metrics.tokens == 201 * 2048
         metrics.reset()
+
+
+@given(st.lists(st.tuples(st.integers(0, 2**20), st.integers(0, 9), st.booleans()), min_size=1), st.integers(1, 5))
+def test_each_bucket_has_the_mean_over_all_batches_of_its_scored_positions(tokens, num_batches):
+    metric = LossByPosition()
+    for _ in range(2):  # the second time after a reset
+        for index in range(num_batches):
+            batch = tokens[index::num_batches]
+            positions, losses, scored = (torch.tensor([token[i] for token in batch]) for i in range(3))
+            metric.update(losses.float(), positions.long(), scored.bool())
+        found = {name: float(value) for name, value in metric.compute().items()}
+        metric.reset()
+        expected = {}
+        for position, loss, scored in tokens:
+            if scored:
+                start = 2 ** (position.bit_length() - 1) if position >= 256 else 0
+                expected.setdefault(str(start), []).append(loss)
+        assert found == pytest.approx({name: sum(values) / len(values) for name, values in expected.items()})

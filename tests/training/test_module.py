@@ -186,8 +186,10 @@ def test_validate_test_and_predict_work_from_a_checkpoint(tmp_path, corpus):
     path = tmp_path / "model.ckpt"
     (validated,) = trainer(tmp_path).validate(language_model(), data_module(corpus), ckpt_path=path)
     (tested,) = trainer(tmp_path).test(language_model(), data_module(corpus), ckpt_path=path)
-    assert set(validated) == {"val/loss", "val/perplexity", "val/bits_per_byte"}
-    assert set(tested) == {"test/loss", "test/perplexity", "test/bits_per_byte"}
+    names = ("loss", "perplexity", "bits_per_byte", "loss_by_position/0")
+    assert set(validated) == {f"val/{name}" for name in names}
+    assert set(tested) == {f"test/{name}" for name in names}
+    assert validated["val/loss_by_position/0"] == pytest.approx(validated["val/loss"], rel=1e-6)
     assert validated["val/loss"] != tested["test/loss"]
     scores = DocumentScores(str(tmp_path / "scores.jsonl"))
     trainer(tmp_path, scores).predict(language_model(), data_module(corpus), ckpt_path=path, return_predictions=False)

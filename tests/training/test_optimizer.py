@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from nsa_lightning.model import Transformer, TransformerConfig
-from nsa_lightning.training.optimizer import WarmupCosine, WarmupStableDecay, parameter_groups
+from nsa_lightning.training.optimizer import NewParts, WarmupCosine, WarmupStableDecay, parameter_groups
 
 
 def test_weight_decay_goes_to_matrices_only():
@@ -20,13 +20,17 @@ def test_weight_decay_goes_to_matrices_only():
             qkv_bias=True,
         )
     )
-    decayed, others = parameter_groups(model)
+    groups = parameter_groups(model)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    assert others["weight_decay"] == 0.0
-    assert "weight_decay" not in decayed
-    assert all("norm" in names[id(p)] or "bias" in names[id(p)] or "position" in names[id(p)] for p in others["params"])
-    assert {names[id(p)] for p in decayed["params"]} >= {"embed_tokens.weight", "layers.0.self_attn.q_proj.weight"}
-    assert len(decayed["params"]) + len(others["params"]) == len(list(model.parameters()))
+    found = {group["name"]: {names[id(p)] for p in group["params"]} for group in groups}
+    assert all(("weight_decay" in group) == ("undecayed" in group["name"]) for group in groups)
+    assert sum(map(len, found.values())) == len(names)
+    assert all("norm" in name or "bias" in name for name in found["undecayed"])
+    assert found["decayed"] >= {"embed_tokens.weight", "layers.0.self_attn.compressed.k_proj.weight"}
+    summaries = {f"layers.0.self_attn.{kind}_summary.{part}_weight" for kind in "kv" for part in ("in", "out")}
+    assert found["new_parts_decayed"] == {"layers.0.self_attn.branch_gate.weight"} | summaries
+    assert all("branch_gate.bias" in name or "_summary." in name for name in found["new_parts_undecayed"])
+    assert len(found["new_parts_undecayed"]) == 7
 
 
 def test_frozen_parameters_are_not_optimised():
@@ -64,9 +68,11 @@ def test_training_beyond_the_end_stays_at_the_final_ratio():
     [
         (lambda: WarmupCosine(warmup_steps=-1), "schedule.warmup_steps must be at least 0, got -1"),
         (lambda: WarmupCosine(final_ratio=1.5), "schedule.final_ratio must be from 0 to 1, got 1.5"),
+        (lambda: NewParts(lr_factor=0.0), "new_parts.lr_factor must be above 0, got 0.0"),
+        (lambda: NewParts(freeze_others_steps=-1), "new_parts.freeze_others_steps must be at least 0, got -1"),
         (lambda: WarmupStableDecay(decay_ratio=0.0), "schedule.decay_ratio must be above 0 and at most 1, got 0.0"),
     ],
 )
-def test_impossible_schedules_are_named(build, message):
+def test_impossible_settings_are_named(build, message):
     with pytest.raises(ValueError, match=message):
         build()

@@ -1,0 +1,100 @@
+"""Learning from the predictions of a model that is not trained, beside the next tokens."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from lightning.pytorch.strategies import Strategy
+from torch import Tensor
+
+from nsa_lightning.checkpoint.directory import read_config
+from nsa_lightning.checkpoint.weights import WeightFiles, load_weights
+from nsa_lightning.data.batch import IGNORE_INDEX, PackedBatch
+from nsa_lightning.model.initialization import materialise
+from nsa_lightning.model.loss import summed_divergence
+from nsa_lightning.model.transformer import Transformer
+from nsa_lightning.training.strategy import FSDP2Strategy
+
+_SETTING = "distillation.teacher"
+_COMPUTE_DTYPES = {"bf16": torch.bfloat16, "16": torch.float16}
+"""By the first word of trainer.precision; float32 for any other."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distillation:
+    """A dense model whose predictions are learned beside the next tokens.
+
+    Raises:
+        ValueError: the weight is not positive.
+    """
+
+    teacher: str | None = None
+    """Directory of the dense model, as `nsa convert` takes it; none to learn from next tokens alone."""
+
+    weight: float = 1.0
+    """Multiple of the divergence from its predictions, in nats a token, that is added to the loss."""
+
+    def __post_init__(self) -> None:
+        if self.weight <= 0:
+            raise ValueError(f"distillation.weight must be above 0, got {self.weight}")
+
+    def check(self, vocab_size: int) -> None:
+        """Refuse a teacher that does not predict the same tokens, before any data is read.
+
+        Raises:
+            ValueError: its directory holds no whole model, or its vocabulary has another size.
+        """
+        if self.teacher is None:
+            return
+        rows = read_config(Path(self.teacher), _SETTING).config.vocab_size
+        WeightFiles(Path(self.teacher), _SETTING)
+        if rows != vocab_size:
+            raise ValueError(f"{_SETTING} must have the model's vocabulary of {vocab_size} tokens, got {rows}")
+
+
+class Teacher:
+    """A frozen model in the dtype of computation: no submodule of the one that learns, and in none of its checkpoints.
+
+    Args:
+        directory: of its config and weights.
+        strategy: of the run; `fsdp2` shards it as the model that learns.
+        precision: trainer.precision.
+
+    Raises:
+        ValueError: its files are broken, or context_parallel_size does not divide its KV heads.
+    """
+
+    def __init__(self, directory: Path, strategy: Strategy, precision: str) -> None:
+        config, self.max_seq_len = read_config(directory, _SETTING)
+        with torch.device("meta"):
+            model = Transformer(config).to(_COMPUTE_DTYPES.get(precision.partition("-")[0], torch.float32))
+        model.requires_grad_(False)
+        device = strategy.root_device
+        if isinstance(strategy, FSDP2Strategy):
+            if config.num_kv_heads % strategy.context_parallel_size:
+                raise ValueError(
+                    f"context_parallel_size must divide num_kv_heads of {_SETTING}, "
+                    f"got {strategy.context_parallel_size} and {config.num_kv_heads}"
+                )
+            strategy.shard(model)
+            device = strategy.parameter_device
+        materialise(model, device)
+        load_weights(model, WeightFiles(directory, _SETTING))
+        self.model = model
+
+    def divergence(self, learner: Transformer, hidden: Tensor, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        """Summed divergence of a model's predictions from the teacher's, in nats, and the number of tokens compared.
+
+        Tokens beyond the context that the teacher is made for are left out.
+
+        Args:
+            learner: the model that is trained.
+            hidden: its final hidden states of this rank's tokens.
+            batch: what they were computed from.
+        """
+        with torch.no_grad():
+            own = self.model(batch.tokens, batch.positions, batch.cu_seqlens, batch.max_seqlen).hidden
+        compared = (batch.targets != IGNORE_INDEX) & (batch.positions < self.max_seq_len)
+        compared = learner.parallel.share(compared)
+        nats = summed_divergence(hidden, learner.output_embedding, own, self.model.output_embedding, compared)
+        return nats, compared.sum()
