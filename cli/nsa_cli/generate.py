@@ -8,7 +8,7 @@ from pathlib import Path
 from nsa_cli.function_command import run_function
 from nsa_lightning.checkpoint.convert import RopeChange
 from nsa_lightning.generation.answers import printed_answers, written_answers
-from nsa_lightning.generation.device import DtypeName, choose_device, choose_dtype
+from nsa_lightning.generation.device import DtypeName, choose_dtype, use_device
 from nsa_lightning.generation.generate import Generation, StopConfig
 from nsa_lightning.generation.language_model import open_language_model
 from nsa_lightning.generation.prompts import read_prompts
@@ -75,17 +75,17 @@ def generate_text(
     stops = StopConfig(max_new_tokens=max_new_tokens, stop=stop)
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    place = choose_device(device)
+    place = use_device(device)
     prompts = read_prompts(prompt, prompt_file, sys.stdin.buffer)
     opened = open_language_model(Path(model), Path(tokenizer) if tokenizer is not None else None, rope)
     tokens = opened.encode(prompts, chat)
-    remark = opened.remark(tokens, max_new_tokens)
-    if remark is not None:
-        print(f"nsa generate: note: {remark}", file=sys.stderr)
     rows, capacity = min(batch_size, len(prompts)), max(map(len, tokens)) + max_new_tokens
     with written_answers(prompts, Path(output)) if output is not None else printed_answers(prompts, sys.stdout) as add:
         decoder = opened.decoder(rows, capacity, place, choose_dtype(dtype, place), cuda_graphs)
         sampler = Sampler(sampling, rows, opened.config.vocab_size, place)
+        remark = opened.remark(tokens, max_new_tokens)
+        if remark is not None:
+            print(f"nsa generate: note: {remark}", file=sys.stderr)
         generation = Generation(decoder, sampler, opened.tokenizer, opened.end_tokens, stops)
         try:
             for piece in generation.run(tokens):

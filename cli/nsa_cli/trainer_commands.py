@@ -20,6 +20,7 @@ from nsa_cli.errors import print_error, raised_by_own_code
 from nsa_lightning.data.datamodule import PackedTextDataModule
 from nsa_lightning.data.sets import configured_vocab_size
 from nsa_lightning.training.callbacks import (
+    Continuations,
     DocumentScores,
     FitReport,
     GateMonitor,
@@ -74,6 +75,7 @@ class NSACommandLine(LightningCLI):
         parser.add_lightning_class_args(TokenThroughput, "throughput")
         parser.add_lightning_class_args(LearningRateMonitor, "learning_rate_monitor")
         parser.add_lightning_class_args(DocumentScores, "document_scores")
+        parser.add_lightning_class_args(Continuations, "generate")
         parser.set_defaults(
             {
                 "model.optimizer": {"class_path": "torch.optim.AdamW", "init_args": ADAMW_DEFAULTS},

@@ -47,7 +47,7 @@ def _open_checkpoint(path: Path, setting: str) -> Trained:
     from nsa_lightning.training.checkpoints import check_same_sizes, read_summary  # imports Lightning: seconds
     from nsa_lightning.training.sharded_checkpoint import read_weights
 
-    summary = read_summary(path)
+    summary = read_summary(path, setting)
     settings = summary.get("hyper_parameters", {}).get("transformer")
     config = transformer_config(settings, f"{setting}={path}")
     with torch.device("meta"):

@@ -17,22 +17,21 @@ def printed_answers(prompts: Sequence[Prompt], out: TextIO) -> Iterator[Callable
 
     One is printed as it comes; the others wait for it. What waits when Ctrl-C comes is printed too.
     """
-    waiting, ended = [""] * len(prompts), [False] * len(prompts)
+    waiting, ended, begun = [""] * len(prompts), [False] * len(prompts), [False] * len(prompts)
     current = 0
-    named = len(prompts) > 1
 
     def show(number: int) -> None:
-        if named and number not in begun:
-            out.write(f"==> {prompts[number].name} <==\n")
-        begun.add(number)
-        out.write(waiting[number])
-        waiting[number] = ""
+        text, waiting[number] = waiting[number], ""
+        out.write(text)
 
     def add(piece: Piece) -> None:
         nonlocal current
+        if not begun[piece.prompt] and len(prompts) > 1:
+            waiting[piece.prompt] = f"==> {prompts[piece.prompt].name} <==\n"
+        begun[piece.prompt] = True
         waiting[piece.prompt] += piece.text
         ended[piece.prompt] = piece.finish is not None
-        while current < len(prompts) and (waiting[current] or ended[current]):
+        while current < len(prompts) and begun[current]:
             show(current)
             if not ended[current]:
                 break
@@ -40,12 +39,11 @@ def printed_answers(prompts: Sequence[Prompt], out: TextIO) -> Iterator[Callable
             current += 1
         out.flush()
 
-    begun: set[int] = set()
     try:
         yield add
     except KeyboardInterrupt:
         for number in range(current, len(prompts)):
-            if waiting[number] or number in begun:
+            if begun[number]:
                 show(number)
                 out.write("\n")
         out.flush()

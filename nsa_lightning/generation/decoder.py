@@ -25,6 +25,7 @@ class Decoder:
     def __init__(self, model: Transformer, batch_size: int, capacity: int, cuda_graphs: bool) -> None:
         weight = model.output_embedding
         self.model, self.batch_size = model, batch_size
+        self._idle = set(range(batch_size))
         self.cache = Cache.allocate(model.config, batch_size, capacity, weight.device, weight.dtype)
         self._tokens = torch.zeros(batch_size, dtype=torch.int64, device=weight.device)
         self._graphs = self._capture() if cuda_graphs and weight.is_cuda else None
@@ -32,12 +33,16 @@ class Decoder:
     @torch.inference_mode()
     def begin(self, row: int, prompt: Tensor) -> Tensor:
         """Give a row to a prompt, int64 [L]; logits [V] of the token after it."""
+        self._idle.discard(row)
         self.cache.reset(row)
         return self._logits(self.model.prefill(prompt.to(self._tokens.device), self.cache, row))
 
     @torch.inference_mode()
     def step(self, tokens: list[int]) -> Tensor:
         """Append one token to every sequence; logits [B, V] of the next, overwritten by the step after it."""
+        for row in self._idle:  # they take tokens too, until they are full
+            if self.cache.host_lengths[row] == self.cache.capacity:
+                self.cache.reset(row)
         self._tokens.copy_(torch.tensor(tokens), non_blocking=True)
         completes_block = self.cache.completes_block
         if self._graphs is None:
@@ -46,8 +51,8 @@ class Decoder:
         return self._graphs[completes_block].replay()
 
     def end(self, row: int) -> None:
-        """Forget a sequence; its row idles until `begin`, for less than `capacity` steps."""
-        self.cache.reset(row)
+        """Leave a row idle: its tokens and logits mean nothing until `begin`."""
+        self._idle.add(row)
 
     def _capture(self) -> dict[bool, CapturedCall[Tensor]]:
         """The step twice: where no sequence completes a compression block, and where one may."""

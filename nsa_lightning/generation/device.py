@@ -15,26 +15,28 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 _MEMORY = Path("/proc/meminfo")
 
 
-def choose_device(name: str) -> torch.device:
-    """The device of that name; `auto` is a GPU if there is one.
+def use_device(name: str) -> torch.device:
+    """The device of that name, a GPU made the current one; `auto` is a GPU if there is one.
 
     Raises:
         ValueError: it is neither a CPU nor a GPU that PyTorch can use.
     """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(name)
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
     except RuntimeError:
         device = torch.device("meta")
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"device must be auto, cpu, cuda or a GPU by its number such as cuda:1, got {name}")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    if device.type == "cpu":
+        return device
+    number = device.index or 0
+    if number >= torch.cuda.device_count():
         raise ValueError(
             f"device must be one that PyTorch can use, got {name}: torch {torch.__version__} sees "
             f"{torch.cuda.device_count()} GPUs"
         )
-    return device
+    torch.cuda.set_device(number)  # kernels, streams and graphs go there
+    return torch.device("cuda", number)
 
 
 def choose_dtype(name: DtypeName, device: torch.device) -> torch.dtype:

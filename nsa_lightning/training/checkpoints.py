@@ -46,14 +46,14 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def read_summary(path: Path) -> dict[str, Any]:
-    """A checkpoint without the numbers in its tensors.
+def read_summary(path: Path, setting: str = "ckpt_path") -> dict[str, Any]:
+    """A checkpoint without the numbers in its tensors; `setting` is what the user calls it.
 
     Raises:
         ValueError: it is incomplete, or none of ours.
     """
     if path.is_dir() and not (path / META).is_file():
-        raise ValueError(f"ckpt_path must be a checkpoint of nsa fit, got the directory {path}, which lacks {META}")
+        raise ValueError(f"{setting} must be a checkpoint of nsa fit, got the directory {path}, which lacks {META}")
     try:
         if path.is_dir():
             summary = read_meta(path)
@@ -65,10 +65,10 @@ def read_summary(path: Path) -> dict[str, Any]:
             summary = torch.load(path, mmap=True, weights_only=True, map_location="meta")
     except Exception as error:  # anything may stand in a file: what went wrong is said, and the file is named
         reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise ValueError(f"ckpt_path must be a checkpoint of nsa fit, got {path}: {reason}") from error
+        raise ValueError(f"{setting} must be a checkpoint of nsa fit, got {path}: {reason}") from error
     missing = {"state_dict", "pytorch-lightning_version"} - set(summary)
     if missing:
-        raise ValueError(f"ckpt_path must be a checkpoint of nsa fit, got {path}, which lacks {sorted(missing)}")
+        raise ValueError(f"{setting} must be a checkpoint of nsa fit, got {path}, which lacks {sorted(missing)}")
     return summary
 
 

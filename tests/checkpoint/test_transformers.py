@@ -10,10 +10,14 @@ from nsa_lightning.checkpoint.convert import RopeChange, convert
 from nsa_lightning.checkpoint.directory import read_config
 from nsa_lightning.checkpoint.export import export
 from nsa_lightning.checkpoint.weights import WeightFiles, load_weights
+from nsa_lightning.generation.generate import Generation, StopConfig
+from nsa_lightning.generation.language_model import open_language_model
+from nsa_lightning.generation.sampling import Sampler, SamplingConfig
 from nsa_lightning.model import Transformer
 from nsa_lightning.model.attention import NSALayerConfig, NSAttention
 
 transformers = pytest.importorskip("transformers")
+from nsa_lightning.checkpoint.hugging_face_model import NSACache  # noqa: E402 (imports transformers)
 
 NSA = NSALayerConfig(
     compress_block_size=4, compress_stride=2, select_block_size=8, num_selected_blocks=4, window_size=6
@@ -138,15 +142,73 @@ def test_an_exported_nsa_model_computes_the_same_packed_or_padded(tmp_path, toke
     assert_same(logits[1, 30:], first)
 
 
-def test_an_exported_nsa_model_generates_what_the_decoder_ranks_first(tmp_path, tokens):
-    made = make(write_source(tmp_path / "source", "qwen3", tokenizer=True), tmp_path / "made", ["nsa"])
-    model = transformers.AutoModelForCausalLM.from_pretrained(made, trust_remote_code=True)
+@pytest.fixture
+def generating(tmp_path):
+    """An exported NSA model with a full layer, and its directory."""
+    source = write_source(tmp_path / "source", "qwen3", tokenizer=True)
+    made = make(source, tmp_path / "made", ["nsa", "full"])
+    return transformers.AutoModelForCausalLM.from_pretrained(made, trust_remote_code=True), made
+
+
+OPTIONS = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+
+
+def test_an_exported_nsa_model_generates_what_the_decoder_ranks_first(generating, tokens, monkeypatch):
+    model, made = generating
+    steps, decode = [], Transformer.decode
+    monkeypatch.setattr(Transformer, "decode", lambda *inputs: steps.append(inputs[1].shape) or decode(*inputs))
     text = tokens[:40]
-    options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    generated = model.generate(text[None], max_new_tokens=4, **options)[0]
-    for _ in range(4):
+    generated = model.generate(text[None], max_new_tokens=12, **OPTIONS)[0]
+    assert steps == [(1,)] * 11  # none reads the text again
+    for _ in range(12):
         text = torch.cat([text, own_logits(decoder(made), text)[-1].argmax()[None]])
     assert torch.equal(generated, text)
+
+
+def test_rows_of_a_padded_batch_and_samples_are_generated_as_without_a_cache(generating, tokens):
+    model, _ = generating
+    batch, mask = torch.stack([tokens, torch.cat([tokens.new_zeros(30), tokens[:40]])]), torch.ones(2, 70)
+    mask[1, :30] = 0
+    for options in (
+        OPTIONS,
+        OPTIONS | {"do_sample": True, "num_return_sequences": 2},
+        OPTIONS | {"num_beams": 2},  # beams change places: no cache
+    ):
+        texts = []
+        for use_cache in (True, False):
+            torch.manual_seed(0)
+            made = model.generate(batch, attention_mask=mask, max_new_tokens=9, use_cache=use_cache, **options)
+            texts.append(made)
+        assert torch.equal(*texts)
+
+
+def test_a_cache_goes_on_with_the_next_turn_of_a_conversation(generating, tokens):
+    model, _ = generating
+    cache = NSACache(model, 1, 100)
+    first = model.generate(tokens[None, :40], max_new_tokens=5, past_key_values=cache, **OPTIONS)
+    second = torch.cat([first, tokens[None, 40:]], 1)
+    expected = model.generate(second, max_new_tokens=5, **OPTIONS)
+    assert torch.equal(model.generate(second, max_new_tokens=5, past_key_values=cache, **OPTIONS), expected)
+    assert cache.get_seq_length() == 79
+    with pytest.raises(ValueError, match="num_beams must be 1 with a cache of NSACache"):
+        model.generate(second, max_new_tokens=5, past_key_values=NSACache(model, 2, 100), num_beams=2, **OPTIONS)
+
+
+def test_generate_of_transformers_and_of_ours_give_the_same_tokens(generating, tokens):
+    model, made = generating
+    opened = open_language_model(made, None, RopeChange())
+    prompt = tokens[:33].tolist()
+    device = torch.device("cpu")
+    loop = Generation(
+        opened.decoder(1, 60, device, torch.float32, False),
+        Sampler(SamplingConfig(temperature=0), 1, 300, device),
+        opened.tokenizer,
+        (),
+        StopConfig(max_new_tokens=20),
+    )
+    *_, last = loop.run([prompt])
+    generated = model.generate(tokens[None, :33], max_new_tokens=20, **OPTIONS)[0, 33:].tolist()
+    assert last.tokens == generated
 
 
 def test_a_loss_of_an_exported_model_is_the_mean_over_next_tokens(tmp_path, tokens):

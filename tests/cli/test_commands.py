@@ -1,5 +1,6 @@
 """The `nsa` command as a user types it; every mistake ends in one line that names it."""
 
+import json
 import logging
 import os
 import signal
@@ -90,8 +91,16 @@ def test_validate_and_predict_read_what_fit_wrote(workplace, monkeypatch, capsys
     (checkpoint,) = workplace.glob("runs/**/last.ckpt")
     assert run(monkeypatch, "validate", "--config", str(config), "--ckpt_path", str(checkpoint)) == 0
     assert "val/bits_per_byte" in capsys.readouterr().out
-    assert run(monkeypatch, "predict", "--config", str(config), "--ckpt_path", str(checkpoint)) == 0
+    options = ("--generate.max_new_tokens", "6", "--generate.prompt_tokens", "8")
+    assert run(monkeypatch, "predict", "--config", str(config), "--ckpt_path", str(checkpoint), *options) == 0
     assert list(workplace.rglob("document_scores.jsonl"))
+    (continuations,) = workplace.rglob("continuations.jsonl")
+    documents = [path.read_text() for path in workplace.glob("texts/*.txt")]
+    lines = [json.loads(line) for line in continuations.read_text().splitlines()]
+    assert lines
+    for line in lines:
+        assert len(line["continuation"]) > 0
+        assert any(line["prompt"] + line["true"] in document for document in documents)
 
 
 def test_prepared_sets_are_mixed_with_the_vocabulary_they_have(workplace, monkeypatch, capsys):

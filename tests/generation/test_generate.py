@@ -8,7 +8,7 @@ from support.training import CONFIG, NSA
 
 from nsa_lightning.data.tokenizer import train_tokenizer
 from nsa_lightning.generation.decoder import Decoder
-from nsa_lightning.generation.device import check_memory, choose_device
+from nsa_lightning.generation.device import check_memory, use_device
 from nsa_lightning.generation.generate import Generation, StopConfig
 from nsa_lightning.generation.sampling import Sampler, SamplingConfig
 from nsa_lightning.model.cache import Cache
@@ -118,6 +118,17 @@ def test_answers_of_a_batch_are_those_of_single_prompts(model, sampling):
     assert len({len(tokens) for tokens, *_ in singly}) > 1
 
 
+def test_rows_that_idle_longer_than_the_cache_is_do_not_disturb_the_others(model):
+    (prompt,) = prompts_of(5)
+    stop, sampler = StopConfig(max_new_tokens=11), Sampler(GREEDY, 3, VOCAB, CPU)
+    loop = Generation(Decoder(model, 3, 16, False), sampler, TOKENIZER, (), stop)
+    told = [
+        "".join(piece.text for piece in loop.run(prompts))
+        for prompts in ([[1], [2], [3]], [prompt], [prompt], [prompt])
+    ]
+    assert told[1] == told[2] == told[3] == answers(Decoder(model, 1, 16, False), [prompt], stop)[0][0][2]
+
+
 def test_a_cache_that_does_not_fit_says_how_many_tokens_would(monkeypatch):
     monkeypatch.setattr("nsa_lightning.generation.device.free_memory", lambda device: 2_000_000)
     check_memory(CONFIG, 2, 1000, CPU, torch.float32)
@@ -133,7 +144,7 @@ def test_a_cache_that_does_not_fit_says_how_many_tokens_would(monkeypatch):
 @pytest.mark.parametrize("name", ["gpu", "meta", "cuda:99", "cpuu"])
 def test_a_device_that_cannot_be_used_is_named(name):
     with pytest.raises(ValueError, match=f"device must be .*, got {name}"):
-        choose_device(name)
+        use_device(name)
 
 
 @pytest.mark.parametrize(

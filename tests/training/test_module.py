@@ -13,9 +13,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from nsa_lightning.data.batch import IGNORE_INDEX
 from nsa_lightning.model.transformer import TransformerConfig
-from nsa_lightning.training.callbacks import DocumentScores, FitReport, GateMonitor, TokenThroughput
+from nsa_lightning.training.callbacks import Continuations, DocumentScores, FitReport, GateMonitor, TokenThroughput
 from nsa_lightning.training.module import LanguageModel
 from nsa_lightning.training.optimizer import WarmupCosine
+from nsa_lightning.training.strategy import FSDP2Strategy
 
 CONFIG = TransformerConfig(
     vocab_size=300, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=48, nsa=NSA
@@ -223,3 +224,13 @@ def test_a_model_is_rebuilt_from_its_checkpoint_alone(tmp_path, corpus):
     loaded = LanguageModel.load_from_checkpoint(tmp_path / "model.ckpt", weights_only=True)
     assert loaded.transformer_config == CONFIG
     assert all(torch.equal(value, module.state_dict()[name]) for name, value in loaded.state_dict().items())
+
+
+def test_continuations_refuse_what_they_cannot_do():
+    for name in ("prompt_tokens", "batch_size"):
+        with pytest.raises(ValueError, match=rf"generate\.{name} must be at least 1, got 0"):
+            Continuations(max_new_tokens=5, **{name: 0})
+    trainer = SimpleNamespace(strategy=FSDP2Strategy())
+    with pytest.raises(ValueError, match=r"generate\.max_new_tokens must be unset with trainer.strategy=fsdp2"):
+        Continuations(max_new_tokens=5).on_predict_start(trainer, LanguageModel(CONFIG))
+    Continuations().on_predict_start(trainer, LanguageModel(CONFIG))

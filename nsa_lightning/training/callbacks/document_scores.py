@@ -2,8 +2,6 @@
 
 import json
 import math
-import os
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +11,7 @@ from torch import Tensor
 
 from nsa_lightning.data.batch import IGNORE_INDEX, PackedBatch
 from nsa_lightning.data.datamodule import PackedTextDataModule
-from nsa_lightning.training.strategy import ranks_a_batch
+from nsa_lightning.training.callbacks.lines import write_lines
 
 
 class DocumentScores(Callback):
@@ -64,14 +62,4 @@ class DocumentScores(Callback):
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the file and say where it is."""
         lines, self._lines = self._lines, []
-        log_dir = trainer.log_dir  # asks the other ranks, so on every rank
-        if trainer.global_rank % ranks_a_batch(trainer):
-            return
-        path = Path(self.path or Path(log_dir or trainer.default_root_dir, "document_scores.jsonl"))
-        if trainer.world_size > 1:
-            path = path.with_name(f"{path.stem}.rank{trainer.global_rank}{path.suffix}")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text("\n".join([*lines, ""]), encoding="utf-8")
-        os.replace(temporary, path)  # noqa: PTH105 (says what it does)
-        print(f"{len(lines)} document pieces scored: {path}")
+        write_lines(trainer, lines, self.path, "document_scores.jsonl", "document pieces scored")
