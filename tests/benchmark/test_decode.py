@@ -93,13 +93,14 @@ def test_without_rivals_nothing_full_is_measured(bench):
 
 
 def test_a_wrong_output_or_choice_ends_the_run_with_status_1_and_no_times(bench, monkeypatch, capsys):
-    def wrong(out=0.0, block=0):
+    def wrong(out=0.0, block=0, longest=1.0):
         def attend(*arguments, backend):
             result = decode_attention(*arguments, backend=backend)
             if backend == "eager":
                 return result
             blocks = result.block_indices.clone()
             blocks[-1, :, 5] += block
+            result.out[-1] *= longest
             return result._replace(out=result.out + out, block_indices=blocks)
 
         return attend
@@ -107,6 +108,7 @@ def test_a_wrong_output_or_choice_ends_the_run_with_status_1_and_no_times(bench,
     for change, stages in (
         ({"out": 0.1}, ["decode_attention, separate keys", "decode_attention, shared keys"]),
         ({"block": 1}, ["its blocks, separate keys", "its blocks, shared keys"]),
+        ({"longest": 1.01}, ["decode_attention, separate keys", "decode_attention, shared keys"]),
         ({"out": float("nan")}, ["decode_attention, separate keys", "decode_attention, shared keys"]),
     ):
         monkeypatch.setattr(decode_checks, "decode_attention", wrong(**change))
