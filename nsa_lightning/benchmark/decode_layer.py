@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from nsa_kernels import NSAConfig
 from nsa_kernels.decode import LayerCache, decode_attention, decode_dense_attention
-from nsa_kernels.native_sparse_attention import Backend
+from nsa_kernels.native_sparse_attention import Backend, stages_of
 from torch import Tensor
 
 from nsa_lightning.benchmark.cases import Shape
@@ -134,13 +134,14 @@ def measure_layer(
     if inputs is None:
         yield replace(empty, reason=reason)
         return
+    stages = stages_of(bench.backend, inputs.q, inputs.separate.v, bench.config)
+    empty = _with_floor(bench, shape, replace(empty, implementation=stages.__name__))
     for sharing in SHARINGS:
         cache = inputs.cache(sharing)
         step = partial(
             decode_attention, inputs.q, inputs.gates, cache, inputs.positions, bench.config, backend=bench.backend
         )
-        record = _with_floor(bench, shape, replace(empty, method=f"nsa {sharing}"))
-        yield timed(bench, record, step, within_memory)
+        yield timed(bench, replace(empty, method=f"nsa {sharing}"), step, within_memory)
     if unusable is not None:
         yield from _measure_full(bench, case, shape, inputs, unusable)
 

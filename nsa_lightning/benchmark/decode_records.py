@@ -34,6 +34,8 @@ class DecodeRecord:
     method: str
     full: bool
     """Whether it is full attention."""
+    implementation: str | None = None
+    """The module that the backend stands for with the inputs of a layer."""
     eager_ms: float | None = None
     """Launches one after another, as Python makes them."""
     graph_ms: float | None = None

@@ -30,7 +30,10 @@ def legend(ceilings: Ceilings) -> str:
 
 def decode_tables(records: _Group) -> str:
     """A table for every shape, for the steps of the model and for its prefill; then why times are missing."""
-    tables = [f"{group[0].case.description}\n\n{_table(group)}" for group in _groups(records)]
+    tables = []
+    for group in _groups(records):
+        modules = dict.fromkeys(record.implementation for record in group if record.implementation)
+        tables.append(f"{'; '.join([group[0].case.description, *modules])}\n\n{_table(group)}")
     missing: dict[str, list[str]] = {}
     for record in records:
         if record.reason is not None:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,11 +17,11 @@ from nsa_kernels.decode import decode_attention
 from nsa_lightning.benchmark import decode_checks, decode_layer, decode_model
 from nsa_lightning.benchmark.cases import parse_shape
 from nsa_lightning.benchmark.decode_checks import choice_gap
-from nsa_lightning.benchmark.decode_layer import make_step, step_bytes
+from nsa_lightning.benchmark.decode_layer import make_step, step_bytes, timed
 from nsa_lightning.benchmark.decode_model import random_model, read_transformer_config, steps_at
 from nsa_lightning.benchmark.decode_records import DecodeCase, DecodeRecord
 from nsa_lightning.benchmark.decode_report import decode_tables, draw_decode
-from nsa_lightning.benchmark.timing import Clock
+from nsa_lightning.benchmark.timing import Clock, Timing, if_supported
 from nsa_lightning.generation.decoder import Decoder
 
 CONFIG = """
@@ -39,6 +40,7 @@ SMALL = [
     "--device", "cpu", "--dtype", "float32", "--check_lengths", "1", "31", "90", "1200",
     "--time_budget", "0.001", "--repetitions", "1", "--output_dir", "out",
 ]  # fmt: skip
+CONFIGS = Path(__file__).parents[2] / "configs"
 SIZES = [(1, 70), (1, 130), (3, 70), (3, 130)]
 
 
@@ -82,6 +84,7 @@ def test_a_layer_and_a_model_are_measured_beside_full_attention(bench, capsys):
     assert found.keys() - timed == {("layer", "cudnn", *size) for size in SIZES}
     assert all(row["graph_ms"] is None and (row["eager_ms"] or 1) > 0 for row in found.values())
     assert all(bool(row["reason"]) == (name not in timed) for name, row in found.items())
+    assert found["layer", "nsa shared", 3, 130]["implementation"] == "nsa_kernels.eager"
     row = found["model", "nsa", 3, 130]
     assert row["tokens_per_second"] == pytest.approx(3e3 / row["eager_ms"])
     assert found["layer", "flash", 3, 130]["num_bytes"] == 3 * 4 * (130 + 2) * 16
@@ -209,8 +212,10 @@ def test_a_mistake_ends_in_one_line_before_anything_runs(bench, tmp_path, capsys
     assert captured.out == ""
 
 
-def test_the_model_of_a_shipped_config_is_read_with_its_vocabulary():
-    config = read_transformer_config(Path(__file__).parents[2] / "configs/nsa_1b.yaml")
+def test_the_model_of_every_shipped_config_is_read_with_its_vocabulary():
+    found = {path.stem: read_transformer_config(path) for path in CONFIGS.glob("*.yaml")}
+    assert {"quickstart", "nsa_1b", "nsa_70b", "nsa_paper"} <= found.keys()
+    config = found["nsa_1b"]
     assert (config.vocab_size, config.num_layers, config.rope.factor) == (128256, 16, 32.0)
 
 
@@ -238,6 +243,46 @@ def test_what_precedes_a_call_runs_before_each_and_is_not_timed(monkeypatch):
     timing = Clock(torch.device("cpu"), time_budget=2.0, repetitions=1).measure(lambda: take(0.5), lambda: take(3.0))
     assert (timing.ms, timing.repetitions) == (500, 4)
     assert calls == [3.0, 0.5] * 6
+
+
+def test_a_step_is_timed_as_a_graph_with_an_empty_cache_or_says_why_not(monkeypatch):
+    done = []
+
+    def measure(call, before=lambda: None):
+        before()
+        call()
+        return Timing(float(len(done)), 1)
+
+    clock = SimpleNamespace(device=torch.device("cuda"), measure=measure)
+    bench = SimpleNamespace(clock=clock, flush=lambda: done.append("flush"))
+    empty = DecodeRecord(case=DecodeCase("layer", "A", "", 1, 64), method="flash", full=True)
+    graph = SimpleNamespace(replay=lambda: done.append("replay"))
+    monkeypatch.setattr(decode_layer, "capture", lambda step: graph)
+    record = timed(bench, empty, lambda: done.append("step"), if_supported)
+    assert (record.eager_ms, record.graph_ms, record.ms, record.reason) == (1, 3, 3, None)
+    assert done == ["step", "flush", "replay"]
+
+    def refuse(step):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(decode_layer, "capture", refuse)
+    record = timed(bench, empty, lambda: done.append("step"), if_supported)
+    assert (record.eager_ms, record.graph_ms, record.ms) == (4, None, 4)
+    assert record.reason == "CUDA graph: operation not permitted when stream is capturing"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_on_a_gpu_every_method_is_timed_as_a_cuda_graph_too(bench, tmp_path):
+    sizes = "{select_block_size: 32, num_selected_blocks: 8, window_size: 64}"
+    text = CONFIG.replace("num_heads: 4", "num_heads: 4\n    head_dim: 64")
+    lines = [f"    nsa: {sizes}" if line.startswith("    nsa:") else line for line in text.splitlines()]
+    (tmp_path / "gpu.yaml").write_text("\n".join(lines))
+    arguments = ["--device", "cuda", "--dtype", "bfloat16", "--shapes", "smollm", "--config", "gpu.yaml"]
+    assert bench(*arguments, "--lengths", "1024", "1500") == 0
+    rows = [row for row in records() if row["kind"] != "prefill" and row["method"] != "cudnn"]
+    assert {row["method"] for row in rows} == {"nsa separate", "nsa shared", "dense", "flash", "nsa", "full"}
+    assert all(row["graph_ms"] > 0 and row["eager_ms"] > 0 and row["reason"] is None for row in rows)
 
 
 def test_nsa_is_compared_with_the_fastest_full_attention_of_the_same_kind(tmp_path):
