@@ -61,13 +61,14 @@ def measure_model(
     tell: Callable[[str], None],
 ) -> Iterator[DecodeRecord]:
     """Time every case with the config's attention, then if wanted with full attention; one model at a time."""
-    full = replace(config, attention=[FULL])
-    for choice in [config, full] if rivals and config.attention != full.attention else [config]:
+    is_full = set(config.attention) == {FULL}
+    for choice in [config, replace(config, attention=[FULL])] if rivals and not is_full else [config]:
         release_memory()
         model, reason = within_memory(partial(random_model, choice, bench.dtype, bench.clock.device))
         for case in cases:
-            empty = DecodeRecord(case=case, method=",".join(choice.attention), full=choice.attention == full.attention)
-            tell(f"{case.words}, {empty.method}")
+            method = ",".join(choice.attention)
+            empty = DecodeRecord(case=case, method=method, full=is_full or choice is not config)
+            tell(f"{case.words}, {method}")
             if model is None:
                 yield replace(empty, reason=f"weights: {reason}")
             elif case.kind == "prefill":
@@ -130,7 +131,7 @@ def steps_at(decoder: Decoder, context: int) -> Callable[[], Tensor]:
 
 
 def _measure_prefill(bench: DecodeBench, model: Transformer, record: DecodeRecord) -> DecodeRecord:
-    """Time of a prompt from an empty cache to the hidden states of its last token; once, after two that warm up."""
+    """Time of a prompt from an empty cache to the hidden states of its last token; two before it warm up."""
     case, device = record.case, bench.clock.device
     reason = _missing_memory(bench, model, case.batch_size, case.context)
     if reason is not None:
