@@ -57,4 +57,4 @@ def _with_fit_settings(words: list[str]) -> list[str]:
             flag = word.split("=")[0]
             target = fit if flag == "--config" or "." in flag else own
         target.append(word)
-    return [*own, "--fit", json.dumps(fit)] if fit or not any(word in ("-h", "--help") for word in own) else own
+    return [*own, "--fit", json.dumps(fit)]

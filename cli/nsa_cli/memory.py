@@ -51,9 +51,7 @@ class MemoryCommandLine(NSACommandLine):
         step = step_settings(settings.trainer, data.seq_len, data.batch_size, settings.world_size)
         with warnings.catch_warnings(action="ignore"):  # PyTorch's, of tensors without numbers
             estimate = estimate_memory(module, step)
-        print(report(estimate, step, module.activation_checkpointing))
-        if module.compile_blocks:
-            print("nsa memory: the blocks are estimated as not compiled; compiled ones keep less", file=sys.stderr)
+        print(report(estimate, step, module.activation_checkpointing, module.compile_blocks))
         if module.distillation.teacher is not None:
             print("nsa memory: the teacher of model.distillation and its loss are not counted", file=sys.stderr)
 

@@ -76,20 +76,37 @@ def _store_part(o_ptr, stats_ptr, part, row_max, row_sum, acc, GROUP: tl.constex
 
 @triton.jit
 def _merge_parts(o_ptr, stats_ptr, first_part, num_parts, GROUP: tl.constexpr, ROWS: tl.constexpr,
-                 D: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
-    """o [ROWS, BLOCK_D] of a softmax whose keys were divided; 0 where there were none."""
-    head = tl.minimum(tl.arange(0, ROWS), GROUP - 1)
+                 D: tl.constexpr, first_column, COLUMNS: tl.constexpr, AT_ONCE: tl.constexpr):  # fmt: skip
+    """COLUMNS columns of o, [ROWS, COLUMNS], of a softmax whose keys were divided; 0 where there were none."""
+    head, column = tl.minimum(tl.arange(0, ROWS), GROUP - 1), first_column + tl.arange(0, COLUMNS)
     row_max, row_sum = tl.full([ROWS], LOWEST, tl.float32), tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
-    for i in tl.range(0, num_parts):
-        part = first_part + i
-        part_max = tl.load(stats_ptr + part * 2 * GROUP + head)
-        new_max = tl.maximum(row_max, part_max)
-        old, new = tl.exp2(row_max - new_max), tl.exp2(part_max - new_max)
-        row_sum = row_sum * old + tl.load(stats_ptr + (part * 2 + 1) * GROUP + head) * new
-        acc = acc * old[:, None] + load_rows(o_ptr, part * GROUP + head, D, BLOCK_D) * new[:, None]
+    acc = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start in tl.range(0, num_parts, AT_ONCE):  # loads of several parts at a time: none waits for another
+        i = start + tl.arange(0, AT_ONCE)
+        exists, part = i < num_parts, first_part + tl.minimum(i, num_parts - 1)
+        stats = stats_ptr + part[:, None] * 2 * GROUP + head[None, :]
+        part_max = tl.where(exists[:, None], tl.load(stats), LOWEST)  # [AT_ONCE, ROWS]
+        part_sum = tl.load(stats + GROUP)
+        rows = part[:, None] * GROUP + head[None, :]
+        mask = exists[:, None, None] & (column < D)[None, None, :]
+        o = tl.load(o_ptr + rows[:, :, None] * D + column[None, None, :], mask=mask, other=0.0)
+        new_max = tl.maximum(row_max, tl.max(part_max, 0))
+        old, new = tl.exp2(row_max - new_max), tl.exp2(part_max - new_max[None, :])
+        new = tl.where(exists[:, None], new, 0.0)
+        row_sum = row_sum * old + tl.sum(part_sum * new, 0)
+        acc = acc * old[:, None] + tl.sum(o * new[:, :, None], 0)
         row_max = new_max
     return acc / tl.where(row_sum > 0, row_sum, 1.0)[:, None]
+
+
+@triton.jit
+def _merge_columns(o_ptr, stats_ptr, out_ptr, row, num_parts, first_column, GROUP: tl.constexpr, ROWS: tl.constexpr,
+                   D: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
+    """Merge the parts of one sequence and KV head and write COLUMNS columns of [B * H, D]."""
+    o = _merge_parts(o_ptr, stats_ptr, row * num_parts, num_parts, GROUP, ROWS, D, first_column, COLUMNS, 8)
+    head, column = tl.arange(0, ROWS), first_column + tl.arange(0, COLUMNS)
+    out = out_ptr + (row * GROUP + head)[:, None] * D + column[None, :]
+    tl.store(out, o.to(out_ptr.dtype.element_ty), mask=(head < GROUP)[:, None] & (column < D)[None, :])
 
 
 @triton.jit
@@ -156,32 +173,36 @@ def _merge_kernel(
     stats_ptr,  # float32 [B, H_KV, P, 2, GROUP]
     out_ptr,  # [B, H, D_V]
     num_parts,
-    H_KV: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, D_V: tl.constexpr, BLOCK_V: tl.constexpr,
+    H_KV: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, D_V: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """One program merges the parts of one KV head of one sequence."""
-    row, head = wide(tl.program_id(1)) * H_KV + tl.program_id(0), tl.arange(0, ROWS)
-    o = _merge_parts(o_ptr, stats_ptr, row * num_parts, num_parts, GROUP, ROWS, D_V, BLOCK_V)
-    store_rows(out_ptr, row * GROUP + head, head < GROUP, o, D_V, BLOCK_V)
+    """One program merges the parts of some columns of one KV head of one sequence."""
+    row = wide(tl.program_id(2)) * H_KV + tl.program_id(1)
+    _merge_columns(o_ptr, stats_ptr, out_ptr, row, num_parts, tl.program_id(0) * COLUMNS, GROUP, ROWS, D_V, COLUMNS)
 
 
 @triton.jit
 def _importance(planes_ptr, maxima_ptr, stats_ptr, j, visible, J, num_parts, GROUP: tl.constexpr, R: tl.constexpr,
-                PLANES: tl.constexpr, KEYS: tl.constexpr, PARTS: tl.constexpr, BLOCKS: tl.constexpr):  # fmt: skip
-    """Σ over the heads of exp(maximum - lse) · planes, of blocks j."""
+                PLANES: tl.constexpr, KEYS: tl.constexpr, PARTS: tl.constexpr, BLOCKS: tl.constexpr,
+                HEADS: tl.constexpr):  # fmt: skip
+    """Σ over the heads of exp(maximum - lse) · planes, of blocks j; HEADS at a time."""
     importance = tl.zeros([BLOCKS], tl.float32)
     part = tl.arange(0, PARTS)
-    for head in tl.range(0, GROUP):
-        stats = stats_ptr + part * 2 * GROUP + head
-        part_max = tl.load(stats, mask=part < num_parts, other=LOWEST)
-        row_max = tl.max(part_max, 0)
-        row_sum = tl.sum(tl.load(stats + GROUP, mask=part < num_parts, other=0.0) * tl.exp2(part_max - row_max), 0)
-        lse = row_max + tl.log2(row_sum)
+    for first in tl.static_range(0, GROUP, HEADS):
+        head = first + tl.arange(0, HEADS)
+        exists, head = head < GROUP, tl.minimum(head, GROUP - 1)
+        stats, known = stats_ptr + part[None, :] * 2 * GROUP + head[:, None], (part < num_parts)[None, :]
+        part_max = tl.load(stats, mask=known, other=LOWEST)
+        row_max = tl.max(part_max, 1)
+        part_sum = tl.load(stats + GROUP, mask=known, other=0.0)
+        lse = row_max + tl.log2(tl.sum(part_sum * tl.exp2(part_max - row_max[:, None]), 1))
         for plane in tl.static_range(PLANES):
             source = j - plane
-            written = (source >= 0) & (source * R < visible)
-            a = tl.load(planes_ptr + wide(plane * GROUP + head) * J + source, mask=written, other=0.0)
-            maximum = tl.load(maxima_ptr + source * R // KEYS * GROUP + head, mask=written, other=LOWEST)
-            importance += a * tl.exp2(maximum - lse)
+            written = exists[:, None] & ((source >= 0) & (source * R < visible))[None, :]
+            sums = planes_ptr + wide(plane * GROUP) * J + head.to(tl.int64)[:, None] * J + source[None, :]
+            maxima = maxima_ptr + (source * R // KEYS * GROUP)[None, :] + head[:, None]
+            maximum = tl.load(maxima, mask=written, other=LOWEST)
+            p = tl.load(sums, mask=written, other=0.0) * tl.exp2(maximum - lse[:, None])
+            importance += tl.sum(p, 0)
     return importance
 
 
@@ -202,7 +223,7 @@ def _choose(
         j = segment * BLOCKS + tl.arange(0, BLOCKS)
         R: tl.constexpr = BLOCK_SIZE // STRIDE
         importance = _importance(planes_ptr, maxima_ptr, stats_ptr, j, visible, J, num_parts,
-                                 GROUP, R, PLANES, KEYS, PARTS, BLOCKS)  # fmt: skip
+                                 GROUP, R, PLANES, KEYS, PARTS, BLOCKS, 4)  # fmt: skip
         forced = (j < INIT) | (j > own - LOCAL)
         bits = tl.minimum(tl.maximum(importance.to(tl.int32, bitcast=True), 0), FORCED - 1)
         bits = tl.where(j <= own, tl.where(forced, FORCED, bits), -1)
@@ -234,21 +255,22 @@ def _choose_kernel(
     SLOTS: tl.constexpr, BLOCK_SLOTS: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr,
     H_KV: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, D_QK: tl.constexpr, D_V: tl.constexpr,
     BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr, KEYS: tl.constexpr, SUMMARIES: tl.constexpr, PLANES: tl.constexpr,
-    PARTS: tl.constexpr, BLOCKS: tl.constexpr, PRECISION: tl.constexpr,
+    PARTS: tl.constexpr, BLOCKS: tl.constexpr, MERGERS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """For one sequence and KV head the first programs choose blocks, one merges parts, the others attend the window."""
+    """For one sequence and KV head programs choose blocks, merge columns of the parts, and attend the window."""
     role, kv_head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    position, row, head = tl.load(positions_ptr + sequence), wide(sequence) * H_KV + kv_head, tl.arange(0, ROWS)
+    position, row = tl.load(positions_ptr + sequence), wide(sequence) * H_KV + kv_head
     if role < num_segments:
         _choose(planes_ptr + row * (PLANES * GROUP) * J, maxima_ptr + row * tiles * GROUP,
                 stats_ptr + row * num_parts * (2 * GROUP), bits_ptr, blocks_ptr, indices_ptr, row, role, num_segments,
                 position, J, num_parts, GROUP, COMPRESS_SIZE, STRIDE, BLOCK_SIZE, SLOTS, BLOCK_SLOTS, INIT, LOCAL,
                 PLANES, SUMMARIES, PARTS, BLOCKS)  # fmt: skip
-    elif role == num_segments:
-        o = _merge_parts(o_ptr, stats_ptr, row * num_parts, num_parts, GROUP, ROWS, D_V, BLOCK_V)
-        store_rows(compressed_o_ptr, row * GROUP + head, head < GROUP, o, D_V, BLOCK_V)
+    elif role < num_segments + MERGERS:
+        first_column = (role - num_segments) * (BLOCK_V // MERGERS)
+        _merge_columns(o_ptr, stats_ptr, compressed_o_ptr, row, num_parts, first_column,
+                       GROUP, ROWS, D_V, BLOCK_V // MERGERS)  # fmt: skip
     else:
-        part, window_parts = role - num_segments - 1, tl.num_programs(0) - num_segments - 1
+        part, window_parts = role - num_segments - MERGERS, tl.num_programs(0) - num_segments - MERGERS
         first, end = _visible_run(position, 1, 1, WINDOW)
         share = tl.cdiv(tl.cdiv(end - first, KEYS), window_parts) * KEYS
         lo = first + part * share
@@ -308,7 +330,8 @@ def _selected_kernel(
         products = tl.where((token <= position)[None, :], tl.dot(q, k.T, input_precision=PRECISION), HIDDEN)
         row_max, row_sum, acc = softmax_step(products, v, scale_log2, row_max, row_sum, acc, PRECISION)
     selected = acc / tl.where(row_sum > 0, row_sum, 1.0)[:, None]
-    window = _merge_parts(window_o_ptr, window_stats_ptr, row * window_parts, window_parts, GROUP, ROWS, D_V, BLOCK_V)
+    window = _merge_parts(window_o_ptr, window_stats_ptr, row * window_parts, window_parts,
+                          GROUP, ROWS, D_V, 0, BLOCK_V, 4)  # fmt: skip
     out = selected * tl.load(gates_ptr + 3 * rows + 1).to(tl.float32)[:, None]
     out += load_rows(compressed_o_ptr, rows, D_V, BLOCK_V) * tl.load(gates_ptr + 3 * rows).to(tl.float32)[:, None]
     out += window * tl.load(gates_ptr + 3 * rows + 2).to(tl.float32)[:, None]
@@ -356,6 +379,12 @@ def _programs(device: torch.device) -> int:
     return _PROGRAMS_A_PROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
 
 
+@functools.cache
+def _stages_alone(device: torch.device) -> int:
+    """Steps that a program loads ahead which has a multiprocessor to itself."""
+    return 6 if not interpreted() and torch.cuda.get_device_capability(device)[0] in (9, 10) else 3
+
+
 def dense_attention(
     q: Tensor, k: Tensor, v: Tensor, positions: Tensor, window_size: int | None, scale: float
 ) -> Tensor:
@@ -368,8 +397,9 @@ def dense_attention(
         1, 1, window_size or 0, *sizes.heads, sizes.keys, 1, 1, 0, dot_precision(q.dtype), num_warps=4, num_stages=3,
     )  # fmt: skip
     out = q.new_empty(*q.shape[:2], sizes.D_V)
-    _merge_kernel[(sizes.H_KV, sizes.B)](
-        o, stats, out, parts, sizes.H_KV, sizes.GROUP, padded(sizes.GROUP), sizes.D_V, padded(sizes.D_V)
+    columns = padded(sizes.D_V) // _MERGERS
+    _merge_kernel[(_MERGERS, sizes.H_KV, sizes.B)](
+        o, stats, out, parts, sizes.H_KV, sizes.GROUP, padded(sizes.GROUP), sizes.D_V, columns
     )
     return out
 
@@ -388,7 +418,8 @@ def sparse_attention(
     planes, summaries = 1 + triton.cdiv(SPAN - 1, R), max(keys, R)
     tiles, blocks = triton.cdiv(J * R, summaries), min(_SEGMENT, padded(J))
     segments = triton.cdiv(J, blocks)
-    parts, window_parts = sizes.num_parts(J * R, q.device), sizes.num_parts(config.window_size, q.device)
+    parts = sizes.num_parts(J * R, q.device)
+    window_parts = min(sizes.num_parts(config.window_size, q.device), _WINDOW_PARTS)
 
     (o, stats), (window_o, window_stats) = sizes.parts(parts, q), sizes.parts(window_parts, q)
     plane_sums = q.new_empty(B, H_KV, planes, GROUP, J, dtype=torch.float32)
@@ -401,11 +432,11 @@ def sparse_attention(
     indices = positions.new_empty(B, H_KV, n, dtype=torch.int32)
     bits, candidates = (indices.new_empty(B, H_KV, segments * n if segments > 1 else 0) for _ in range(2))
     compressed_o = q.new_empty(B, H_KV * GROUP, D_V, dtype=torch.float32)
-    _choose_kernel[(segments + 1 + window_parts, H_KV, B)](
+    _choose_kernel[(segments + _MERGERS + window_parts, H_KV, B)](
         q, sliding_k, sliding_v, positions, o, stats, plane_sums, maxima, compressed_o, window_o, window_stats,
         bits, candidates, indices, sliding_k.shape[1], J, tiles, parts, segments, scale_log2,
         l, d, size, config.window_size, n, padded(n), config.num_init_blocks, config.num_local_blocks,
-        *sizes.heads, keys, summaries, planes, padded(parts), blocks, precision, num_warps=4, num_stages=3,
+        *sizes.heads, keys, summaries, planes, padded(parts), blocks, _MERGERS, precision, num_warps=4, num_stages=3,
     )  # fmt: skip
     if segments > 1:
         _merge_segments_kernel[(H_KV, B)](
@@ -416,7 +447,7 @@ def sparse_attention(
     _selected_kernel[(H_KV, B)](
         q, k, v, gates, positions, indices, compressed_o, window_o, window_stats, out,
         k.shape[1], window_parts, scale_log2, n, padded(n), size, *sizes.heads, min(keys, size), precision,
-        num_warps=4, num_stages=3,
+        num_warps=4, num_stages=_stages_alone(q.device),
     )  # fmt: skip
     return NSAOutput(out, indices)
 
@@ -425,7 +456,9 @@ _STAGE_BYTES = 2**15
 """Keys and values that a step of a loop loads, three steps ahead: what fits the shared memory of every chip."""
 _PROGRAMS_A_PROCESSOR = 4
 """Programs that share one multiprocessor while keys are read."""
-_MAX_PARTS = 64
-"""Most parts of a run of keys, which one program merges."""
-_SEGMENT = 2048
+_MAX_PARTS, _WINDOW_PARTS = 64, 4
+"""Most parts of a run of keys, and of the window, which the last kernel merges on its way."""
+_MERGERS = 4
+"""Programs that share the columns of a merge."""
+_SEGMENT = 1024
 """Blocks that a program ranks."""

@@ -8,8 +8,10 @@ import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
+from shutil import copyfile
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
@@ -102,7 +104,7 @@ def bench_training(
     time_limit: float = 600.0,
     output_dir: Path = Path("runs/bench_training"),
     overwrite: bool = False,
-    fit: list[str],
+    fit: list[str] = [],  # noqa: B006
 ) -> int:
     """Measure training steps of a config of `nsa fit`: tokens a second, MFU, peak memory, scaling over GPUs.
 
@@ -154,7 +156,7 @@ def _run(settings: TrainingSettings) -> int:
 
     settings.output_dir.mkdir(parents=True, exist_ok=True)
     for log in settings.output_dir.glob("case*.log"):  # of an earlier run
-        log.unlink()
+        log.unlink(missing_ok=True)
     results, plot = settings.output_dir / RESULTS_NAME, settings.output_dir / PLOT_NAME
     records: list[TrainingRecord] = []
     for record in _measure(settings):
@@ -185,17 +187,18 @@ def _measure(settings: TrainingSettings) -> "Iterator[TrainingRecord]":
     for index, case in enumerate(cases):
         print(f"nsa bench training: case {index + 1} of {len(cases)}: {case.description}", file=sys.stderr, flush=True)
         with TemporaryDirectory() as folder:
-            result, log = Path(folder, RESULTS_NAME), settings.output_dir / f"case{index:02}.log"
+            result, log = Path(folder, RESULTS_NAME), Path(folder, "log")
             status = _launch([*case.fit_words, *_step_words(settings, result)], settings, log)
             if status == _USER_MISTAKE:
                 mistake = log.read_text(errors="replace").rpartition("error: ")[2].strip()
-                log.unlink()
                 raise ValueError(f"{mistake} (case {case.description})")
             if result.exists():
-                log.unlink()
                 yield TrainingRecord(case=case, step=json.loads(result.read_text()))
             else:
-                yield TrainingRecord(case=case, reason=_reason(status, Path(folder), log, settings.time_limit))
+                kept = settings.output_dir / f"case{index:02}.log"
+                write_whole(kept, partial(copyfile, log))
+                reason = _reason(status, Path(folder), log, settings.time_limit)
+                yield TrainingRecord(case=case, reason=f"{reason}; see {kept}")
 
 
 def _step_words(settings: TrainingSettings, result: Path) -> list[str]:
@@ -232,6 +235,6 @@ def _reason(status: int | None, folder: Path, log: Path, time_limit: float) -> s
     said = sorted(path.read_text() for path in folder.glob("failure*"))
     memory = [text for text in said if "out of memory" in text]
     if status is None:
-        return f"not done within {time_limit:g} s, see {log}"
+        return f"not done within {time_limit:g} s"
     lines = log.read_text(errors="replace").strip().splitlines()
     return (memory or said or [f"ended with status {status}: {lines[-1] if lines else 'no output'}"])[0]

@@ -106,7 +106,7 @@ class StepClock(Callback):
         """Mark the end of a step of the optimizer."""
         if trainer.fit_loop._should_accumulate():
             return
-        device, step = pl_module.device, trainer.global_step - self.settings.warmup_steps
+        device, step = trainer.strategy.root_device, trainer.global_step - self.settings.warmup_steps
         self._tokens = len(batch.tokens)
         if step == 0:
             _wait(device)
@@ -123,7 +123,7 @@ class StepClock(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Ask the other ranks for their peak, and write the result."""
         assert isinstance(pl_module, LanguageModel)
-        device = pl_module.device
+        device = trainer.strategy.root_device
         _wait(device)
         if self._profile is not None:
             self._profile.stop()

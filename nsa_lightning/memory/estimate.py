@@ -9,6 +9,7 @@ from nsa_lightning.memory.settings import StepSettings
 from nsa_lightning.memory.step import SimulatedStep, StepMemory
 from nsa_lightning.model.transformer import Transformer
 from nsa_lightning.training.module import LanguageModel
+from nsa_lightning.training.strategy import check_context_parallel
 
 
 class MemoryEstimate(NamedTuple):
@@ -43,9 +44,11 @@ def estimate_memory(module: LanguageModel, settings: StepSettings) -> MemoryEsti
         settings: the run's.
 
     Raises:
-        ValueError: a size that the model does not take, or Triton is not installed.
+        ValueError: a size that the model does not take or GPUs cannot share, or Triton is not installed.
     """
     config = module.transformer_config
+    shape = (settings.seq_len, settings.batch_size)
+    check_context_parallel(settings.context_parallel_size, settings.world_size, config.num_kv_heads, shape)
     period = len(config.attention)
     edge = period + 1  # the first block's neighbour is like no other: it asks for no weights but the first block's
     few = -(-2 * edge // period) * period

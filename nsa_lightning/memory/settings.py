@@ -39,6 +39,8 @@ class StepSettings:
     """Gates and selection are logged."""
     bucket_view: bool = False
     """DDP's buckets are the gradients themselves."""
+    context_parallel_size: int = 1
+    """GPUs that share each batch."""
     cpu_offload: bool = False
     reshard_after_forward: bool = True
     reduce_every_batch: bool = False
@@ -85,12 +87,7 @@ def _strategy(strategy: Any, world_size: int) -> dict[str, Any]:
     if strategy == FSDP2Strategy.strategy_name:
         strategy = FSDP2Strategy()
     if isinstance(strategy, FSDP2Strategy):
-        if strategy.context_parallel_size > 1:
-            raise ValueError(
-                f"context_parallel_size must be 1 for an estimate, got {strategy.context_parallel_size}: activations "
-                "are about that many times smaller, weights and optimizer state as without it"
-            )
-        names = ("cpu_offload", "reshard_after_forward", "reduce_every_batch")
+        names = ("context_parallel_size", "cpu_offload", "reshard_after_forward", "reduce_every_batch")
         return {"strategy": "fsdp2"} | {name: getattr(strategy, name) for name in names}
     if isinstance(strategy, DDPStrategy):
         return {"strategy": "ddp", "bucket_view": strategy._ddp_kwargs.get("gradient_as_bucket_view", False)}

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
+from nsa_lightning.model import context_parallel
+
 DEVICE = "cpu"
 """Device type of the simulated tensors: autograd takes tensors of a GPU only where there is one."""
 
@@ -40,6 +42,8 @@ def simulated_gpu() -> Generator[None, None, None]:
         stack.enter_context(patch.object(KernelInterface, "__getitem__", lambda kernel, grid: _no_launch))
         stack.enter_context(patch.object(Tensor, "is_cuda", True))
         stack.enter_context(patch.object(F, "rms_norm", _rms_norm))
+        stack.enter_context(patch.object(context_parallel, "all_to_all_single", _send))
+        stack.enter_context(patch.object(context_parallel, "wait_tensor", _receive))
         stack.enter_context(FakeTensorMode())
         yield
 
@@ -63,6 +67,18 @@ class _FusedNorm(torch.autograd.Function):
         """Gradients of x and of the weight."""
         x, weight, _ = ctx.saved_tensors
         return torch.empty_like(x), torch.empty_like(weight)
+
+
+def _send(x: Tensor, *_: object) -> Tensor:
+    """What other ranks would send; what goes to them lives until it is received."""
+    received = torch.empty_like(x)
+    received.sent = x  # type: ignore[attr-defined]
+    return received
+
+
+def _receive(received: Tensor) -> Tensor:
+    del received.sent  # type: ignore[attr-defined]
+    return received
 
 
 def _no_launch(*args: object, **kwargs: object) -> None:

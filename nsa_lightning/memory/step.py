@@ -15,6 +15,7 @@ from nsa_lightning.memory.meter import PARAMETERS, MemoryMeter, Peak, Place
 from nsa_lightning.memory.settings import StepSettings
 from nsa_lightning.memory.sharded import REDUCTION, ShardedUnits, shard_shape
 from nsa_lightning.memory.simulated_gpu import DEVICE, simulated_gpu
+from nsa_lightning.model.context_parallel import ContextParallel
 from nsa_lightning.model.transformer import Transformer
 from nsa_lightning.training.module import LanguageModel
 from nsa_lightning.training.optimizer import parameter_groups
@@ -52,6 +53,7 @@ class SimulatedStep:
         with torch.device("meta"):
             self.model = Transformer(config, module.activation_checkpointing)
             self.weights = Transformer(config) if settings.strategy == "fsdp2" else self.model  # the optimizer's
+        self.model.parallel = ContextParallel(size=settings.context_parallel_size)
 
     def run(self) -> StepMemory:
         """The peak at every place of the step.

@@ -117,18 +117,9 @@ class FSDP2Strategy(ModelParallelStrategy):
     def _check_context_parallel(self, ranks: int) -> None:
         """Refuse what cannot be shared evenly, before any data is read."""
         module: Any = self.lightning_module
-        size, num_kv_heads = self.context_parallel_size, module.transformer_config.num_kv_heads
-        if ranks % size or num_kv_heads % size:
-            raise ValueError(
-                "context_parallel_size must divide the number of ranks and num_kv_heads, "
-                f"got {size}, {ranks} and {num_kv_heads}; at most {math.gcd(ranks, num_kv_heads)} does"
-            )
         data = getattr(module.trainer, "datamodule", None)
-        if isinstance(data, PackedTextDataModule) and data.seq_len * data.batch_size % size:
-            raise ValueError(
-                "data.seq_len times data.batch_size must be a multiple of context_parallel_size, "
-                f"got {data.seq_len}, {data.batch_size} and {size}"
-            )
+        shape = (data.seq_len, data.batch_size) if isinstance(data, PackedTextDataModule) else None
+        check_context_parallel(self.context_parallel_size, ranks, module.transformer_config.num_kv_heads, shape)
 
     def teardown(self) -> None:
         """Wait for the last checkpoint."""
@@ -298,6 +289,30 @@ def _complete(written: Future[Any] | None, rest: dict[str, Any], temporary: Path
         written.result()  # rank 0 has the table of contents when the others have their shards
     save_file(rest, temporary / META)
     publish(temporary, path)
+
+
+def check_context_parallel(size: int, ranks: int, num_kv_heads: int, shape: tuple[int, int] | None) -> None:
+    """Refuse ranks, heads and tokens that cannot be shared evenly.
+
+    Args:
+        size: ranks that share each batch.
+        ranks: all of them.
+        num_kv_heads: of every attention layer.
+        shape: tokens in a sequence and sequences in a batch, where they are known.
+
+    Raises:
+        ValueError: `size` does not divide one of them.
+    """
+    if ranks % size or num_kv_heads % size:
+        raise ValueError(
+            "context_parallel_size must divide the number of ranks and num_kv_heads, "
+            f"got {size}, {ranks} and {num_kv_heads}; at most {math.gcd(ranks, num_kv_heads)} does"
+        )
+    if shape is not None and math.prod(shape) % size:
+        raise ValueError(
+            "data.seq_len times data.batch_size must be a multiple of context_parallel_size, "
+            f"got {shape[0]}, {shape[1]} and {size}"
+        )
 
 
 def ranks_a_batch(trainer: Trainer) -> int:

@@ -69,7 +69,7 @@ def test_a_case_that_takes_too_long_is_a_row_and_leaves_no_process(bench, tmp_pa
     started, popen = [], subprocess.Popen
     monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: started.append(popen(*a, **k)) or started[-1])
     assert bench("--lengths", "64", "--attention", "full", "--time_limit", "0.2") == 1
-    assert "- full, 64 tokens: not done within 0.2 s, see out/case00.log" in capsys.readouterr().out
+    assert "- full, 64 tokens: not done within 0.2 s; see out/case00.log" in capsys.readouterr().out
     (row,) = json.loads((tmp_path / "out" / "results.json").read_text())["records"]
     assert row["reason"].startswith("not done within")
     assert [process.poll() for process in started] == [-9]
@@ -109,7 +109,7 @@ def test_cases_that_fail_say_why_and_the_others_go_on(bench, tmp_path, monkeypat
     monkeypatch.setattr(training, "_launch", pretend(outcomes))
     assert bench("--lengths", "64", "32", "16", "8", "--attention", "nsa") == 0
     rows = json.loads((tmp_path / "out" / "results.json").read_text())["records"]
-    reasons = [row["reason"] for row in rows]
+    reasons = [row["reason"] and row["reason"].partition("; see out/case")[0] for row in rows]
     assert reasons == [memory, "ended with status -9: last words", None, "DistBackendError: NCCL error"]
     assert rows[2]["tokens_per_second"] == 8000
     assert sorted(path.name for path in (tmp_path / "out").glob("*.log")) == ["case00.log", "case01.log", "case03.log"]
@@ -183,3 +183,19 @@ def test_help_explains_every_setting_without_importing_torch():
     command = [sys.executable, "-c", code, "bench", "training", "--help"]
     text = " ".join(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
     assert all(words in text for words in ("--lengths", "weak scaling", "--fit", "MFU"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("strategy", ["auto", "fsdp2"])
+def test_a_gpu_tells_its_memory_and_how_much_of_its_peak_is_used(bench, tmp_path, strategy):
+    arguments = ["--lengths", "4096", "--attention", "nsa", "full", "--devices", "1", "--profile", "true"]
+    arguments += ["--trainer.accelerator", "gpu", "--trainer.precision", "bf16-mixed", "--trainer.strategy", strategy]
+    wide = ["--model.transformer.hidden_size", "256", "--model.transformer.nsa.select_block_size", "64"]
+    assert bench(*arguments, *wide) == 0
+    for row in json.loads((tmp_path / "out" / "results.json").read_text())["records"]:
+        assert row["reason"] is None
+        assert 0 < row["step_ms"] < 1e4
+        assert row["peak_bytes"] > 1e7
+        assert row["mfu"] is None or 0 < row["mfu"] < 1
+        assert 0 <= row["nccl_alone"] < 0.5

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import torch
 import yaml
 from nsa_cli.main import main
 
+from nsa_lightning.memory import simulated_gpu
 from nsa_lightning.model.transformer import Transformer, TransformerConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -258,6 +260,16 @@ def test_memory_tells_of_a_run_on_gpus_that_are_not_there_and_reads_no_data(work
     assert "fsdp2 on 4 GPUs, 64 tokens a step on each" in printed
     assert "optimizer state" in printed
     assert {path.name for path in workplace.iterdir()} == {"texts", "small.yaml"}
+
+
+@pytest.mark.parametrize(("name", "gpus"), [("8b", 8), ("70b", 64), ("paper", 4)])
+def test_a_recipe_fits_its_gpus_and_says_how_much_it_takes(monkeypatch, capsys, name, gpus):
+    monkeypatch.setattr(simulated_gpu, "_ASSUMED_CAPABILITY", (8, 0))  # Triton's interpreter cannot import Gluon
+    config = CONFIGS / f"nsa_{name}.yaml"
+    assert run(monkeypatch, "memory", "--config", str(config), "--world_size", str(gpus)) == 0
+    needed = float(re.search(r"a GPU needs.* ([\d.]+)\n", capsys.readouterr().out)[1])
+    assert needed <= 72  # of 80, for fragmentation
+    assert f"{needed:.0f} GB" in " ".join(config.read_text().split("seed_everything")[0].split("\n# "))
 
 
 def test_an_unknown_command_lists_the_commands(monkeypatch, capsys):

@@ -167,7 +167,7 @@ SHAPES = {
                                                  ("no_initial_block", "one_kv_head")])  # fmt: skip
 def test_kernels_decode_as_the_whole_document(geometry, shape, monkeypatch):
     config = GEOMETRIES[geometry]
-    monkeypatch.setattr("nsa_kernels.decode_triton._SEGMENT", 4 if geometry == "small" else 2048)
+    monkeypatch.setattr("nsa_kernels.decode_triton._SEGMENT", 4 if geometry == "small" else 1024)
     config = dataclasses.replace(config, select_block_size=max(config.select_block_size, 4))
     length = 4 * config.select_block_size + config.selected_tokens + 1 + config.compress_stride + 1
     documents = [Document(length, config, dtype=torch.float32, seed=seed, **SHAPES[shape]) for seed in range(3)]

@@ -16,6 +16,7 @@ from nsa_lightning.memory.settings import StepSettings, step_settings
 from nsa_lightning.memory.sharded import shard_shape
 from nsa_lightning.memory.simulated_gpu import DEVICE, simulated_gpu
 from nsa_lightning.memory.step import GRADIENTS, OPTIMIZER_STATE, SimulatedStep, allocate
+from nsa_lightning.model.context_parallel import ContextParallel
 from nsa_lightning.model.loss import summed_cross_entropy
 from nsa_lightning.model.transformer import Transformer
 from nsa_lightning.training.module import LanguageModel
@@ -120,17 +121,20 @@ def test_a_rank_holds_the_largest_shard(ranks):
 
 VARIANTS = [
     {"strategy": "ddp", "world_size": 2},
-    {"strategy": "fsdp2", "world_size": 4, "cpu_offload": True},
+    {"strategy": "fsdp2", "world_size": 4, "cpu_offload": True, "context_parallel_size": 2},
     {"strategy": "fsdp2", "world_size": 4, "reshard_after_forward": False, "accumulates": True},
 ]
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: "-".join(map(str, variant)))
 def test_many_blocks_are_as_a_simulation_of_all_of_them_says(variant):
-    config = replace(CONFIG, num_layers=10, attention=["nsa", "full"])
+    attention = ["nsa", "full"] if variant["strategy"] == "ddp" else ["nsa"]
+    edge = 1 + len(attention)
+    num_layers = 2 * edge + 2 * len(attention)  # the fewest that are not simulated all
+    config = replace(CONFIG, num_layers=num_layers, num_kv_heads=2, attention=attention)
     module = LanguageModel(config, activation_checkpointing="selective")
     estimate = estimate_memory(module, settings(**variant))
-    whole = SimulatedStep(module, settings(**variant), 10, 3).run()
+    whole = SimulatedStep(module, settings(**variant), num_layers, edge).run()
     assert estimate.worst[1].total == max(peak.total for peak in whole.peaks.values())
     assert {place: whole.peaks[place] for place in estimate.peaks} == estimate.peaks
     assert estimate.host == whole.host
@@ -146,11 +150,35 @@ def test_each_way_to_save_memory_saves_some():
     sizes = {}
     assert most("block", seq_len=4096) < most("selective", seq_len=4096) < most(seq_len=4096)
     sizes, sharded = (
-        {"hidden_size": 384, "intermediate_size": 2048, "num_layers": 4},
+        {"hidden_size": 384, "intermediate_size": 2048, "num_layers": 4, "attention": ["full"]},
         {"strategy": "fsdp2", "world_size": 4},
     )
     assert most(**sharded, cpu_offload=True) < most(**sharded) < most(**sharded, reshard_after_forward=False)
     assert most(**sharded) < most() < most(strategy="ddp", world_size=4)
+
+
+def test_ranks_that_share_a_batch_hold_their_part_of_its_tokens_and_what_they_exchange():
+    """Outside of attention as with a batch of that part; in it a little more, for the batch's layout is whole."""
+    module = LanguageModel(replace(CONFIG, num_kv_heads=2), activation_checkpointing="selective")
+    sharded = {"strategy": "fsdp2", "world_size": 4}
+    whole, shared, part = (
+        estimate_memory(module, settings(**sharded, **variant)).peaks[Place("loss")]
+        for variant in ({"seq_len": 4096}, {"seq_len": 4096, "context_parallel_size": 2}, {"seq_len": 2048})
+    )
+    for kind in ("feed-forward", "logits and loss", PARAMETERS, OPTIMIZER_STATE):
+        assert shared.kinds.get(kind) == part.kinds.get(kind)
+    assert part.kinds["attention"] <= shared.kinds["attention"] < whole.kinds["attention"]
+    assert part.total < shared.total < whole.total
+
+
+def test_an_exchange_holds_what_is_sent_until_the_last_part_is_received():
+    meter, parallel = MemoryMeter(DEVICE), ContextParallel(size=2)
+    with simulated_gpu(), meter:
+        q, k = torch.empty(64, 4, 128), torch.empty(64, 2, 128)  # 128 KiB and 64 KiB
+        received = parallel.to_heads(q, k)
+    assert [x.shape for x in received] == [(128, 2, 128), (128, 1, 128)]
+    assert meter.peaks[Place("")].total == 3 * (128 + 64) * 2**10  # before, in order for sending, and received
+    assert meter.total == 2 * (128 + 64) * 2**10
 
 
 def test_attention_that_reads_its_documents_is_refused():
@@ -178,15 +206,17 @@ def test_nothing_is_left_alive_after_a_step_but_what_the_next_one_finds():
         ({"precision": "64-true"}, "trainer.precision must be one of .* got 64-true"),
         ({"strategy": "fsdp2", "precision": "16-mixed"}, "trainer.precision must be 32-true or bf16-mixed .* 16-mixed"),
         ({"strategy": "deepspeed"}, "trainer.strategy must be auto, ddp or fsdp2 .* got deepspeed"),
-        (
-            {"strategy": FSDP2Strategy(context_parallel_size=2)},
-            "context_parallel_size must be 1 for an estimate, got 2",
-        ),
     ],
 )
 def test_settings_whose_memory_is_not_known_are_named(changes, message):
     with pytest.raises(ValueError, match=message):
         settings(**changes)
+
+
+def test_heads_that_cannot_be_shared_are_refused():
+    shared = settings(4, strategy=FSDP2Strategy(context_parallel_size=4))
+    with pytest.raises(ValueError, match="must divide the number of ranks and num_kv_heads, got 4, 4 and 1"):
+        estimate_memory(LanguageModel(CONFIG), shared)
 
 
 @pytest.mark.parametrize(("devices", "expected"), [(4, 8), ("4", 8), ([0, 1], 4), ("0,2,3", 6), ("auto", 2), (-1, 2)])

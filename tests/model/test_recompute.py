@@ -38,15 +38,15 @@ class CountAttention(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def gradients(attention, recompute, **changes):
+def gradients(attention, recompute, lengths=LENGTHS, **changes):
     """Gradients by name, and the number of elements kept for backward."""
     model = Transformer(TransformerConfig(**(SIZES | changes), attention=[attention]), recompute=recompute)
     model.init_weights(0)
     kept = []
-    tokens = torch.arange(sum(LENGTHS)) % 50
-    positions = torch.cat([torch.arange(length) for length in LENGTHS])
+    tokens = torch.arange(sum(lengths)) % 50
+    positions = torch.cat([torch.arange(length) for length in lengths])
     with saved_tensors_hooks(lambda tensor: kept.append(tensor.numel()) or tensor, lambda tensor: tensor):
-        output = model(tokens, positions, cu_seqlens(LENGTHS), max(LENGTHS))
+        output = model(tokens, positions, cu_seqlens(lengths), max(lengths))
     output.hidden.square().sum().backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, sum(kept)
 
@@ -77,7 +77,7 @@ def test_selective_runs_no_kernel_of_the_forward_twice():
     counts = {}
     for recompute in ("none", "block", "selective"):
         with OperatorRecorder() as recorder:
-            gradients("nsa", recompute, num_layers=1, nsa=replace(NSA, backend="triton"))
+            gradients("nsa", recompute, lengths=[9, 2], num_layers=1, nsa=replace(NSA, backend="triton"))
         counts[recompute] = [
             recorder.count(getattr(torch.ops.nsa_kernels, name).default)
             for name in ("gated_branches", "block_selection", "compressed_attention")

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from torch.distributed.tensor import DTensor
+from torch.multiprocessing import start_processes
 from torch.utils.data import DataLoader
 
 from nsa_lightning.data.batch import IGNORE_INDEX, PackedBatch
@@ -217,26 +218,21 @@ def run_job(folder, *runs, ranks=2):
         "WORLD_SIZE": str(ranks),
     }
     command = [sys.executable, "-m", "support.training", str(result), json.dumps(runs)]
-    processes = [
-        subprocess.Popen(
-            command, env=environment | {"LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE, stdout=subprocess.PIPE
-        )
-        for rank in range(ranks)
-    ]
-    outputs = [process.communicate(timeout=120) for process in processes]
-    for process, (_, error) in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, error.decode()[-3000:]
+    done = subprocess.run(command, env=environment, capture_output=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr.decode()[-3000:]
     return torch.load(result, weights_only=True)
 
 
-def main():
+def run_rank(rank, target, runs):
+    os.environ["LOCAL_RANK"] = str(rank)
     torch.set_num_threads(1)
-    target, runs, ranks = sys.argv[1], json.loads(sys.argv[2]), int(os.environ["WORLD_SIZE"])
+    ranks = int(os.environ["WORLD_SIZE"])
     results = [fit(Path(run.pop("root")), Path(run.pop("corpus")), devices=ranks, **run) for run in runs]
-    if os.environ["LOCAL_RANK"] == "0":
+    if rank == 0:
         torch.save(results, target)
     os._exit(0)  # gloo's threads now and then abort an ordinary exit
 
 
-if __name__ == "__main__":
-    main()
+if __name__ == "__main__":  # ranks are forked off one process: what they import is imported once
+    job = (sys.argv[1], json.loads(sys.argv[2]))
+    start_processes(run_rank, job, nprocs=int(os.environ["WORLD_SIZE"]), start_method="fork")
