@@ -5,19 +5,21 @@ import sys
 from collections.abc import Callable
 
 from nsa_cli.function_command import run_function
+from nsa_lightning.benchmark.decode import bench_decode
 from nsa_lightning.benchmark.kernels import bench_kernels
 from nsa_lightning.benchmark.loader import bench_loader
 from nsa_lightning.benchmark.training import bench_training
 
 _BENCHMARKS: dict[str, Callable[..., int]] = {
     "kernels": bench_kernels,
+    "decode": bench_decode,
     "loader": bench_loader,
     "training": bench_training,
 }
 
 _HELP = """usage: nsa bench WHAT [options]
 
-Measure the attention operator, what feeds it, or training as a whole.
+Measure the attention operator, decoding with it, what feeds it, or training as a whole.
 
 benchmarks:
 {benchmarks}
@@ -26,6 +28,7 @@ benchmarks:
 
 example:
   nsa bench kernels --shapes A --lengths 8192 16384 --output_dir runs/bench
+  nsa bench decode --config configs/nsa_1b.yaml --lengths 16384 131072 --batch_sizes 1 8
   nsa bench training --config configs/nsa_1b.yaml --lengths 32768 --devices 1 2
 """
 

@@ -367,7 +367,7 @@ class _Sizes(NamedTuple):
 
 def _sizes(q: Tensor, k: Tensor, v: Tensor) -> _Sizes:
     (B, H, D_QK), H_KV, D_V = q.shape, k.shape[2], v.shape[3]
-    row_bytes = (padded(D_QK) + padded(D_V)) * q.element_size()
+    row_bytes = padded(padded(D_QK) + padded(D_V)) * q.element_size()  # a power of two, as keys must be
     keys = max(16, min(64, _STAGE_BYTES // row_bytes))
     return _Sizes(B, H_KV, H // H_KV, D_QK, D_V, 4 if interpreted() else keys)
 

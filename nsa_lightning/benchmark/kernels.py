@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from nsa_lightning.benchmark.cases import (
     document_lengths,
     parse_shape,
 )
+from nsa_lightning.benchmark.hardware import check_hardware
 
 if TYPE_CHECKING:  # torch takes seconds to import, `--help` does not
     from nsa_lightning.benchmark.checks import Check
@@ -95,7 +97,7 @@ def _run(settings: KernelSettings) -> int:
     from nsa_lightning.benchmark.report import case_tables, check_table, legend
     from nsa_lightning.benchmark.results import environment, write_results, write_whole
 
-    _check_hardware(settings)
+    check_hardware(settings.device, settings.backend)
     where = environment(settings.device)
     print("  ".join(f"{name} {value}" for name, value in where.items() if value), flush=True)
     checks, unusable = _check(settings) if settings.check else ([], {})
@@ -112,33 +114,12 @@ def _run(settings: KernelSettings) -> int:
     records: list[Record] = []
     for measured in _measure(settings, bench, unusable):
         records += measured
-        write_results(settings.output_dir / RESULTS_NAME, settings, run, checks, records)
+        write_results(settings.output_dir / RESULTS_NAME, asdict(settings), run, checks, records)
     title = f"{where['device']}, {settings.dtype}, torch {where['torch']}"
     write_whole(settings.output_dir / PLOT_NAME, lambda part: draw_times(records, title, part))
     print(f"\n{legend(bench.ceilings)}\n\n{case_tables(records)}\n")
     print(f"written: {settings.output_dir / RESULTS_NAME}, {settings.output_dir / PLOT_NAME}")
     return 0
-
-
-def _check_hardware(settings: KernelSettings) -> None:
-    """Refuse a device or backend that is not there; make the device the current one."""
-    from typing import get_args
-
-    import torch
-    from nsa_kernels.native_sparse_attention import Backend
-
-    if settings.backend not in get_args(Backend):
-        raise ValueError(f"backend must be one of {', '.join(get_args(Backend))}, got {settings.backend!r}")
-    try:
-        torch.zeros(1, device=settings.device)
-        if settings.device.startswith("cuda:"):
-            torch.cuda.set_device(settings.device)  # events are recorded on the current device
-    except (RuntimeError, AssertionError) as error:  # torch has both for a device that it lacks
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(
-            f"device must be hardware that PyTorch can use, got {settings.device!r}: {reason}. "
-            "For a smoke test: --device cpu --lengths 1500 --time_budget 0.1"
-        ) from error
 
 
 def _check(settings: KernelSettings) -> "tuple[list[Check], dict[tuple[str, str, str], str]]":

@@ -51,30 +51,41 @@ def _lines(records: Sequence[Record], direction: str) -> dict[tuple[str, str], l
 
 
 def _draw_panel(panel: Any, lines: dict[tuple[str, str], list[tuple[int, float]]]) -> None:
-    from matplotlib.ticker import LogLocator, NullLocator
-
     if not lines:
-        panel.text(0.5, 0.5, "not measured", ha="center", transform=panel.transAxes)
-        panel.set_axis_off()
+        write_not_measured(panel)
         return
     for (method, inputs), points in lines.items():
         tokens, milliseconds = zip(*points, strict=True)
         panel.plot(tokens, milliseconds, _LINES.get(inputs, "-"), marker="o", ms=4, color=_COLOURS[method])
+    points = [point for some in lines.values() for point in some]
+    set_axes(panel, points)
+    ticks = sorted(tokens for tokens, _ in points)
+    panel.set_xlim(ticks[0] / 1.15, ticks[-1] * max(1.8, (ticks[-1] / ticks[0]) ** 0.35))
+    _label_ends(panel, {name: points[-1] for name, points in lines.items()})
+
+
+def write_not_measured(panel: Any) -> None:
+    """Say that there is nothing to draw."""
+    panel.text(0.5, 0.5, "not measured", ha="center", transform=panel.transAxes)
+    panel.set_axis_off()
+
+
+def set_axes(panel: Any, points: Sequence[tuple[int, float]]) -> None:
+    """Logarithmic axes of tokens and milliseconds around all points (tokens, ms)."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    ticks, times = sorted({tokens for tokens, _ in points}), [ms for _, ms in points]
     panel.set_xscale("log", base=2)
     panel.set_yscale("log")
-    times = [ms for points in lines.values() for _, ms in points]
     panel.set_ylim(min(times) / 1.6, max(times) * 1.8)
     panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    ticks = sorted({tokens for points in lines.values() for tokens, _ in points})
     panel.set_xticks(ticks, [f"{tick // 1024}K" if tick % 1024 == 0 else str(tick) for tick in ticks], minor=False)
     panel.xaxis.set_minor_locator(NullLocator())
-    panel.set_xlim(ticks[0] / 1.15, ticks[-1] * max(1.8, (ticks[-1] / ticks[0]) ** 0.35))
     panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     panel.yaxis.set_minor_locator(NullLocator())
     panel.grid(alpha=0.3)
     panel.set_xlabel("tokens")
     panel.set_ylabel("ms")
-    _label_ends(panel, {name: points[-1] for name, points in lines.items()})
 
 
 def _label_ends(panel: Any, ends: dict[tuple[str, str], tuple[int, float]]) -> None:

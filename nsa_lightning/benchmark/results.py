@@ -5,9 +5,9 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from nsa_lightning.benchmark.cases import KernelSettings, Shape
+from nsa_lightning.benchmark.cases import Shape
 
 WHOLE, REST = "whole", "gates and rest"
 
@@ -89,12 +89,19 @@ def environment(device: str) -> dict[str, Any]:
     }
 
 
+class Row(Protocol):
+    """A measurement."""
+
+    def as_row(self) -> dict[str, Any]:
+        """All fields in one flat object, for JSON."""
+
+
 def write_results(
-    path: Path, settings: KernelSettings, run: dict[str, Any], checks: Sequence[Any], records: Sequence[Record]
+    path: Path, settings: dict[str, Any], run: dict[str, Any], checks: Sequence[Any], records: Sequence[Row]
 ) -> None:
     """Write everything as JSON: `run` (settings, device, versions, rates), `checks` and flat `records`."""
     data = {
-        "run": {"settings": asdict(settings) | {"output_dir": str(settings.output_dir)}} | run,
+        "run": {"settings": settings} | run,
         "checks": [check._asdict() | {"passed": check.passed} for check in checks],
         "records": [record.as_row() for record in records],
     }

@@ -7,6 +7,7 @@ switch), so there equally long documents are a batch, and others are taken one a
 
 import inspect
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, Literal, cast, get_args
 
 import torch
@@ -18,7 +19,8 @@ from torch.nn.attention.varlen import varlen_attn
 Rival = Literal["flash", "cudnn"]
 RIVALS: tuple[Rival, ...] = get_args(Rival)
 
-# T packed tokens, N documents, H query heads, H_kv KV heads, D_qk and D_v head dims, L tokens of one document.
+# T packed tokens, N documents, B sequences, H query heads, H_kv KV heads, D_qk and D_v head dims, L tokens of one
+# document or sequence.
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 """q [T, H, D_qk], k [T, H_kv, D_qk], v [T, H_kv, D_v] -> [T, H, D_v]."""
@@ -62,3 +64,22 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int
 def _one_by_one(backend: SDPBackend, lengths: list[int], *tensors: Tensor) -> Tensor:
     documents = zip(*(x.split(lengths) for x in tensors), strict=True)
     return torch.cat([_batched(backend, 1, *document) for document in documents])
+
+
+def pinned(rival: Rival) -> AbstractContextManager[None]:
+    """Within it `scaled_dot_product_attention` runs the rival's kernels, or fails."""
+    return sdpa_kernel(_BACKENDS[rival])
+
+
+def attend_one_token(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Full attention of one new token of each sequence, with the kernels that are pinned.
+
+    Args:
+        q: [B, H, D_qk].
+        k: keys of all tokens, [B, H_kv, L, D_qk].
+        v: [B, H_kv, L, D_v].
+
+    Returns:
+        [B, H, D_v].
+    """
+    return F.scaled_dot_product_attention(q.unsqueeze(2), k, v, enable_gqa=True).squeeze(2)

@@ -15,6 +15,7 @@ _MATMUL_SIZE = {"cuda": 8192}
 _COPY_BYTES = {"cuda": 2**31}
 _OTHER_MATMUL_SIZE, _OTHER_COPY_BYTES = 512, 2**25
 _MOST_REPETITIONS = 200
+_FLUSHED_CACHES = 4  # sizes of the L2 cache that a flush reads
 
 
 class Timing(NamedTuple):
@@ -36,24 +37,28 @@ class Clock(NamedTuple):
     repetitions: int
     """The fewest repetitions, whatever they take."""
 
-    def measure(self, call: Callable[[], object]) -> Timing:
-        """Median time of `call`, whose result is dropped; two calls before it warm up."""
+    def measure(self, call: Callable[[], object], before: Callable[[], object] = lambda: None) -> Timing:
+        """Median time of `call`, whose result is dropped; two calls before warm up. `before` precedes each, untimed."""
+        before()
         call()
+        before()
         self._wait()
         start = time.perf_counter()
         call()
         self._wait()
         estimate = max(time.perf_counter() - start, 1e-6)
         repetitions = max(self.repetitions, min(int(self.time_budget / estimate), _MOST_REPETITIONS))
-        times = self._events(call, repetitions) if self.device.type == "cuda" else _seconds(call, repetitions)
+        timed = self._events if self.device.type == "cuda" else _seconds
+        times = timed(call, before, repetitions)
         return Timing(statistics.median(times), repetitions)
 
-    def _events(self, call: Callable[[], object], repetitions: int) -> list[float]:
+    def _events(self, call: Callable[[], object], before: Callable[[], object], repetitions: int) -> list[float]:
         """Milliseconds between events on the stream: the host queues all calls and waits once."""
         events = [
             (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repetitions)
         ]
         for start, end in events:
+            before()
             start.record()
             call()
             end.record()
@@ -65,9 +70,10 @@ class Clock(NamedTuple):
             torch.cuda.synchronize(self.device)
 
 
-def _seconds(call: Callable[[], object], repetitions: int) -> list[float]:
+def _seconds(call: Callable[[], object], before: Callable[[], object], repetitions: int) -> list[float]:
     times = []
     for _ in range(repetitions):
+        before()
         start = time.perf_counter()
         call()
         times.append(1e3 * (time.perf_counter() - start))
@@ -104,6 +110,15 @@ def first_line(error: BaseException | str) -> str:
     """What went wrong, without the advice that follows."""
     line = str(error).strip().split("\n")[0] or type(error).__name__
     return line.split(" (Triggered internally")[0].split(". This could be")[0][:200]
+
+
+def cache_flush(device: torch.device) -> Callable[[], object]:
+    """What to run so that a GPU's L2 cache holds nothing of what was read before; nothing elsewhere."""
+    if device.type != "cuda":
+        return lambda: None
+    num_bytes = _FLUSHED_CACHES * torch.cuda.get_device_properties(device).L2_cache_size
+    filler = torch.zeros(num_bytes // 4, device=device)
+    return filler.sum
 
 
 def release_memory() -> None:

@@ -1,16 +1,15 @@
 """A model and the cache of a batch of sequences: prompts go in, logits of the next token of each sequence come out."""
 
-from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from nsa_lightning.generation.cuda_graphs import CapturedCall, capture
 from nsa_lightning.model.cache import Cache
 from nsa_lightning.model.transformer import Transformer
 
 # B sequences, L tokens of a prompt, V tokens in the vocabulary.
-
-_WARM_UPS = 3  # runs before a capture, in which kernels are compiled and libraries allocate what they keep
 
 
 class Decoder:
@@ -29,7 +28,7 @@ class Decoder:
         self._idle = set(range(batch_size))
         self.cache = Cache.allocate(model.config, batch_size, capacity, weight.device, weight.dtype)
         self._tokens = torch.zeros(batch_size, dtype=torch.int64, device=weight.device)
-        self._graphs = _StepGraphs(self._run, self._forget) if cuda_graphs and weight.is_cuda else None
+        self._graphs = self._capture() if cuda_graphs and weight.is_cuda else None
 
     @torch.inference_mode()
     def begin(self, row: int, prompt: Tensor) -> Tensor:
@@ -49,11 +48,16 @@ class Decoder:
         if self._graphs is None:
             return self._run(completes_block)
         self.cache.count_step()
-        return self._graphs.replay(completes_block)
+        return self._graphs[completes_block].replay()
 
     def end(self, row: int) -> None:
         """Leave a row idle: its tokens and logits mean nothing until `begin`."""
         self._idle.add(row)
+
+    def _capture(self) -> dict[bool, CapturedCall[Tensor]]:
+        """The step twice: where no sequence completes a compression block, and where one may."""
+        pool = torch.cuda.graph_pool_handle()
+        return {completes: capture(partial(self._run, completes), self._forget, pool) for completes in (False, True)}
 
     def _run(self, completes_block: bool) -> Tensor:
         return self._logits(self.model.decode(self._tokens, self.cache, completes_block))
@@ -64,36 +68,3 @@ class Decoder:
     def _forget(self) -> None:
         for row in range(self.batch_size):
             self.cache.reset(row)
-
-
-class _StepGraphs:
-    """One step as two CUDA graphs: where no sequence completes a compression block, and where one may.
-
-    Args:
-        run: the step on tensors that keep their addresses.
-        forget: empties the cache again, between steps and after them.
-    """
-
-    @torch.inference_mode()
-    def __init__(self, run: Callable[[bool], Tensor], forget: Callable[[], None]) -> None:
-        self._graphs: dict[bool, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
-        current, stream = torch.cuda.current_stream(), torch.cuda.Stream()
-        pool = torch.cuda.graph_pool_handle()
-        for completes_block in (False, True):
-            stream.wait_stream(current)
-            with torch.cuda.stream(stream):
-                for _ in range(_WARM_UPS):
-                    run(completes_block)
-                    forget()
-            current.wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
-                logits = run(completes_block)
-            forget()
-            self._graphs[completes_block] = graph, logits
-
-    def replay(self, completes_block: bool) -> Tensor:
-        """The step's logits, on the current stream."""
-        graph, logits = self._graphs[completes_block]
-        graph.replay()
-        return logits

@@ -65,7 +65,7 @@ def check_memory(
     def needed(tokens: int) -> int:
         return Cache.bytes_needed(config, batch_size, tokens, dtype)
 
-    free = _free_memory(device) - weights
+    free = free_memory(device) - weights
     if needed(capacity) > free:
         fitting = bisect_right(range(1, capacity), free, key=needed)
         raise ValueError(
@@ -75,7 +75,7 @@ def check_memory(
         )
 
 
-def _free_memory(device: torch.device) -> int:
+def free_memory(device: torch.device) -> int:
     """Bytes that can still be allocated, as far as the system tells."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]

@@ -160,6 +160,10 @@ def test_help_explains_every_setting_without_importing_torch():
     for words, expected in (
         (["bench", "--help"], ["kernels", "nsa bench kernels --shapes A"]),
         (["bench", "kernels", "--help"], ["--shapes", "64 query heads on 4 KV heads", "--time_budget", "log-uniform"]),
+        (
+            ["bench", "decode", "--help"],
+            ["--batch_sizes", "64 query heads on 4 KV heads", "whose model is measured too"],
+        ),
     ):
         command = [sys.executable, "-c", code, *words]
         result = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -169,4 +173,4 @@ def test_help_explains_every_setting_without_importing_torch():
 
 def test_an_unknown_benchmark_lists_those_there_are(bench, capsys):
     assert bench("speed") == 2
-    assert "no benchmark 'speed'; the benchmarks are kernels, loader, training" in capsys.readouterr().err
+    assert "no benchmark 'speed'; the benchmarks are kernels, decode, loader, training" in capsys.readouterr().err

@@ -130,7 +130,7 @@ def test_rows_that_idle_longer_than_the_cache_is_do_not_disturb_the_others(model
 
 
 def test_a_cache_that_does_not_fit_says_how_many_tokens_would(monkeypatch):
-    monkeypatch.setattr("nsa_lightning.generation.device._free_memory", lambda device: 2_000_000)
+    monkeypatch.setattr("nsa_lightning.generation.device.free_memory", lambda device: 2_000_000)
     check_memory(CONFIG, 2, 1000, CPU, torch.float32)
     with pytest.raises(ValueError, match=r"takes 0.0\d GB, .* 0.00 GB are free, enough for 2 x \d+") as caught:
         check_memory(CONFIG, 2, 100_000, CPU, torch.float32)
