@@ -13,7 +13,7 @@ demo: $(VENV)/.installed  ## train the quickstart model on Python's own source f
 	$(BIN)/nsa fit --config configs/quickstart.yaml
 
 test: $(VENV)/.installed-dev  ## run the test suite
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-gpu: $(VENV)/.installed-dev  ## run the tests that need a CUDA GPU
 	$(BIN)/python -m pytest -m gpu -n 8 --dist worksteal

@@ -12,15 +12,6 @@ with torch.device("cpu"):
     torch.empty(0)  # device contexts list the functions they change at their first use: before these are patched below
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
-def pytest_collection_modifyitems(items):
-    """Tests that share a fixture of their module run on one worker: a run on two ranks is made once."""
-    for item in items:
-        definitions = item._fixtureinfo.name2fixturedefs.values()
-        if any(definition.scope == "module" for known in definitions for definition in known):
-            item.add_marker(pytest.mark.xdist_group(str(item.path)))
-
-
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread_a_worker():
     torch.set_num_threads(1)
