@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -41,6 +40,7 @@ def _append_kernel(
     k_ptrs, v_ptrs,  # tuples of [B, H_KV, D]
     k_slots_ptrs, v_slots_ptrs,  # tuples of [B, S, H_KV, D]
     slots,  # tuple of S
+    q_stride, k_strides, v_strides,  # from one sequence to the next in q and in each of k_ptrs and v_ptrs
     ROTATE: tl.constexpr, H: tl.constexpr, H_KV: tl.constexpr, HALF: tl.constexpr,
     D_QK: tl.constexpr, D_V: tl.constexpr, BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
@@ -49,30 +49,36 @@ def _append_kernel(
     cos_ptr += sequence * HALF
     sin_ptr += sequence * HALF
     if head < H:
-        row = (sequence * H + head) * D_QK
-        _rotate_head(q_ptr + row, out_ptr + row, cos_ptr, sin_ptr, HALF, D_QK, BLOCK_QK)
+        _rotate_head(q_ptr + sequence * q_stride + head * D_QK, out_ptr + (sequence * H + head) * D_QK,
+                     cos_ptr, sin_ptr, HALF, D_QK, BLOCK_QK)  # fmt: skip
     for i in tl.static_range(len(ROTATE)):
         kv_head = head - H - i * H_KV
         if (kv_head >= 0) & (kv_head < H_KV):
-            source = sequence * H_KV + kv_head
+            k, v = k_ptrs[i] + sequence * k_strides[i], v_ptrs[i] + sequence * v_strides[i]
             target = (sequence * slots[i] + tl.load(positions_ptr + sequence) % slots[i]) * H_KV + kv_head
             if ROTATE[i]:
-                _rotate_head(k_ptrs[i] + source * D_QK, k_slots_ptrs[i] + target * D_QK, cos_ptr, sin_ptr,
+                _rotate_head(k + kv_head * D_QK, k_slots_ptrs[i] + target * D_QK, cos_ptr, sin_ptr,
                              HALF, D_QK, BLOCK_QK)  # fmt: skip
             else:
-                _copy_head(k_ptrs[i] + source * D_QK, k_slots_ptrs[i] + target * D_QK, D_QK, BLOCK_QK)
-            _copy_head(v_ptrs[i] + source * D_V, v_slots_ptrs[i] + target * D_V, D_V, BLOCK_V)
+                _copy_head(k + kv_head * D_QK, k_slots_ptrs[i] + target * D_QK, D_QK, BLOCK_QK)
+            _copy_head(v + kv_head * D_V, v_slots_ptrs[i] + target * D_V, D_V, BLOCK_V)
 
 
 def append_tokens(q: Tensor, pairs: Sequence[Any], positions: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """`decode.append_tokens`; slots are contiguous."""
     (B, H, D_QK), (_, H_KV, D_V) = q.shape, pairs[0].v.shape
-    q, out = q.contiguous(), torch.empty_like(q, memory_format=torch.contiguous_format)
+    out = q.new_empty(B, H, D_QK)
+    q, k, v = _whole_rows(q), [_whole_rows(new.k) for new in pairs], [_whole_rows(new.v) for new in pairs]
     _append_kernel[(H + len(pairs) * H_KV, B)](
-        q, out, cos.contiguous(), sin.contiguous(), positions,
-        tuple(new.k.contiguous() for new in pairs), tuple(new.v.contiguous() for new in pairs),
+        q, out, cos.contiguous(), sin.contiguous(), positions, tuple(k), tuple(v),
         tuple(new.k_slots for new in pairs), tuple(new.v_slots for new in pairs),
-        tuple(new.k_slots.shape[1] for new in pairs), tuple(new.rotate for new in pairs),
+        tuple(new.k_slots.shape[1] for new in pairs),
+        q.stride(0), tuple(x.stride(0) for x in k), tuple(x.stride(0) for x in v), tuple(new.rotate for new in pairs),
         H, H_KV, cos.shape[1], D_QK, D_V, padded(D_QK), padded(D_V), num_warps=1,
     )  # fmt: skip
     return out
+
+
+def _whole_rows(x: Tensor) -> Tensor:
+    """[B, heads, D] whose heads follow each other; sequences may be further apart, as in a part of a wider tensor."""
+    return x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous()

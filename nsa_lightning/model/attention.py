@@ -1,6 +1,6 @@
 """The attention layers of the decoder: `nsa`, `full` and `sliding`, one choice a layer."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from nsa_lightning.model.cache import Chunk, LayerTokens, Step
 from nsa_lightning.model.context_parallel import ContextParallel
 from nsa_lightning.model.fused_attention import chunk_causal_attention, packed_causal_attention
+from nsa_lightning.model.joint_projection import JointProjection
 from nsa_lightning.model.statistics import BranchStatistics, branch_statistics
 
 AttentionKind = Literal["nsa", "full", "sliding"]
@@ -93,8 +94,12 @@ class KeyValue(nn.Module):
 
     def key_value(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Keys before their rotation, and values."""
-        k = self.k_proj(x).unflatten(-1, (self.num_kv_heads, -1))
-        return self.k_norm(k).to(k.dtype), self.v_proj(x).unflatten(-1, (self.num_kv_heads, -1))
+        return self.as_heads(self.k_proj(x), self.v_proj(x))
+
+    def as_heads(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Projected keys and values by head, the keys normed."""
+        k = k.unflatten(-1, (self.num_kv_heads, -1))
+        return self.k_norm(k).to(k.dtype), v.unflatten(-1, (self.num_kv_heads, -1))
 
 
 class DenseAttention(KeyValue):
@@ -106,15 +111,28 @@ class DenseAttention(KeyValue):
         self.q_proj = nn.Linear(shape.hidden_size, shape.num_heads * shape.head_dim, bias=shape.qkv_bias)
         self.q_norm = nn.RMSNorm(shape.head_dim, eps=shape.norm_eps) if shape.qk_norm else nn.Identity()
         self.o_proj = nn.Linear(shape.num_heads * shape.value_head_dim, shape.hidden_size, bias=False)
+        self._joint: JointProjection | None = None
 
-    def query(self, x: Tensor) -> Tensor:
-        """Queries before their rotation, [T, H, D_qk]."""
-        q = self.q_proj(x).unflatten(-1, (self.num_heads, -1))
+    def maps(self) -> list[nn.Linear]:
+        """The linear maps of the layer's input: to queries, keys and values."""
+        return [self.q_proj, self.k_proj, self.v_proj]
+
+    def join_projections(self) -> None:
+        """Compute all maps of the input as one when decoding; they are not trained any more."""
+        self._joint = self._joint or JointProjection(self.maps())
+
+    def mapped(self, x: Tensor) -> Iterator[Tensor]:
+        """The output of each of `maps`."""
+        return iter([one(x) for one in self.maps()] if self._joint is None else self._joint(x))
+
+    def query_heads(self, q: Tensor) -> Tensor:
+        """Projected queries by head before their rotation, normed, [T, H, D_qk]."""
+        q = q.unflatten(-1, (self.num_heads, -1))
         return self.q_norm(q).to(q.dtype)  # autocast leaves the norm in float32
 
     def rotated_query(self, x: Tensor, rotary: Rotary) -> Tensor:
         """Queries with their position applied, [T, H, D_qk]."""
-        return apply_rotary(self.query(x), *rotary)
+        return apply_rotary(self.query_heads(self.q_proj(x)), *rotary)
 
     def forward(self, x: Tensor, context: PackedContext, watch: bool = False) -> tuple[Tensor, BranchStatistics | None]:
         """[T, hidden_size] -> [T, hidden_size]; a dense layer has no branches to watch."""
@@ -134,8 +152,9 @@ class DenseAttention(KeyValue):
 
     def decode(self, x: Tensor, cache: LayerTokens, step: Step) -> Tensor:
         """Append one token to each sequence of the cache and attend it to its own, [B, hidden_size] in and out."""
-        new = cache.tokens.new_tokens(*self.key_value(x))
-        q = append_tokens(self.query(x), [new], step.positions, step.rotary)
+        q, k, v = self.mapped(x)
+        new = cache.tokens.new_tokens(*self.as_heads(k, v))
+        q = append_tokens(self.query_heads(q), [new], step.positions, step.rotary)
         out = decode_dense_attention(q, cache.tokens.k, cache.tokens.v, step.positions, self.window_size)
         return self.o_proj(out.flatten(1))
 
@@ -198,9 +217,19 @@ class NSAttention(DenseAttention):
             else nn.Identity()
         )
 
+    def maps(self) -> list[nn.Linear]:
+        """Also to keys and values of branches that have their own, and to the gates where one map gives them."""
+        maps = super().maps()
+        for branch in (self.sliding, self.compressed):
+            maps += [branch.k_proj, branch.v_proj] if branch is not None else []
+        return maps + ([self.branch_gate] if isinstance(self.branch_gate_hidden, nn.Identity) else [])
+
     def gates(self, x: Tensor) -> Tensor:
         """Weight of each branch, [T, H, 3] in (0, 1): compressed, selected, sliding."""
-        return self.branch_gate(self.branch_gate_hidden(x)).unflatten(-1, (self.num_heads, 3)).sigmoid()
+        return self._as_gates(self.branch_gate(self.branch_gate_hidden(x)))
+
+    def _as_gates(self, gates: Tensor) -> Tensor:
+        return gates.unflatten(-1, (self.num_heads, 3)).sigmoid()
 
     def forward(self, x: Tensor, context: PackedContext, watch: bool = False) -> tuple[Tensor, BranchStatistics | None]:
         """[T, hidden_size] -> [T, hidden_size], and what the gates and the selection did if `watch`."""
@@ -263,20 +292,22 @@ class NSAttention(DenseAttention):
         """Append one token to each sequence of the cache and attend it to its own, [B, hidden_size] in and out."""
         assert cache.pending is not None
         assert cache.summaries is not None
-        k, v = self.key_value(x)
+        mapped, config = self.mapped(x), self.config
+        q, (k, v) = self.query_heads(next(mapped)), self.as_heads(next(mapped), next(mapped))
         new = [cache.tokens.new_tokens(k, v)]
         if self.sliding is not None:
             assert cache.sliding is not None
-            new.append(cache.sliding.new_tokens(*self.sliding.key_value(x)))
+            new.append(cache.sliding.new_tokens(*self.sliding.as_heads(next(mapped), next(mapped))))
         if self.compressed is not None:
-            k, v = self.compressed.key_value(x)
-        new.append(cache.pending.new_tokens(k, v, rotate=self.config.compress_rope == "before"))
-        backend = self.config.backend
-        q = append_tokens(self.query(x), new, step.positions, step.rotary, backend=backend)
+            k, v = self.compressed.as_heads(next(mapped), next(mapped))
+        new.append(cache.pending.new_tokens(k, v, rotate=config.compress_rope == "before"))
+        gate = next(mapped, None)
+        gates = self.gates(x) if gate is None else self._as_gates(gate)
+        q = append_tokens(q, new, step.positions, step.rotary, backend=config.backend)
         if step.block is not None:
             summaries = self._summaries(cache.pending.in_order(step), step.block_rotary)
             cache.summaries.put(step.rows, step.block, *summaries)
-        result = decode_attention(q, self.gates(x), cache.operands(), step.positions, self.config, backend=backend)
+        result = decode_attention(q, gates, cache.operands(), step.positions, config, backend=config.backend)
         return self.o_proj(result.out.flatten(1))
 
     def _summaries(self, blocks: Iterable[Tensor], rotary: Rotary | None) -> tuple[Tensor, Tensor]:

@@ -270,6 +270,12 @@ class Transformer(nn.Module):
                 statistics[index] = layer_statistics
         return TransformerOutput(self.norm(x), statistics)
 
+    def join_projections(self) -> None:
+        """Make a step of decoding launch less: linear maps of one input become one. They are not trained any more."""
+        for layer in cast("Iterable[Block]", self.layers):
+            layer.self_attn.join_projections()
+            layer.mlp.join_projections()
+
     @torch.no_grad()
     def prefill(self, tokens: Tensor, cache: Cache, row: int, chunk_size: int = 4096) -> Tensor:
         """Append tokens to one sequence of the cache, behind those that it holds; interrupted, it holds none.

@@ -72,6 +72,23 @@ def test_token_by_token_equals_the_whole_document(name):
     assert_close(decoded(model, allocate(model), tokens), whole(model, tokens))
 
 
+@pytest.mark.parametrize("name", ["mixed", "shared_linear", "wide_summary", "qwen"])
+def test_joined_projections_change_no_weight_and_no_result(name):
+    model, tokens = build(**VARIANTS[name]), text(REACH + 5)
+    expected, weights = whole(model, tokens), {name: weight.clone() for name, weight in model.state_dict().items()}
+    memory = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+    model.join_projections()
+    model.join_projections()
+    cache = allocate(model)
+    assert_close(model.prefill(tokens[:-5], cache, 0), expected[-6])
+    assert_close(decoded(model, cache, tokens[-5:]), expected[-5:])
+    assert_close(whole(model, tokens), expected)
+    assert all(torch.equal(weight, weights.pop(name)) for name, weight in model.state_dict().items())
+    assert not weights
+    joint = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+    assert len(joint) <= len(memory) - 3 * len(model.layers)  # they share memory now
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_prompt_in_chunks_and_its_continuation_equal_the_whole_document(name):
     model, tokens = build(**VARIANTS[name]), text(REACH + 30)
