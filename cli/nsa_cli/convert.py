@@ -54,13 +54,17 @@ def _report(result: Conversion, output: str) -> None:
     print(f"new          {result.new / 1e6:.1f} M weights: gates and block summaries")
     print(f"tokenizer    {', '.join(result.tokenizer_files) or 'none'}")
     if result.difference is not None:
-        source, converted, tokens, text, by_position = result.difference
-        print(f"loss         source {source:.4f}, converted {converted:.4f} nats a token on {tokens} tokens of {text}")
-        for start, (source, converted) in by_position.items():
-            print(f"  from {start:<8}source {source:.4f}, converted {converted:.4f}")
+        losses, by_position, tokens, text = result.difference
+        print(f"loss         {_words(losses)} nats a token on {tokens} tokens of {text}")
+        for start, found in by_position.items():
+            print(f"  from {start:<8}{_words(found)}")
     for remark in result.remarks:
         print(f"note         {remark}")
     print(f"train on     nsa fit --config {Path(output, 'continue.yaml')} --data.sources '[\"my_texts/\"]'")
+
+
+def _words(losses: dict[str, float]) -> str:
+    return ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
 
 
 def run() -> int:

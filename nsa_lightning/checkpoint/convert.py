@@ -105,7 +105,10 @@ def convert(
         write_continuation(directory, output.resolve(), source, config, seq_len)
     difference = None
     if text is not None:
-        difference = measure_difference((dense.config, weights), (config, WeightFiles(output, "output")), text)
+        models = {"source": (dense.config, weights)}
+        if rope != RopeChange():
+            models["source with this rope"] = (replace(dense.config, rope=config.rope), weights)
+        difference = measure_difference(models | {"converted": (config, WeightFiles(output, "output"))}, text)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     copied = sum(size for name, size in sizes.items() if origins[name] == hugging_face_name(name))
     new = sum(size for name, size in sizes.items() if origins[name] is None)

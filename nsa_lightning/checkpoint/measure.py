@@ -25,13 +25,12 @@ class Sample(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """Mean loss of two models on the same text, nats a token."""
+    """Mean loss of several models on the same text, nats a token, by the name of the model."""
 
-    source: float
-    converted: float
+    losses: dict[str, float]
+    by_position: dict[str, dict[str, float]]  # from a position on, up to where the next begins
     num_tokens: int
     text: Path
-    by_position: dict[str, tuple[float, float]]  # both from a position on, up to where the next begins
 
 
 def read_sample(source: Path, sample: Path | None, max_tokens: int) -> Sample:
@@ -51,16 +50,17 @@ def read_sample(source: Path, sample: Path | None, max_tokens: int) -> Sample:
     return Sample(path, tokens)
 
 
-def measure_difference(source: Model, converted: Model, sample: Sample) -> Difference:
-    """Mean losses of two models on a sample."""
-    means, buckets = [], []
-    for model in (source, converted):
-        losses, metric = token_losses(*model, sample.tokens), LossByPosition()
-        metric.update(losses, torch.arange(len(losses)), torch.ones_like(losses, dtype=torch.bool))
-        means.append(float(losses.mean()))
-        buckets.append(metric.compute())
-    by_position = {start: (float(loss), float(buckets[1][start])) for start, loss in buckets[0].items()}
-    return Difference(means[0], means[1], len(sample.tokens), sample.path, by_position)
+def measure_difference(models: dict[str, Model], sample: Sample) -> Difference:
+    """Mean losses of models on a sample."""
+    losses: dict[str, float] = {}
+    by_position: dict[str, dict[str, float]] = {}
+    for name, model in models.items():
+        nats, metric = token_losses(*model, sample.tokens), LossByPosition()
+        metric.update(nats, torch.arange(len(nats)), torch.ones_like(nats, dtype=torch.bool))
+        losses[name] = float(nats.mean())
+        for start, loss in metric.compute().items():
+            by_position.setdefault(start, {})[name] = float(loss)
+    return Difference(losses, by_position, len(sample.tokens), sample.path)
 
 
 @torch.inference_mode()

@@ -77,9 +77,18 @@ def test_with_the_other_gates_shut_the_start_is_the_source_up_to_what_a_query_se
         convert(source, tmp_path / f"{bias}", ["nsa"], nsa, RopeChange(), 64, text, 300, bias).difference.by_position
         for bias in (40.0, 4.0)
     )
-    assert alone["0"][1] == pytest.approx(alone["0"][0], rel=1e-6)
-    assert alone["256"][1] != pytest.approx(alone["256"][0], rel=1e-6)
-    assert mixed["0"][1] != pytest.approx(mixed["0"][0], rel=1e-6)
+    assert alone["0"]["converted"] == pytest.approx(alone["0"]["source"], rel=1e-6)
+    assert alone["256"]["converted"] != pytest.approx(alone["256"]["source"], rel=1e-6)
+    assert mixed["0"]["converted"] != pytest.approx(mixed["0"]["source"], rel=1e-6)
+
+
+def test_what_a_new_rotary_embedding_alone_does_to_the_source_is_told(tmp_path):
+    source, text = write_source(tmp_path / "source", tokenizer=True), tmp_path / "text.txt"
+    text.write_text("some words of text\n" * 60)
+    change = RopeChange(scaling="linear", factor=8.0)
+    losses = convert(source, tmp_path / "out", ["full"], NSA, change, 64, text, 100, 4.0).difference.losses
+    assert losses["converted"] == pytest.approx(losses["source with this rope"], rel=1e-6)
+    assert losses["converted"] != pytest.approx(losses["source"], rel=1e-6)
 
 
 def test_memory_is_held_for_one_shard(tmp_path, monkeypatch):
