@@ -40,7 +40,8 @@ def sparse_attention(
 ) -> NSAOutput:
     """The gated sum of the branches; queries [B, T, H, D_qk] at int64 positions [B, T], blocks int32 [B, T, H_kv, n].
 
-    Selected keys and values [B, S, H_kv, D] hold token t in slot t, summaries block i in row i.
+    Selected keys and values [B, S, H_kv, D] hold token t in slot t, summaries block i in row i. Of several queries the
+    sliding keys are in order, the last of them the last query's own.
     """
     num_kv_heads, num_blocks = sliding.k.shape[2], -(-selected[0].shape[1] // config.select_block_size)
     chunk = _chunk_size(q, selected, min(num_blocks, config.num_selected_blocks) * config.select_block_size)
@@ -51,7 +52,8 @@ def sparse_attention(
         compressed_o, importance = _compressed(heads, positions[:, rows], *summaries, num_blocks, config)
         blocks = _choose(importance, positions[:, rows], config)
         selected_o = _selected(heads, positions[:, rows], *selected, blocks[..., :num_blocks], config)
-        sliding_o = _seen(heads, positions[:, rows], sliding, config.window_size)
+        near = _near(sliding, rows, q.shape[1], config.window_size) if q.shape[1] > 1 else sliding
+        sliding_o = _seen(heads, positions[:, rows], near, config.window_size)
         weights = gates[:, rows].to(heads.dtype).unsqueeze(-1).unbind(3)  # 3 × [B, t, H, 1]
         branches = zip(weights, (compressed_o, selected_o, sliding_o), strict=True)
         outs.append(sum((gate * _by_head(o) for gate, o in branches), start=torch.zeros(())).to(q.dtype))
@@ -118,6 +120,12 @@ def _selected(q: Tensor, positions: Tensor, k: Tensor, v: Tensor, blocks: Tensor
     rows = ((sequence * k.shape[1] + tokens) * q.shape[1] + head).flatten()
     k, v = (x.flatten(0, 2).index_select(0, rows).view(*tokens.shape, -1).to(q.dtype) for x in (k, v))
     return _softmax_attention(q, k, v, hidden.unsqueeze(3))
+
+
+def _near(keys: Keys, queries: slice, num_queries: int, window_size: int) -> Keys:
+    """The keys that some queries of a chunk may see, out of those of the whole chunk."""
+    before = keys.k.shape[1] - num_queries
+    return Keys(*(x[:, max(before + queries.start + 1 - window_size, 0) : before + queries.stop] for x in keys))
 
 
 def _seen(q: Tensor, positions: Tensor, keys: Keys, window_size: int | None) -> Tensor:

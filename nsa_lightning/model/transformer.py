@@ -277,7 +277,7 @@ class Transformer(nn.Module):
             layer.mlp.join_projections()
 
     @torch.no_grad()
-    def prefill(self, tokens: Tensor, cache: Cache, row: int, chunk_size: int = 4096) -> Tensor:
+    def prefill(self, tokens: Tensor, cache: Cache, row: int, chunk_size: int = 16384) -> Tensor:
         """Append tokens to one sequence of the cache, behind those that it holds; interrupted, it holds none.
 
         Args:
