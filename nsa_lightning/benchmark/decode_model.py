@@ -79,11 +79,12 @@ def measure_model(
 
 
 def random_model(config: TransformerConfig, dtype: torch.dtype, device: torch.device) -> Transformer:
-    """A model with its first weights."""
+    """A model with its first weights, as `nsa generate` decodes with it."""
     with torch.device("meta"):
         model = Transformer(config).to(dtype).requires_grad_(False)
     materialise(model, device)
     model.init_weights(seed=0)
+    model.join_projections()
     return model.eval()
 
 

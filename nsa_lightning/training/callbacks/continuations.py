@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from nsa_lightning.data.batch import PackedBatch
+from nsa_lightning.data.batch import IGNORE_INDEX, PackedBatch
 from nsa_lightning.data.datamodule import PackedTextDataModule
 from nsa_lightning.generation.decoder import Decoder
 from nsa_lightning.generation.generate import Generation, StopConfig
@@ -82,7 +82,11 @@ class Continuations(Callback):
             return
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         lengths: list[int] = batch.cu_seqlens.diff().tolist()
-        pieces = [piece for piece in batch.tokens.split(lengths) if len(piece) > self.prompt_tokens]
+        pieces = [
+            piece
+            for piece, targets in zip(batch.tokens.split(lengths), batch.targets.split(lengths), strict=True)
+            if len(piece) > self.prompt_tokens and targets[0] != IGNORE_INDEX  # padding is a document too
+        ]
         prompts = [piece[: self.prompt_tokens].tolist() for piece in pieces]
         texts = [""] * len(pieces)
         with torch.autocast(batch.tokens.device.type, enabled=False):
