@@ -50,9 +50,11 @@ class Decoder:
         self.cache.count_step()
         return self._graphs[completes_block].replay()
 
+    @torch.inference_mode()
     def end(self, row: int) -> None:
-        """Leave a row idle: its tokens and logits mean nothing until `begin`."""
+        """Leave a row idle and empty, which costs least: its tokens and logits mean nothing until `begin`."""
         self._idle.add(row)
+        self.cache.reset(row)
 
     def _capture(self) -> dict[bool, CapturedCall[Tensor]]:
         """The step twice: where no sequence completes a compression block, and where one may."""
