@@ -72,7 +72,10 @@ def append_tokens(
         _check("k_slots", new.k_slots, (len(q), S, *new.k.shape[1:]))
         _check("v_slots", new.v_slots, (len(q), S, *new.v.shape[1:]))
         if not new.k.dtype == new.v.dtype == new.k_slots.dtype == new.v_slots.dtype:
-            raise ValueError(f"slots must have the dtype of the keys, {new.k.dtype}, got {new.k_slots.dtype}")
+            raise ValueError(
+                f"slots must have the dtype of the keys and values, {new.k.dtype} and {new.v.dtype}, "
+                f"got {new.k_slots.dtype} and {new.v_slots.dtype}"
+            )
     _check("positions", positions, (len(q),))
     if pairs and _on_triton(backend, q, pairs[0].v, NSAConfig()):
         from nsa_kernels import append_triton
