@@ -4,7 +4,7 @@ import pytest
 import torch
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from support.dense import write_source
-from support.training import fit, language_model, packed_batches
+from support.training import fit, language_model, make_trainer, packed_batches
 
 from nsa_lightning.data.batch import IGNORE_INDEX
 from nsa_lightning.training.distillation import Distillation, Teacher
@@ -55,6 +55,13 @@ def test_a_run_is_saved_without_its_teacher_and_goes_on_without_it(folder, teach
     assert set(checkpoint["state_dict"]) == {f"model.{name}" for name in rest["weights"]}
     assert len(rest["losses"]) == 1
     assert not rest["divergences"]
+
+
+def test_a_teacher_is_gone_when_training_ends(folder, teacher):
+    module, trainer = language_model(distillation={"teacher": str(teacher)}), make_trainer(folder, **ONE_STEP)
+    trainer.fit(module, packed_batches([40, 20], count=1))
+    assert trainer.callback_metrics["train/distillation"] > 0
+    assert module.teacher is None
 
 
 def test_tokens_beyond_the_teachers_context_are_not_compared(tmp_path):
