@@ -236,18 +236,29 @@ def test_continuations_refuse_what_they_cannot_do():
     Continuations().on_predict_start(trainer, LanguageModel(CONFIG))
 
 
-def test_pieces_of_documents_are_continued_and_padding_is_not(tmp_path, corpus):
+class Interrupt(Callback):
+    """Fail in the first batch of a prediction."""
+
+    def on_predict_batch_end(self, *_):
+        raise RuntimeError("interrupted")
+
+
+def test_pieces_of_documents_are_continued_once_and_padding_is_not(tmp_path, corpus):
     scores = DocumentScores(str(tmp_path / "scores.jsonl"))
     continuations = Continuations(max_new_tokens=2, prompt_tokens=4, path=str(tmp_path / "continuations.jsonl"))
     data = data_module(corpus)
+    with pytest.raises(RuntimeError, match="interrupted"):
+        trainer(tmp_path, scores, continuations, Interrupt()).predict(language_model(), data)
     trainer(tmp_path, scores, continuations).predict(language_model(), data, return_predictions=False)
     scored, continued = (
         [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
         for name in ("scores", "continuations")
     )
+    batches = list(data.predict_dataloader())
+    assert len(scored) == sum((batch.targets[batch.cu_seqlens[:-1]] != IGNORE_INDEX).sum() for batch in batches)
     assert len(continued) == sum(row["tokens"] >= 4 for row in scored) > 0
     assert all(line["prompt"] and line["true"] for line in continued)
-    assert any((batch.targets == IGNORE_INDEX).sum() > len(batch.cu_seqlens) for batch in data.predict_dataloader())
+    assert any((batch.targets == IGNORE_INDEX).sum() > len(batch.cu_seqlens) for batch in batches)  # there is padding
 
 
 def test_a_model_trains_on_after_its_continuations(tmp_path, corpus):

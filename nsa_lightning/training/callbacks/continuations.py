@@ -47,11 +47,12 @@ class Continuations(Callback):
         self._lines: list[str] = []
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Make room for the sequences.
+        """Make room for the sequences, and forget what a run has left that did not end.
 
         Raises:
             ValueError: the weights are shards, which the decoding loop does not gather.
         """
+        self._lines = []
         if self.stop is None:
             return
         if isinstance(trainer.strategy, FSDP2Strategy):
