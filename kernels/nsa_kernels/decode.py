@@ -72,7 +72,10 @@ def append_tokens(
         _check("k_slots", new.k_slots, (len(q), S, *new.k.shape[1:]))
         _check("v_slots", new.v_slots, (len(q), S, *new.v.shape[1:]))
         if not new.k.dtype == new.v.dtype == new.k_slots.dtype == new.v_slots.dtype:
-            raise ValueError(f"slots must have the dtype of the keys, {new.k.dtype}, got {new.k_slots.dtype}")
+            raise ValueError(
+                f"slots must have the dtype of the keys and values, {new.k.dtype} and {new.v.dtype}, "
+                f"got {new.k_slots.dtype} and {new.v_slots.dtype}"
+            )
     _check("positions", positions, (len(q),))
     if pairs and _on_triton(backend, q, pairs[0].v, NSAConfig()):
         from nsa_kernels import append_triton
@@ -235,8 +238,7 @@ def chunk_attention(
     (T, H, _), (L, H_KV, D_QK), M = q.shape, k.shape, len(sliding_k)
     _check("q", q, (T, H_KV * (H // H_KV), D_QK))
     _check("gates", gates, (T, H, 3))
-    cache = LayerCache(*(x.unsqueeze(0) for x in (k, v, sliding_k, sliding_v, summary_k, summary_v)))
-    _check_pairs(cache, 1)
+    _check_pairs(LayerCache(*(x.unsqueeze(0) for x in (k, v, sliding_k, sliding_v, summary_k, summary_v))), 1)
     if not T <= L or min(L, T + config.window_size - 1) > M:
         raise ValueError(
             f"k must hold the {T} new tokens, and sliding_k those and the {config.window_size - 1} before them, "
@@ -245,13 +247,15 @@ def chunk_attention(
     needed = max(0, (L - config.compress_block_size) // config.compress_stride + 1)
     if len(summary_k) < needed:
         raise ValueError(f"summary_k must hold the {needed} complete blocks of {L} tokens, got {len(summary_k)}")
+    M = min(M, T + config.window_size - 1)
+    seen = k, v, sliding_k[-M:], sliding_v[-M:], summary_k[:needed], summary_v[:needed]  # the rest costs time alone
     if _on_triton(backend, q, v, config):
         from nsa_kernels import prefill_triton
 
-        q, gates, k, v, *others = (x.contiguous() for x in (q, gates, *(part.squeeze(0) for part in cache)))
-        return prefill_triton.sparse_attention(
-            q, gates, (k, v), (others[0], others[1]), (others[2], others[3]), config, scale
-        )
+        k, v, sliding_k, sliding_v, summary_k, summary_v = (x.contiguous() for x in seen)
+        pairs = (k, v), (sliding_k, sliding_v), (summary_k, summary_v)
+        return prefill_triton.sparse_attention(q.contiguous(), gates.contiguous(), *pairs, config, scale)
+    cache = LayerCache(*(x.unsqueeze(0) for x in seen))
     tokens = torch.arange(L, device=q.device).unsqueeze(0)  # [1, L]
     sliding = Keys(cache.sliding_k, cache.sliding_v, tokens[:, -M:])
     selected, summaries = (cache.k, cache.v), (cache.summary_k, cache.summary_v)

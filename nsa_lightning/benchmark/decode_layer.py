@@ -75,6 +75,13 @@ def cache_bytes(shape: Shape, batch_size: int, length: int, config: NSAConfig, d
     return sum(torch.Size(size).numel() for size in _sizes(shape, batch_size, length, config).values()) * dtype.itemsize
 
 
+def missing_memory(num_bytes: int, device: torch.device) -> str | None:
+    """Why a cache does not fit, before anything is allocated; None where it does."""
+    release_memory()
+    free = free_memory(device)
+    return f"the cache takes {num_bytes / 1e9:.1f} GB, {free / 1e9:.1f} GB are free" if num_bytes > free else None
+
+
 def make_step(
     shape: Shape, lengths: list[int], config: NSAConfig, dtype: torch.dtype, device: torch.device
 ) -> StepInputs:
@@ -122,12 +129,11 @@ def measure_layer(
         shape: heads and head dimensions.
         unusable: rivals that are left out, and why; None: all full attention is left out.
     """
-    release_memory()
     empty = DecodeRecord(case=case, method=f"nsa {SHARINGS[0]}", full=False)
     device, needed = bench.clock.device, cache_bytes(shape, case.batch_size, case.context, bench.config, bench.dtype)
-    free = free_memory(device)
-    if needed > free:
-        yield replace(empty, reason=f"the cache takes {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
+    reason = missing_memory(needed, device)
+    if reason is not None:
+        yield replace(empty, reason=reason)
         return
     lengths = [case.context] * case.batch_size
     inputs, reason = within_memory(lambda: make_step(shape, lengths, bench.config, bench.dtype, device))

@@ -15,11 +15,10 @@ import torch
 import yaml
 from torch import Tensor
 
-from nsa_lightning.benchmark.decode_layer import DecodeBench
+from nsa_lightning.benchmark.decode_layer import DecodeBench, missing_memory
 from nsa_lightning.benchmark.decode_records import DecodeCase, DecodeRecord
 from nsa_lightning.benchmark.timing import release_memory, within_memory
 from nsa_lightning.generation.decoder import Decoder
-from nsa_lightning.generation.device import free_memory
 from nsa_lightning.model.attention import AttentionKind
 from nsa_lightning.model.cache import Cache
 from nsa_lightning.model.initialization import materialise
@@ -79,11 +78,12 @@ def measure_model(
 
 
 def random_model(config: TransformerConfig, dtype: torch.dtype, device: torch.device) -> Transformer:
-    """A model with its first weights."""
+    """A model with its first weights, as `nsa generate` decodes with it."""
     with torch.device("meta"):
         model = Transformer(config).to(dtype).requires_grad_(False)
     materialise(model, device)
     model.init_weights(seed=0)
+    model.join_projections()
     return model.eval()
 
 
@@ -136,7 +136,6 @@ def _measure_prefill(bench: DecodeBench, model: Transformer, record: DecodeRecor
     reason = _missing_memory(bench, model, case.batch_size, case.context)
     if reason is not None:
         return replace(record, reason=reason)
-    release_memory()
     prompt = torch.randint(model.config.vocab_size, (case.context,), device=device)
 
     def prefilled() -> float:
@@ -149,8 +148,5 @@ def _measure_prefill(bench: DecodeBench, model: Transformer, record: DecodeRecor
 
 
 def _missing_memory(bench: DecodeBench, model: Transformer, batch_size: int, capacity: int) -> str | None:
-    """Why the cache does not fit beside the weights, before anything is allocated."""
-    release_memory()
-    needed = Cache.bytes_needed(model.config, batch_size, capacity, bench.dtype)
-    free = free_memory(bench.clock.device)
-    return f"the cache takes {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free" if needed > free else None
+    """Why the cache does not fit beside the weights."""
+    return missing_memory(Cache.bytes_needed(model.config, batch_size, capacity, bench.dtype), bench.clock.device)

@@ -85,8 +85,8 @@ def convert(
     Raises:
         ValueError: the source cannot be converted, the settings do not fit it, or the output cannot be written.
     """
-    if gate_bias < 0:
-        raise ValueError(f"gate_bias must be at least 0, got {gate_bias}")
+    if not 0 <= gate_bias < float("inf"):
+        raise ValueError(f"gate_bias must be at least 0 and finite, got {gate_bias}")
     dense = read_dense_config(source, "source")
     config = _nsa_config(dense, attention, nsa, rope, seq_len)
     weights = WeightFiles(source, "source")

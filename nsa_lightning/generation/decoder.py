@@ -16,14 +16,13 @@ class Decoder:
     """Continues up to B sequences of different lengths at once; every step has the same shapes.
 
     Args:
-        model: its parameters' device and dtype are those of the cache; it is not trained any more.
+        model: its parameters' device and dtype are those of the cache.
         batch_size: sequences (B).
         capacity: tokens of the longest sequence, prompt and continuation.
         cuda_graphs: replay the step as a CUDA graph instead of launching its kernels one by one; on a GPU only.
     """
 
     def __init__(self, model: Transformer, batch_size: int, capacity: int, cuda_graphs: bool) -> None:
-        model.join_projections()
         weight = model.output_embedding
         self.model, self.batch_size = model, batch_size
         self._idle = set(range(batch_size))
@@ -51,9 +50,11 @@ class Decoder:
         self.cache.count_step()
         return self._graphs[completes_block].replay()
 
+    @torch.inference_mode()
     def end(self, row: int) -> None:
-        """Leave a row idle: its tokens and logits mean nothing until `begin`."""
+        """Leave a row idle and empty, which costs least: its tokens and logits mean nothing until `begin`."""
         self._idle.add(row)
+        self.cache.reset(row)
 
     def _capture(self) -> dict[bool, CapturedCall[Tensor]]:
         """The step twice: where no sequence completes a compression block, and where one may."""

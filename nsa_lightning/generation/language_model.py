@@ -59,6 +59,7 @@ class LanguageModel(NamedTuple):
         materialise(model, device)
         for name, parameter in model.named_parameters():
             copy_whole(parameter, self.trained.read(hugging_face_name(name)))
+        model.join_projections()
         return Decoder(model.eval(), batch_size, capacity, cuda_graphs)
 
     def remark(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> str | None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 class JointProjection:
     """x [T, hidden_size] -> the outputs of all maps, [T, out_features] each, views of one tensor.
 
-    The maps' own weights become views of the joint one and are not trained any more: no weight is held twice.
+    The maps' own weights and biases become views of the joint ones and are not trained any more: none is held twice.
 
     Args:
         maps: of one input size and dtype.
@@ -20,9 +20,11 @@ class JointProjection:
         self._sizes = [one.out_features for one in maps]
         self._weight = torch.cat([one.weight.detach() for one in maps])
         biases = [one.weight.new_zeros(one.out_features) if one.bias is None else one.bias.detach() for one in maps]
-        self._bias = None if all(one.bias is None for one in maps) else torch.cat(biases)
-        for one, part in zip(maps, self._weight.split(self._sizes), strict=True):
-            one.weight = nn.Parameter(part, requires_grad=False)
+        joint_bias = torch.cat(biases)
+        self._bias = None if all(one.bias is None for one in maps) else joint_bias
+        for one, weight, bias in zip(maps, self._weight.split(self._sizes), joint_bias.split(self._sizes), strict=True):
+            one.weight = nn.Parameter(weight, requires_grad=False)
+            one.bias = one.bias if one.bias is None else nn.Parameter(bias, requires_grad=False)
 
     def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
         """The outputs in the order of the maps."""

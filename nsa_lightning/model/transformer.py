@@ -271,7 +271,10 @@ class Transformer(nn.Module):
         return TransformerOutput(self.norm(x), statistics)
 
     def join_projections(self) -> None:
-        """Make a step of decoding launch less: linear maps of one input become one. They are not trained any more."""
+        """Make a step of decoding launch less: linear maps of one input become one.
+
+        They are not trained any more, and stay on their device.
+        """
         for layer in cast("Iterable[Block]", self.layers):
             layer.self_attn.join_projections()
             layer.mlp.join_projections()

@@ -25,7 +25,7 @@ class Distillation:
     """A dense model whose predictions are learned beside the next tokens.
 
     Raises:
-        ValueError: the weight is not positive.
+        ValueError: the weight is not positive and finite.
     """
 
     teacher: str | None = None
@@ -35,8 +35,8 @@ class Distillation:
     """Multiple of the divergence from its predictions, in nats a token, that is added to the loss."""
 
     def __post_init__(self) -> None:
-        if self.weight <= 0:
-            raise ValueError(f"distillation.weight must be above 0, got {self.weight}")
+        if not 0 < self.weight < float("inf"):
+            raise ValueError(f"distillation.weight must be above 0 and finite, got {self.weight}")
 
     def check(self, vocab_size: int) -> None:
         """Refuse a teacher that does not predict the same tokens, before any data is read.

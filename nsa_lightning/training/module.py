@@ -122,6 +122,10 @@ class LanguageModel(LightningModule):
             directory = Path(self.distillation.teacher)
             self.teacher = Teacher(directory, self.trainer.strategy, str(self.trainer.precision))
 
+    def on_fit_end(self) -> None:
+        """Free the teacher's memory."""
+        self.teacher = None
+
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer over named parameter groups, and the schedule stepped after every optimizer step."""
         optimizer = self.optimizer_callable(parameter_groups(self))

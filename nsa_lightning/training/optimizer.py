@@ -26,7 +26,7 @@ class NewParts:
     The branches' own keys and values are not among them: they start as copies of trained weights.
 
     Raises:
-        ValueError: a negative number of steps, or a learning rate that is not positive.
+        ValueError: a negative number of steps, or a learning rate that is not positive and finite.
     """
 
     lr_factor: float = 1.0
@@ -37,8 +37,8 @@ class NewParts:
     without new parts trains from its first step."""
 
     def __post_init__(self) -> None:
-        if self.lr_factor <= 0:
-            raise ValueError(f"new_parts.lr_factor must be above 0, got {self.lr_factor}")
+        if not 0 < self.lr_factor < float("inf"):
+            raise ValueError(f"new_parts.lr_factor must be above 0 and finite, got {self.lr_factor}")
         if self.freeze_others_steps < 0:
             raise ValueError(f"new_parts.freeze_others_steps must be at least 0, got {self.freeze_others_steps}")
 

@@ -156,8 +156,7 @@ def test_the_bytes_counted_are_those_that_a_step_reads(length, full, window_size
 
 def test_what_does_not_fit_is_a_row_and_the_run_goes_on(bench, monkeypatch, capsys):
     quick = ["--config", "small.yaml", "--check", "false", "--rivals", "false", "--overwrite", "true"]
-    for module in (decode_layer, decode_model):
-        monkeypatch.setattr(module, "free_memory", lambda device: 50_000)
+    monkeypatch.setattr(decode_layer, "free_memory", lambda device: 50_000)
     assert bench(*quick) == 0
     reasons = {(row["kind"], row["batch_size"], row["context"]): row["reason"] for row in records() if row["reason"]}
     assert set(reasons) == {("layer", 3, 130), ("layer", 3, 70), ("model", 3, 130)}
@@ -166,8 +165,7 @@ def test_what_does_not_fit_is_a_row_and_the_run_goes_on(bench, monkeypatch, caps
     def out_of_memory(*arguments, **options):
         raise torch.OutOfMemoryError("out of memory: tried to allocate 9 GiB")
 
-    for module in (decode_layer, decode_model):
-        monkeypatch.setattr(module, "free_memory", lambda device: 10**9)
+    monkeypatch.setattr(decode_layer, "free_memory", lambda device: 10**9)
     monkeypatch.setattr(decode_layer, "decode_attention", out_of_memory)
     monkeypatch.setattr(decode_model, "Decoder", out_of_memory)
     assert bench(*quick) == 0

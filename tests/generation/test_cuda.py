@@ -32,6 +32,7 @@ def greedy(decoder: Decoder, prompts: list[torch.Tensor], steps: int) -> list[li
 def test_greedy_decoding_is_the_same_with_and_without_cuda_graphs():
     torch.manual_seed(0)
     model = Transformer(CONFIG).cuda().requires_grad_(False)
+    model.join_projections()
     generator = torch.Generator().manual_seed(1)
     prompts = [torch.randint(512, (length,), generator=generator) for length in (300, 7, 29)]
     plain, graphs = (greedy(Decoder(model, 2, 400, cuda_graphs), prompts, 80) for cuda_graphs in (False, True))

@@ -129,6 +129,16 @@ def test_rows_that_idle_longer_than_the_cache_is_do_not_disturb_the_others(model
     assert told[1] == told[2] == told[3] == answers(Decoder(model, 1, 16, False), [prompt], stop)[0][0][2]
 
 
+def test_a_row_that_has_ended_is_as_short_as_the_others(model):
+    """A step on a CPU reads as many slots as the longest sequence has tokens."""
+    decoder = Decoder(model, 2, 95, False)
+    for row, prompt in enumerate(prompts_of(70, 3)):
+        decoder.begin(row, torch.tensor(prompt))
+    decoder.end(0)
+    assert decoder.step([0, 1]).isfinite().all()
+    assert decoder.cache.lengths.tolist() == decoder.cache.host_lengths == [1, 4]
+
+
 def test_a_cache_that_does_not_fit_says_how_many_tokens_would(monkeypatch):
     monkeypatch.setattr("nsa_lightning.generation.device.free_memory", lambda device: 2_000_000)
     check_memory(CONFIG, 2, 1000, CPU, torch.float32)

@@ -117,15 +117,21 @@ def test_chunk_by_chunk_equals_the_whole_document(geometry):
         assert_chunks(document, range(0, document.length, chunk), "eager", 1e-10)
 
 
+def unread(x, first=0, last=0):
+    """Rows that count for nothing before and behind, not even finite."""
+    return torch.cat([x.new_full((first, *x.shape[1:]), torch.nan), x, x.new_full((last, *x.shape[1:]), torch.nan)])
+
+
 def assert_chunks(document, starts, backend, tolerance):
     config, inputs = document.config, document.inputs.to()
     for start, stop in itertools.pairwise([*starts, document.length]):
         recent = max(0, start - config.window_size + 1)
         complete = max(0, (stop - config.compress_block_size) // config.compress_stride + 1)
-        keys = inputs.k[:stop], inputs.v[:stop], document.sliding_k[recent:stop], document.sliding_v[recent:stop]
-        summaries = document.summary_k[:complete], document.summary_v[:complete]
+        keys = inputs.k[:stop], inputs.v[:stop]
+        sliding = (unread(x[recent:stop], first=min(2, recent)) for x in (document.sliding_k, document.sliding_v))
+        summaries = (unread(x[:complete], last=2) for x in (document.summary_k, document.summary_v))
         q, gates = inputs.q[start:stop].detach(), inputs.gates[start:stop].detach()
-        result = chunk_attention(q, gates, *keys, *summaries, config, backend=backend)
+        result = chunk_attention(q, gates, *keys, *sliding, *summaries, config, backend=backend)
         for i, t in enumerate(range(start, stop)):
             expected, chosen = document.whole.block_indices[t : t + 1], result.block_indices[i : i + 1]
             if torch.equal(chosen, expected):

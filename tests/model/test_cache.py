@@ -89,6 +89,14 @@ def test_joined_projections_change_no_weight_and_no_result(name):
     assert len(joint) <= len(memory) - 3 * len(model.layers)  # they share memory now
 
 
+def test_weights_that_are_read_into_a_joined_model_are_those_it_decodes_with():
+    model, tokens = build(**VARIANTS["qwen"]), text(12)
+    other = {name: torch.randn_like(weight) for name, weight in model.state_dict().items()}
+    model.join_projections()
+    model.load_state_dict(other)
+    assert_close(decoded(model, allocate(model), tokens), whole(model, tokens))
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_prompt_in_chunks_and_its_continuation_equal_the_whole_document(name):
     model, tokens = build(**VARIANTS[name]), text(REACH + 30)

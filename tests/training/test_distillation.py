@@ -4,7 +4,7 @@ import pytest
 import torch
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from support.dense import write_source
-from support.training import fit, language_model, packed_batches
+from support.training import fit, language_model, make_trainer, packed_batches
 
 from nsa_lightning.data.batch import IGNORE_INDEX
 from nsa_lightning.training.distillation import Distillation, Teacher
@@ -57,6 +57,13 @@ def test_a_run_is_saved_without_its_teacher_and_goes_on_without_it(folder, teach
     assert not rest["divergences"]
 
 
+def test_a_teacher_is_gone_when_training_ends(folder, teacher):
+    module, trainer = language_model(distillation={"teacher": str(teacher)}), make_trainer(folder, **ONE_STEP)
+    trainer.fit(module, packed_batches([40, 20], count=1))
+    assert trainer.callback_metrics["train/distillation"] > 0
+    assert module.teacher is None
+
+
 def test_tokens_beyond_the_teachers_context_are_not_compared(tmp_path):
     short = write_source(tmp_path / "short", max_position_embeddings=20)
     teacher = Teacher(short, SingleDeviceStrategy("cpu"), "32-true")
@@ -83,8 +90,9 @@ def test_the_teacher_is_frozen_in_the_dtype_of_computation(teacher, precision, d
 
 
 def test_a_teacher_that_cannot_be_is_named(tmp_path, teacher):
-    with pytest.raises(ValueError, match=r"distillation.weight must be above 0, got 0"):
-        Distillation(weight=0)
+    for weight in (0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"distillation.weight must be above 0 and finite, got {weight}"):
+            Distillation(weight=weight)
     with pytest.raises(ValueError, match=r"distillation.teacher must be a directory with a readable config.json"):
         language_model(distillation={"teacher": str(tmp_path)})
     with pytest.raises(

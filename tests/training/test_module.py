@@ -234,3 +234,37 @@ def test_continuations_refuse_what_they_cannot_do():
     with pytest.raises(ValueError, match=r"generate\.max_new_tokens must be unset with trainer.strategy=fsdp2"):
         Continuations(max_new_tokens=5).on_predict_start(trainer, LanguageModel(CONFIG))
     Continuations().on_predict_start(trainer, LanguageModel(CONFIG))
+
+
+class Interrupt(Callback):
+    """Fail in the first batch of a prediction."""
+
+    def on_predict_batch_end(self, *_):
+        raise RuntimeError("interrupted")
+
+
+def test_pieces_of_documents_are_continued_once_and_padding_is_not(tmp_path, corpus):
+    scores = DocumentScores(str(tmp_path / "scores.jsonl"))
+    continuations = Continuations(max_new_tokens=2, prompt_tokens=4, path=str(tmp_path / "continuations.jsonl"))
+    data = data_module(corpus)
+    with pytest.raises(RuntimeError, match="interrupted"):
+        trainer(tmp_path, scores, continuations, Interrupt()).predict(language_model(), data)
+    trainer(tmp_path, scores, continuations).predict(language_model(), data, return_predictions=False)
+    scored, continued = (
+        [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("scores", "continuations")
+    )
+    batches = list(data.predict_dataloader())
+    assert len(scored) == sum((batch.targets[batch.cu_seqlens[:-1]] != IGNORE_INDEX).sum() for batch in batches)
+    assert len(continued) == sum(row["tokens"] >= 4 for row in scored) > 0
+    assert all(line["prompt"] and line["true"] for line in continued)
+    assert any((batch.targets == IGNORE_INDEX).sum() > len(batch.cu_seqlens) for batch in batches)  # there is padding
+
+
+def test_a_model_trains_on_after_its_continuations(tmp_path, corpus):
+    module, data = language_model(), data_module(corpus)
+    continuations = Continuations(max_new_tokens=2, prompt_tokens=4, path=str(tmp_path / "continuations.jsonl"))
+    trainer(tmp_path, continuations).predict(module, data, return_predictions=False)
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    trainer(tmp_path, max_steps=2, limit_val_batches=0).fit(module, data)
+    assert not [name for name, value in module.state_dict().items() if torch.equal(value, before[name])]

@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from nsa_lightning.data.batch import PackedBatch
+from nsa_lightning.data.batch import IGNORE_INDEX, PackedBatch
 from nsa_lightning.data.datamodule import PackedTextDataModule
 from nsa_lightning.generation.decoder import Decoder
 from nsa_lightning.generation.generate import Generation, StopConfig
@@ -47,11 +47,12 @@ class Continuations(Callback):
         self._lines: list[str] = []
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Make room for the sequences.
+        """Make room for the sequences, and forget what a run has left that did not end.
 
         Raises:
             ValueError: the weights are shards, which the decoding loop does not gather.
         """
+        self._lines = []
         if self.stop is None:
             return
         if isinstance(trainer.strategy, FSDP2Strategy):
@@ -82,7 +83,11 @@ class Continuations(Callback):
             return
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         lengths: list[int] = batch.cu_seqlens.diff().tolist()
-        pieces = [piece for piece in batch.tokens.split(lengths) if len(piece) > self.prompt_tokens]
+        pieces = [
+            piece
+            for piece, targets in zip(batch.tokens.split(lengths), batch.targets.split(lengths), strict=True)
+            if len(piece) > self.prompt_tokens and targets[0] != IGNORE_INDEX  # padding is a document too
+        ]
         prompts = [piece[: self.prompt_tokens].tolist() for piece in pieces]
         texts = [""] * len(pieces)
         with torch.autocast(batch.tokens.device.type, enabled=False):

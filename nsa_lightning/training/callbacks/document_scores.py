@@ -29,6 +29,10 @@ class DocumentScores(Callback):
         self.path, self.preview_characters = path, preview_characters
         self._lines: list[str] = []
 
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget what a run has left that did not end."""
+        self._lines = []
+
     def on_predict_batch_end(
         self,
         trainer: Trainer,

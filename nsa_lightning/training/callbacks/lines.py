@@ -1,10 +1,10 @@
 """Lines that a run gathers, as a file."""
 
-import os
 from pathlib import Path
 
 from lightning.pytorch import Trainer
 
+from nsa_lightning.data.storage import whole_file
 from nsa_lightning.training.strategy import ranks_a_batch
 
 
@@ -27,7 +27,6 @@ def write_lines(trainer: Trainer, lines: list[str], path: str | None, name: str,
     if trainer.world_size > 1:
         file = file.with_name(f"{file.stem}.rank{trainer.global_rank}{file.suffix}")
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(file.name + ".tmp")
-    temporary.write_text("\n".join([*lines, ""]), encoding="utf-8")
-    os.replace(temporary, file)  # noqa: PTH105 (says what it does)
+    with whole_file(file) as stream:
+        stream.write("".join(f"{line}\n" for line in lines).encode())
     print(f"{len(lines)} {what}: {file}")
