@@ -85,6 +85,8 @@ def convert(
     Raises:
         ValueError: the source cannot be converted, the settings do not fit it, or the output cannot be written.
     """
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
     if gate_bias < 0:
         raise ValueError(f"gate_bias must be at least 0, got {gate_bias}")
     dense = read_dense_config(source, "source")
@@ -98,6 +100,7 @@ def convert(
     text = read_sample(source, sample, sample_tokens) if measured else None
     with new_directory(output) as directory:
         tensors = _tensors(model, weights, origins, gate_bias)
+        tensors = tqdm(tensors, desc="convert", total=len(origins), unit="tensor", disable=None)
         write_weights(directory, tensors, min(SHARD_BYTES, weights.largest_file // 2))
         dtype = str(weights.dtype("model.embed_tokens.weight")).removeprefix("torch.")
         tokenizer_files = copy_tokenizer(source, directory)
