@@ -30,13 +30,13 @@ _BRANCHES = (".self_attn.compressed.", ".self_attn.sliding.")
 
 @dataclass(frozen=True, kw_only=True)
 class RopeChange:
-    """What changes in the rotary embedding, for a longer context; what is left out stays as the source has it."""
+    """What changes in the rotary embedding, for a longer context; what is left out stays as the model has it."""
 
     scaling: Literal["none", "linear", "llama3", "yarn"] | None = None
-    """How frequencies are scaled, in place of what the source does."""
+    """How frequencies are scaled, in place of what the model does."""
 
     factor: float | None = None
-    """How many times longer than the source's original context; needed by `linear`, `llama3` and `yarn`."""
+    """How many times longer than the model's original context; needed by `linear`, `llama3` and `yarn`."""
 
     theta: float | None = None
     """Base of the frequencies."""
@@ -113,6 +113,8 @@ def convert(
     copied = sum(size for name, size in sizes.items() if origins[name] == hugging_face_name(name))
     new = sum(size for name, size in sizes.items() if origins[name] is None)
     remarks = _remarks(dense, config, seq_len, tokenizer_files)
+    if difference is not None and config.rope != dense.config.rope:
+        remarks.append("the source was measured with its own rotary embedding: the change of it is in the difference")
     return Conversion(config, copied, sum(sizes.values()) - copied - new, new, tokenizer_files, difference, remarks)
 
 
