@@ -54,17 +54,14 @@ def printed_answers(prompts: Sequence[Prompt], out: TextIO) -> Iterator[Callable
 def written_answers(prompts: Sequence[Prompt], path: Path) -> Iterator[Callable[[Piece], None]]:
     """Write one JSON line a prompt, in their order: prompt, answer, its number of tokens and why it ended.
 
-    After Ctrl-C the file has the answers that were finished. A bar on stderr counts them where that is a terminal.
+    After Ctrl-C the file has the answers that were finished.
 
     Raises:
         ValueError: the file exists or cannot be written.
     """
     if path.exists():
         raise ValueError(f"output must not exist, got {path}")
-    from tqdm import tqdm  # type: ignore[import-untyped]
-
     texts, lines = [""] * len(prompts), [""] * len(prompts)
-    bar = tqdm(total=len(prompts), desc="generate", unit="answer", disable=None)
 
     def add(piece: Piece) -> None:
         texts[piece.prompt] += piece.text
@@ -72,10 +69,9 @@ def written_answers(prompts: Sequence[Prompt], path: Path) -> Iterator[Callable[
             prompt, answer = prompts[piece.prompt].text, texts[piece.prompt]
             line = {"prompt": prompt, "answer": answer, "tokens": len(piece.tokens), "finish": piece.finish}
             lines[piece.prompt] = json.dumps(line, ensure_ascii=False) + "\n"
-            bar.update()
 
     interrupted = None
-    with whole_file(path) as stream, bar:
+    with whole_file(path) as stream:
         try:
             yield add
         except KeyboardInterrupt as error:
