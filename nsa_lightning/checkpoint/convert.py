@@ -113,7 +113,7 @@ def convert(
     copied = sum(size for name, size in sizes.items() if origins[name] == hugging_face_name(name))
     new = sum(size for name, size in sizes.items() if origins[name] is None)
     remarks = _remarks(dense, config, seq_len, tokenizer_files)
-    if difference is not None and config.rope != dense.config.rope:
+    if difference is not None and rope != RopeChange():
         remarks.append("the source was measured with its own rotary embedding: the change of it is in the difference")
     return Conversion(config, copied, sum(sizes.values()) - copied - new, new, tokenizer_files, difference, remarks)
 

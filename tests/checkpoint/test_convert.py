@@ -122,6 +122,7 @@ def test_the_command_says_what_it_made_and_measures_it(tmp_path, monkeypatch, ca
     for whole, early, late in zip(*means, strict=True):  # 299 predictions, 256 of them in the first bucket
         assert whole == pytest.approx((256 * early + 43 * late) / 299, abs=2e-4)
     assert "note         seq_len 16384 is beyond the context of 512 tokens" in printed
+    assert "note         the source was measured with its own rotary embedding" in printed
     assert {path.name for path in (tmp_path / "out").iterdir()} >= {"config.json", "tokenizer.json", "continue.yaml"}
     saved = read_config(tmp_path / "out", "out")
     assert saved.max_seq_len == 512
