@@ -38,7 +38,7 @@ def generate_text(
     """Continue prompts with a trained model, or answer them with `--chat true`.
 
     One answer is printed as it comes; several are printed in the order of their prompts, or written to `--output`.
-    Tokens a second are told on stderr at the end.
+    Tokens a second are told on stderr at the end. Ctrl-C keeps what there is.
 
     Args:
         model: checkpoint of nsa fit, one file or a sharded directory; a directory of nsa convert or nsa export; or a
@@ -69,6 +69,8 @@ def generate_text(
     Raises:
         ValueError: a setting is out of range, the model or a prompt cannot be read, or the memory does not suffice.
     """
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
     sampling = SamplingConfig(
         temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty, seed=seed
     )
@@ -88,8 +90,10 @@ def generate_text(
             print(f"nsa generate: note: {remark}", file=sys.stderr)
         generation = Generation(decoder, sampler, opened.tokenizer, opened.end_tokens, stops)
         try:
-            for piece in generation.run(tokens):
-                add(piece)
+            with tqdm(total=len(prompts), desc="generate", unit="answer", disable=None if output else True) as bar:
+                for piece in generation.run(tokens):
+                    add(piece)
+                    bar.update(piece.finish is not None)
         finally:
             print(generation.speed, file=sys.stderr)
     return 0

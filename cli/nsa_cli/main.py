@@ -1,5 +1,6 @@
 """The `nsa` command: looks at the first word and imports what that command needs, no more."""
 
+import signal
 import sys
 from importlib import import_module
 
@@ -50,7 +51,11 @@ def main() -> int:
         return 0
     if command in _TRAINER_COMMANDS | _OTHER_COMMANDS:
         module = "trainer_commands" if command in _TRAINER_COMMANDS else command
-        return int(import_module(f"nsa_cli.{module}").run())
+        try:
+            return int(import_module(f"nsa_cli.{module}").run())
+        except KeyboardInterrupt:  # such as during the imports, which take seconds
+            print(f"nsa {command}: error: interrupted", file=sys.stderr)
+            return 128 + signal.SIGINT
     names = ", ".join(_TRAINER_COMMANDS | _OTHER_COMMANDS)
     print(f"nsa: error: no command {command!r}; the commands are {names}", file=sys.stderr)
     return 2

@@ -1,8 +1,10 @@
 """`nsa fit | validate | test | predict`: LightningCLI with our model, data and callbacks."""
 
+import logging
 import re
 import signal
 import sys
+import warnings
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -149,6 +151,7 @@ def run_command_line(command_line: type[NSACommandLine], trainer_class: type[Tra
     A mistake of the user's ends in one clear line and status 2, a run stopped by SIGTERM in status 143.
     """
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    _silence()
     try:
         command_line(
             LanguageModel,
@@ -160,7 +163,10 @@ def run_command_line(command_line: type[NSACommandLine], trainer_class: type[Tra
             save_config_kwargs={"overwrite": True},
             parser_class=NSAParser,
             seed_everything_default=0,
-            parser_kwargs={"description": "Train and measure language models with Native Sparse Attention."},
+            parser_kwargs={
+                "prog": "nsa",
+                "description": "Train and measure language models with Native Sparse Attention.",
+            },
         )
     except (ValueError, MisconfigurationException) as error:
         if not _is_deliberate(error):
@@ -170,6 +176,13 @@ def run_command_line(command_line: type[NSACommandLine], trainer_class: type[Tra
     except SIGTERMException as stop:  # the run has ended after its batch
         return stop.code if isinstance(stop.code, int) else 128 + signal.SIGTERM
     return 0
+
+
+def _silence() -> None:
+    """Leave out what Lightning says in every run and no user can act on."""
+    warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    logger.addFilter(lambda record: "litlogger" not in record.getMessage())
 
 
 def _check_checkpoint(path: Path) -> None:

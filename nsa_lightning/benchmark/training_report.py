@@ -119,6 +119,7 @@ def draw_training(records: Sequence[TrainingRecord], path: Path) -> None:
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullLocator
 
     measured = [record for record in records if record.step is not None]
     scales = len({record.world_size for record in measured}) > 1
@@ -132,6 +133,9 @@ def draw_training(records: Sequence[TrainingRecord], path: Path) -> None:
         efficiencies.add(record, f"{record.case.tokens} tokens", record.world_size, record.efficiency(measured))
     _draw(panels[0], speeds, "tokens in a sequence", "tokens/s/GPU")
     panels[0].set_yscale("log")
+    panels[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    panels[0].yaxis.set_major_formatter("{x:,.0f}")
+    panels[0].yaxis.set_minor_locator(NullLocator())
     if scales:
         _draw(panels[1], efficiencies, "GPUs", "tokens/s/GPU beside the fewest GPUs'")
         panels[1].set_ylim(bottom=0)

@@ -30,13 +30,13 @@ _BRANCHES = (".self_attn.compressed.", ".self_attn.sliding.")
 
 @dataclass(frozen=True, kw_only=True)
 class RopeChange:
-    """What changes in the rotary embedding, for a longer context; what is left out stays as the source has it."""
+    """What changes in the rotary embedding, for a longer context; what is left out stays as the model has it."""
 
     scaling: Literal["none", "linear", "llama3", "yarn"] | None = None
-    """How frequencies are scaled, in place of what the source does."""
+    """How frequencies are scaled, in place of what the model does."""
 
     factor: float | None = None
-    """How many times longer than the source's original context; needed by `linear`, `llama3` and `yarn`."""
+    """How many times longer than the model's original context; needed by `linear`, `llama3` and `yarn`."""
 
     theta: float | None = None
     """Base of the frequencies."""
@@ -85,6 +85,8 @@ def convert(
     Raises:
         ValueError: the source cannot be converted, the settings do not fit it, or the output cannot be written.
     """
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
     if not 0 <= gate_bias < float("inf"):
         raise ValueError(f"gate_bias must be at least 0 and finite, got {gate_bias}")
     dense = read_dense_config(source, "source")
@@ -98,6 +100,7 @@ def convert(
     text = read_sample(source, sample, sample_tokens) if measured else None
     with new_directory(output) as directory:
         tensors = _tensors(model, weights, origins, gate_bias)
+        tensors = tqdm(tensors, desc="convert", total=len(origins), unit="tensor", disable=None)
         write_weights(directory, tensors, min(SHARD_BYTES, weights.largest_file // 2))
         dtype = str(weights.dtype("model.embed_tokens.weight")).removeprefix("torch.")
         tokenizer_files = copy_tokenizer(source, directory)

@@ -72,11 +72,13 @@ def token_losses(config: TransformerConfig, weights: WeightFiles, tokens: Tensor
         weights: its tensors, under Hugging Face names.
         tokens: int64 [T].
     """
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
     with torch.device("meta"):
         model = Transformer(config)
     context = model.context(torch.arange(len(tokens)), torch.tensor([0, len(tokens)], dtype=torch.int32), len(tokens))
     x = F.embedding(tokens, weights.read("model.embed_tokens.weight")).float()  # [T, hidden_size]
-    for index, layer in enumerate(model.layers):
+    for index, layer in enumerate(tqdm(model.layers, desc="measure", unit="layer", disable=None)):
         names = {name: hugging_face_name(f"layers.{index}.{name}") for name, _ in layer.named_parameters()}
         layer.load_state_dict({name: weights.read(full).float() for name, full in names.items()}, assign=True)
         x, _ = layer(x, context, False)

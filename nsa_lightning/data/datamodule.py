@@ -270,7 +270,7 @@ class PackedTextDataModule(L.LightningDataModule):
         fraction = {"val": manifest.val_fraction, "test": manifest.test_fraction}[split]
         raise ValueError(
             f"{prefix}{split}_fraction={fraction}, which leaves no {word} document among {total}; "
-            "raise it, set it to 0 or add documents"
+            f"raise it{', set it to 0 to train without' if split == 'val' and fraction else ''} or add documents"
         )
 
     def _prepare_sources(self) -> str:

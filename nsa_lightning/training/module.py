@@ -286,7 +286,7 @@ def _with_its_vocabulary(transformer: TransformerConfig, directory: Path) -> Tra
         saved = dataclasses.replace(saved, nsa=transformer.nsa)
     changed = _differences(dataclasses.asdict(saved), dataclasses.asdict(transformer))
     if changed:
-        rank_zero_warn(f"model.transformer differs from what model.init_from was converted to: {'; '.join(changed)}")
+        rank_zero_warn(f"model.transformer differs from that of model.init_from: {'; '.join(changed)}")
     return transformer
 
 

@@ -5,6 +5,7 @@ is in `meta.pt`, written last. So nothing in a directory has to be unpickled wit
 """
 
 import pickle
+import warnings
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
@@ -113,12 +114,19 @@ def read_meta(path: Path) -> dict[str, Any]:
     return torch.load(path / META, weights_only=True, map_location="cpu")
 
 
+def _fill(tensors: dict[str, Tensor], path: Path) -> None:
+    """Read tensors whole, in this process alone."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as it should be
+        dcp.load(tensors, storage_reader=_Reader(path), no_dist=True)
+
+
 def read_whole(path: Path) -> dict[str, Any]:
     """A sharded checkpoint in the layout of one file, in host memory; needs no other rank."""
     tensors = {
         name: torch.zeros(entry.size, dtype=entry.properties.dtype) for name, entry in read_contents(path).items()
     }
-    dcp.load(tensors, storage_reader=_Reader(path), no_dist=True)
+    _fill(tensors, path)
     return join(tensors, read_meta(path))
 
 
@@ -127,7 +135,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     prefix = "state_dict."
     contents = {name: entry for name, entry in read_contents(path).items() if name.startswith(prefix)}
     tensors = {name: torch.zeros(entry.size, dtype=entry.properties.dtype) for name, entry in contents.items()}
-    dcp.load(tensors, storage_reader=_Reader(path), no_dist=True)
+    _fill(tensors, path)
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
 

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import nsa_cli.main
 import pytest
 import torch
 import yaml
@@ -221,18 +222,30 @@ def test_two_processes_train_and_report(workplace):
     assert list(workplace.glob("runs/**/last.ckpt"))
 
 
+def test_ctrl_c_while_a_command_is_imported_ends_in_one_line(monkeypatch, capsys):
+    def interrupted(name):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(nsa_cli.main, "import_module", interrupted)
+    assert run(monkeypatch, "generate") == 130
+    assert capsys.readouterr().err == "nsa generate: error: interrupted\n"
+
+
 @pytest.mark.parametrize(("signum", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_run_that_is_told_to_stop_saves_and_does_not_look_finished(workplace, signum, status):
     command = [sys.executable, "-m", "nsa_cli.main", "fit", "--config", "small.yaml", "--data.sources", '["texts"]']
     command += [*LOGGED, "--trainer.max_steps", "1000000", "--data.num_workers", "1"]
-    run = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+    run = subprocess.Popen(command, **pipes, start_new_session=True)
     deadline = time.monotonic() + 120
     while not list(workplace.glob("runs/**/last.ckpt")) and run.poll() is None and time.monotonic() < deadline:
         time.sleep(0.2)
     os.killpg(run.pid, signum)  # as a scheduler and a terminal do: to the process that makes batches too
-    assert run.wait(timeout=60) == status
+    printed, _ = run.communicate(timeout=60)
+    assert run.returncode == status
     (path,) = workplace.glob("runs/**/last.ckpt")
     assert torch.load(path, weights_only=True)["global_step"] >= 3
+    assert printed.endswith(f"--ckpt_path {path.relative_to(workplace)}\n")  # of the command that goes on
 
 
 def test_a_key_that_does_not_exist_in_a_config_is_named(workplace, monkeypatch, capsys):

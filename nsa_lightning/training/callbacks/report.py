@@ -8,6 +8,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from nsa_lightning.data.datamodule import PackedTextDataModule
+from nsa_lightning.training.callbacks.stop_signals import StopRequested
 
 
 class FitReport(Callback):
@@ -16,10 +17,20 @@ class FitReport(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Print after the last checkpoint is written, and only if training got somewhere."""
         log_dir = trainer.log_dir  # asks the other ranks, so on every rank
-        if stage == "fit" and trainer.global_step > 0 and trainer.is_global_zero:
-            print("\n" + "\n".join(f"{name:<18}{text}" for name, text in self._lines(trainer, log_dir)), flush=True)
+        if stage == "fit":
+            self._print(trainer, log_dir, f" --trainer.max_steps {2 * trainer.global_step}")
 
-    def _lines(self, trainer: Trainer, log_dir: str | None) -> list[tuple[str, str]]:
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Print where a run is and how it goes on that was told to stop and has saved its step."""
+        if isinstance(exception, StopRequested):
+            self._print(trainer, trainer.log_dir, "")  # every rank has stopped
+
+    def _print(self, trainer: Trainer, log_dir: str | None, more_steps: str) -> None:
+        if trainer.global_step > 0 and trainer.is_global_zero:
+            lines = self._lines(trainer, log_dir, more_steps)
+            print("\n" + "\n".join(f"{name:<18}{text}" for name, text in lines), flush=True)
+
+    def _lines(self, trainer: Trainer, log_dir: str | None, more_steps: str) -> list[tuple[str, str]]:
         lines = _validation(trainer)
         checkpoint = trainer.checkpoint_callback
         best = checkpoint.best_model_path if isinstance(checkpoint, ModelCheckpoint) else ""
@@ -30,7 +41,7 @@ class FitReport(Callback):
             lines.append(("look at it", f"tensorboard --logdir {_relative(log_dir)}"))
         if last and log_dir and Path(log_dir, "config.yaml").exists():
             command = f"nsa fit --config {_relative(Path(log_dir, 'config.yaml'))} --ckpt_path {_relative(last)}"
-            lines.append(("train on", f"{command} --trainer.max_steps {2 * trainer.global_step}"))
+            lines.append(("train on", f"{command}{more_steps}"))
         return lines
 
 
