@@ -187,10 +187,10 @@ def decode_dense_attention(
     _check("v", v, (B, S, H_KV, v.shape[3]))
     _check("positions", positions, (B,))
     if _on_triton(backend, q, v, NSAConfig()):
-        from nsa_kernels import decode_triton
+        from nsa_kernels import decode_parts
 
         contiguous = q.contiguous(), k.contiguous(), v.contiguous()
-        return decode_triton.dense_attention(*contiguous, positions, window_size, scale)
+        return decode_parts.dense_attention(*contiguous, positions, window_size, scale)
     position, S = positions.long().unsqueeze(1), _used_slots(S, positions)
     k, v = k[:, :S], v[:, :S]
     tokens = _ring_tokens(position, S) if window_size is not None else torch.arange(S, device=q.device).expand(B, S)

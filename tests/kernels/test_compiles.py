@@ -20,7 +20,7 @@ KERNELS = {
     "_union_kernel",
     "_dq_kernel",
     "_dkv_kernel",
-    "_parts_kernel",
+    "parts_kernel",
     "_choose_kernel",
     "_merge_segments_kernel",
     "_selected_kernel",

@@ -9,7 +9,7 @@ import sys
 
 import torch
 import triton
-from nsa_kernels import NSAConfig, append_triton, decode_triton, native_sparse_attention, triton_backend
+from nsa_kernels import NSAConfig, append_triton, decode_parts, decode_triton, native_sparse_attention, triton_backend
 from nsa_kernels.decode import LayerCache, NewTokens
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
@@ -43,7 +43,7 @@ class AbsentGPU:
 def main(capability: int) -> None:
     triton.runtime.driver.set_active(AbsentGPU(capability))
     torch.cuda.get_device_capability = lambda device=None: divmod(capability, 10)
-    decode_triton._programs = lambda device: 4 * 132
+    decode_parts._programs = lambda device: 4 * 132
     triton_backend.reason_against = lambda q, v, config: None
     run = JITFunction.run
 
@@ -80,7 +80,7 @@ def decode(H: int, H_kv: int, D_qk: int, D_v: int, dtype: torch.dtype) -> None:
     )
     q, gates, positions = torch.zeros(B, H, D_qk, dtype=dtype), torch.zeros(B, H, 3, dtype=dtype), torch.zeros(B).int()
     decode_triton.sparse_attention(q, gates, cache, positions, config, 1.0)
-    decode_triton.dense_attention(q, *cache[:2], positions, None, 1.0)
+    decode_parts.dense_attention(q, *cache[:2], positions, None, 1.0)
     cos = torch.zeros(B, D_qk // 2)
     pairs = [NewTokens(x[:, 0], y[:, 0], x, y, True) for x, y in (cache[:2], cache[2:4])]
     append_triton.append_tokens(q, pairs, positions, cos, cos)
