@@ -130,11 +130,16 @@ class KernelSettings:
             check_filled(name, values)
             if min(values) < 1:
                 raise ValueError(f"{name} must be at least 1 token each, got {min(values)}")
-        if not 0 < self.time_budget < math.inf:
-            raise ValueError(f"time_budget must be seconds above 0, got {self.time_budget}")
-        if self.repetitions < 1:
-            raise ValueError(f"repetitions must be at least 1, got {self.repetitions}")
+        check_timing(self.time_budget, self.repetitions)
         check_output(self.output_dir, (RESULTS_NAME, PLOT_NAME), self.overwrite)
+
+
+def check_timing(time_budget: float, repetitions: int) -> None:
+    """Refuse what no measurement can keep to: seconds for the repetitions of one, and the fewest of them."""
+    if not 0 < time_budget < math.inf:
+        raise ValueError(f"time_budget must be seconds above 0, got {time_budget}")
+    if repetitions < 1:
+        raise ValueError(f"repetitions must be at least 1, got {repetitions}")
 
 
 def check_output(output_dir: Path, names: Sequence[str], overwrite: bool) -> None:

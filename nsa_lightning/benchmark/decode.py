@@ -1,6 +1,5 @@
 """`nsa bench decode`: check the kernels of a step, then time NSA beside full attention, a layer and a whole model."""
 
-import math
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -13,6 +12,7 @@ from nsa_lightning.benchmark.cases import (
     check_choices,
     check_filled,
     check_output,
+    check_timing,
     parse_shape,
 )
 from nsa_lightning.benchmark.hardware import check_hardware
@@ -68,10 +68,7 @@ class DecodeSettings:
             least = min(getattr(self, name), default=1)
             if least < 1:
                 raise ValueError(f"{name} must be at least 1 each, got {least}")
-        if not 0 < self.time_budget < math.inf:
-            raise ValueError(f"time_budget must be seconds above 0, got {self.time_budget}")
-        if self.repetitions < 1:
-            raise ValueError(f"repetitions must be at least 1, got {self.repetitions}")
+        check_timing(self.time_budget, self.repetitions)
         check_output(self.output_dir, (RESULTS_NAME, PLOT_NAME), self.overwrite)
 
 
@@ -148,7 +145,7 @@ def bench_decode(
 def _run(settings: DecodeSettings) -> int:
     from nsa_lightning.benchmark.decode_model import read_transformer_config
     from nsa_lightning.benchmark.decode_report import decode_tables, draw_decode, legend
-    from nsa_lightning.benchmark.report import check_table
+    from nsa_lightning.benchmark.report import check_table, tell_failures
     from nsa_lightning.benchmark.results import environment, write_results, write_whole
 
     check_hardware(settings.device, settings.backend)
@@ -158,9 +155,7 @@ def _run(settings: DecodeSettings) -> int:
     checks, unusable = _check(settings) if settings.check else ([], {})
     if checks:
         print(f"\n{check_table(checks)}", flush=True)
-    failed = [f"{check.shape} {check.stage}" for check in checks if not check.passed]
-    if failed:
-        print(f"nsa bench decode: nothing was timed, these checks failed: {', '.join(failed)}", file=sys.stderr)
+    if tell_failures("nsa bench decode", checks):
         return 1
     bench = _prepare(settings)
     run = {"environment": where, "ceilings": bench.ceilings._asdict()}

@@ -94,7 +94,7 @@ def bench_kernels(
 
 def _run(settings: KernelSettings) -> int:
     from nsa_lightning.benchmark.plot import draw_times
-    from nsa_lightning.benchmark.report import case_tables, check_table, legend
+    from nsa_lightning.benchmark.report import case_tables, check_table, legend, tell_failures
     from nsa_lightning.benchmark.results import environment, write_results, write_whole
 
     check_hardware(settings.device, settings.backend)
@@ -105,9 +105,7 @@ def _run(settings: KernelSettings) -> int:
         print(f"\n{check_table(checks)}", flush=True)
     for (shape, rival, mix), reason in unusable.items():
         print(f"- {shape}: {rival} on documents '{mix}' is left out: {reason}", flush=True)
-    failed = [f"{check.shape} {check.stage}" for check in checks if not check.passed]
-    if failed:
-        print(f"nsa bench kernels: nothing was timed, these checks failed: {', '.join(failed)}", file=sys.stderr)
+    if tell_failures("nsa bench kernels", checks):
         return 1
     bench = _prepare(settings)
     run = {"environment": where, "ceilings": bench.ceilings._asdict()}

@@ -1,5 +1,6 @@
 """The tables of `nsa bench kernels`, in plain text."""
 
+import sys
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 
@@ -48,6 +49,14 @@ def check_table(checks: Sequence[Check]) -> str:
     ]
     title = "Checks: relative error ‖a - b‖ / ‖b‖ beside the eager backend in float32, outputs and worst gradient"
     return title + "\n\n" + text_table(("stage", "output", "gradients", "bound", "", "note"), rows)
+
+
+def tell_failures(command: str, checks: Sequence[Check]) -> bool:
+    """Say on stderr which checks failed, if any did, and that nothing was timed for it."""
+    failed = [f"{check.shape} {check.stage}" for check in checks if not check.passed]
+    if failed:
+        print(f"{command}: nothing was timed, these checks failed: {', '.join(failed)}", file=sys.stderr)
+    return bool(failed)
 
 
 def legend(ceilings: Ceilings) -> str:
