@@ -170,9 +170,9 @@ class Cache:
         """Forget a sequence: one that has ended idles at little cost, and its row takes another."""
         used = self.host_lengths[row] + 1  # one more where a step was interrupted
         for x in self._tensors():
-            x[row, :used] = 0
+            x[row, :used].zero_()
         self.host_lengths[row] = 0
-        self.lengths[row] = 0
+        self.lengths[row].zero_()
 
     def check_room(self, row: int, num_tokens: int) -> None:
         """Raise ValueError where so many more tokens of one sequence would not fit, or there is no such sequence."""
@@ -212,7 +212,7 @@ class Cache:
     def count_chunk(self, row: int, num_tokens: int) -> None:
         """Count new tokens of one sequence."""
         self.host_lengths[row] += num_tokens
-        self.lengths[row] = self.host_lengths[row]
+        self.lengths[row].fill_(self.host_lengths[row])
 
     def step(self, completes_block: bool, rotary: Callable[[Tensor], "Rotary"]) -> Step:
         """The next token of every sequence, as numbers on the device; a full sequence writes over its last one."""
