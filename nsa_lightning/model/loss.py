@@ -1,12 +1,16 @@
 """Next-token losses that never hold the logits of a whole sequence."""
 
+import functools
+from collections.abc import Callable
+from typing import Any, cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-_CHUNK_LOGITS = 2**25
-"""Logits that the fallback holds at once."""
+_CHUNK_LOGITS = 2**27
+"""Logits that are held at once where torch has no fused loss."""
 
 
 def summed_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
@@ -33,18 +37,51 @@ def summed_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignore
 
 
 def chunked_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
-    """`summed_cross_entropy` for torch without a fused one: logits of one chunk at a time, recomputed in backward."""
+    """`summed_cross_entropy` for torch without a fused one; its graph can be walked backward once."""
+    if not (torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)):
+        return token_cross_entropy(hidden, weight, targets, ignore_index).sum()
+    with torch.autocast(hidden.device.type, enabled=False):
+        return cast("Tensor", _ChunkedCrossEntropy.apply(hidden, weight, targets, ignore_index))
 
-    def chunk_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        logits = (hidden @ weight.T).float()
-        return F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="sum")
 
-    chunk = max(1, _CHUNK_LOGITS // len(weight))
-    losses = [
-        checkpoint(chunk_loss, h, weight, y, use_reentrant=False, preserve_rng_state=False)
-        for h, y in zip(hidden.split(chunk), targets.split(chunk), strict=True)
-    ]
-    return torch.stack(losses).sum()
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """The gradients are computed along with the loss: logits are needed once, and those of one chunk at a time."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
+        walk = _compiled_walk() if hidden.is_cuda else _loss_and_gradient
+        loss = hidden.new_zeros((), dtype=torch.float32)
+        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+        chunk = max(1, _CHUNK_LOGITS // len(weight))
+        for h, y, grad_h in zip(hidden.split(chunk), targets.split(chunk), grad_hidden.split(chunk), strict=True):
+            nats, gradient = walk(h @ weight.T, y, ignore_index)
+            loss += nats
+            torch.mm(gradient, weight, out=grad_h)
+            grad_weight.addmm_(gradient.T, h)
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return grad_hidden.mul_(grad), grad_weight.mul_(grad), None, None
+
+
+def _loss_and_gradient(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """Summed loss of a chunk and its gradient in the logits [T, vocab_size], in their dtype; uses the logits up."""
+    scored = targets != ignore_index
+    targets, logits_32 = targets.where(scored, 0), logits.float()
+    lse = logits_32.logsumexp(-1, keepdim=True)
+    loss = (lse - logits_32.gather(1, targets[:, None])).squeeze(1).where(scored, 0.0).sum()
+    chosen = torch.arange(logits.shape[1], device=logits.device) == targets[:, None]
+    gradient = logits_32.sub_(lse).exp_().sub_(chosen.float()).masked_fill_(~scored[:, None], 0.0)
+    return loss, gradient.to(logits.dtype)
+
+
+@functools.cache
+def _compiled_walk() -> Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]:
+    """`_loss_and_gradient` in two passes over the logits instead of a dozen."""
+    return torch.compile(_loss_and_gradient)
 
 
 def summed_divergence(

@@ -1,6 +1,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from nsa_lightning.model import loss as loss_module
 from nsa_lightning.model.loss import (
@@ -77,19 +79,59 @@ def test_the_divergence_is_that_of_whole_logits_with_its_gradients(monkeypatch, 
     assert summed_divergence(hidden, weight, hidden, weight, compared).abs() < 1e-4
 
 
-def test_the_fallback_never_holds_the_logits_of_all_tokens(monkeypatch):
+class LargestOutput(TorchDispatchMode):
+    """Numbers in the largest tensor that any operation returns."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        self.numel = max(self.numel, *(x.numel() for x in tree_leaves(output) if isinstance(x, torch.Tensor)), 0)
+        return output
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_the_fallback_never_holds_the_logits_of_all_tokens(monkeypatch, grad):
     monkeypatch.setattr(loss_module, "_CHUNK_LOGITS", 16 * 100)
     hidden, weight = torch.randn(400, 4, requires_grad=True), torch.randn(100, 4, requires_grad=True)
-    saved = 0
+    with LargestOutput() as largest, torch.set_grad_enabled(grad):
+        loss = chunked_cross_entropy(hidden, weight, torch.zeros(400, dtype=torch.long), IGNORED)
+        if grad:
+            loss.backward()
+    assert largest.numel == 400 * 4  # the hidden states; a chunk has as many logits
 
-    def pack(tensor):
-        nonlocal saved
-        saved += 0 if tensor.untyped_storage().data_ptr() in (hidden.data_ptr(), weight.data_ptr()) else tensor.numel()
-        return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        chunked_cross_entropy(hidden, weight, torch.zeros(400, dtype=torch.long), IGNORED)
-    assert saved < 400 * 100 / 4
+def test_the_fallback_refuses_a_second_walk_backward(problem):
+    """Its gradients are scaled in place: the second would be wrong."""
+    hidden, weight, targets = problem
+    loss = chunked_cross_entropy(hidden, weight, targets, IGNORED)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("function", [summed_cross_entropy, chunked_cross_entropy])
+def test_the_gradient_is_scaled_by_what_follows(problem, function):
+    hidden, weight, targets = problem
+    once = torch.autograd.grad(function(hidden, weight, targets, IGNORED), (hidden, weight))
+    thrice = torch.autograd.grad(3 * function(hidden, weight, targets, IGNORED), (hidden, weight))
+    for gradient, tripled in zip(once, thrice, strict=True):
+        torch.testing.assert_close(3 * gradient, tripled)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_on_a_gpu_the_fallback_is_as_close_as_bfloat16_allows():
+    hidden = torch.randn(3000, 256, device="cuda").bfloat16().requires_grad_()
+    weight = (torch.randn(50000, 256, device="cuda") / 16).bfloat16().requires_grad_()
+    targets = torch.randint(50000, (3000,), device="cuda").masked_fill(torch.rand(3000, device="cuda") < 0.1, IGNORED)
+    loss = chunked_cross_entropy(hidden, weight, targets, IGNORED)
+    gradients = torch.autograd.grad(loss, (hidden, weight))
+    exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    truth = F.cross_entropy(exact[0] @ exact[1].T, targets, ignore_index=IGNORED, reduction="sum")
+    torch.testing.assert_close(loss.double(), truth, rtol=1e-3, atol=0)
+    for gradient, expected in zip(gradients, torch.autograd.grad(truth, exact), strict=True):
+        assert (gradient - expected).norm() < 0.01 * expected.norm()
 
 
 def test_a_bfloat16_input_works_with_a_float32_weight(problem):
