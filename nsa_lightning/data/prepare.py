@@ -204,7 +204,7 @@ def prepare_set(
         shard_size=shard_size,
     )
     store = prepare(plan, Path(output_dir).expanduser(), num_workers)
-    print(_summary(store))
+    print(_summary(store, plan))
     return 0
 
 
@@ -287,7 +287,7 @@ def _fractions(plan: Plan) -> dict[str, float]:
     return {name: float(plan.settings[name]) for name in ("val_fraction", "test_fraction")}
 
 
-def _summary(store: TokenStore) -> str:
+def _summary(store: TokenStore, plan: Plan) -> str:
     manifest = store.manifest
     lines = [f"{'split':<7}{'documents':>14}{'tokens':>18}{'bytes of text':>18}"]
     for name, size in manifest.splits.items():
@@ -296,6 +296,10 @@ def _summary(store: TokenStore) -> str:
     lines.append(
         f"data {manifest.fingerprint}, {len(manifest.shards)} shards, {manifest.empty_documents:,} empty documents"
     )
+    for name, fraction in _fractions(plan).items():
+        split = name.removesuffix("_fraction")
+        if fraction and not manifest.splits[split].documents:
+            lines.append(f"no document fell to {split}: raise --{name}, {fraction:g} here, or prepare more documents")
     return "\n".join([*lines, f"train on it: nsa fit --data.prepared {store.path}"])
 
 

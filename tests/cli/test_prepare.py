@@ -43,6 +43,13 @@ def test_a_set_is_made_told_and_verified(workplace, monkeypatch, capsys):
     assert f"{path.relative_to(workplace)} must have checksum" in capsys.readouterr().err
 
 
+def test_a_split_that_stays_empty_unasked_is_told(workplace, monkeypatch, capsys):
+    assert prepare(monkeypatch, *SMALL, "--val_fraction", "0.0001", "--test_fraction", "0") == 0
+    said = capsys.readouterr().out
+    assert "no document fell to val: raise --val_fraction, 0.0001 here, or prepare more documents" in said
+    assert "fell to test" not in said
+
+
 def test_lists_are_words_or_yaml(workplace, monkeypatch):
     assert prepare(monkeypatch, *SMALL, "--include", "**/*.txt", "1.md", "--exclude", "1*.txt", "2.txt") == 0
     assert TokenStore(workplace / "set").manifest.num_documents == 12 - 3 - 1 + 1
