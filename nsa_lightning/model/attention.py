@@ -8,8 +8,8 @@ import torch
 from nsa_kernels import CompressionWeights, NSAConfig, NSAOutput, native_sparse_attention
 from nsa_kernels.decode import append_tokens, chunk_attention, decode_attention, decode_dense_attention
 from nsa_kernels.eager import summarise
+from nsa_kernels.elementwise import rotate
 from nsa_kernels.packing import BatchLayout
-from nsa_kernels.rotary import apply_rotary
 from torch import Tensor, nn
 
 from nsa_lightning.model.cache import Chunk, LayerTokens, Step
@@ -132,12 +132,12 @@ class DenseAttention(KeyValue):
 
     def rotated_query(self, x: Tensor, rotary: Rotary) -> Tensor:
         """Queries with their position applied, [T, H, D_qk]."""
-        return apply_rotary(self.query_heads(self.q_proj(x)), *rotary)
+        return rotate(self.query_heads(self.q_proj(x)), *rotary)
 
     def forward(self, x: Tensor, context: PackedContext, watch: bool = False) -> tuple[Tensor, BranchStatistics | None]:
         """[T, hidden_size] -> [T, hidden_size]; a dense layer has no branches to watch."""
         k, v = self.key_value(x)
-        q, k = self.rotated_query(x, context.rotary), apply_rotary(k, *context.rotary)
+        q, k = self.rotated_query(x, context.rotary), rotate(k, *context.rotary)
         q, k, v = context.parallel.to_heads(q, k, v)
         out = packed_causal_attention(q, k, v, context.cu_seqlens, context.max_seqlen, self.window_size)
         return self.o_proj(context.parallel.to_tokens(out).flatten(1)), None
@@ -145,7 +145,7 @@ class DenseAttention(KeyValue):
     def prefill(self, x: Tensor, cache: LayerTokens, chunk: Chunk) -> Tensor:
         """Append T tokens to one sequence of the cache and attend them to it, [T, hidden_size] in and out."""
         k, v = self.key_value(x)
-        q, k = self.rotated_query(x, chunk.rotary), apply_rotary(k, *chunk.rotary)
+        q, k = self.rotated_query(x, chunk.rotary), rotate(k, *chunk.rotary)
         reach = chunk.start if self.window_size is None else self.window_size - 1
         k, v = cache.tokens.extend(chunk.row, chunk.start, k, v, reach)
         return self.o_proj(chunk_causal_attention(q, k, v, self.window_size).flatten(1))
@@ -243,13 +243,13 @@ class NSAttention(DenseAttention):
     def projections(self, x: Tensor, rotary: Rotary) -> dict[str, Tensor]:
         """What tokens attend with and are attended by, as `native_sparse_attention` names it."""
         k, v = self.key_value(x)
-        inputs = {"q": self.rotated_query(x, rotary), "k": apply_rotary(k, *rotary), "v": v, "gates": self.gates(x)}
+        inputs = {"q": self.rotated_query(x, rotary), "k": rotate(k, *rotary), "v": v, "gates": self.gates(x)}
         if self.sliding is not None:
             sliding_k, inputs["sliding_v"] = self.sliding.key_value(x)
-            inputs["sliding_k"] = apply_rotary(sliding_k, *rotary)
+            inputs["sliding_k"] = rotate(sliding_k, *rotary)
         if self.compressed is not None:
             k, inputs["compress_v"] = self.compressed.key_value(x)
-        inputs["compress_k"] = apply_rotary(k, *rotary) if self.config.compress_rope == "before" else k
+        inputs["compress_k"] = rotate(k, *rotary) if self.config.compress_rope == "before" else k
         return inputs
 
     def attend(self, inputs: dict[str, Tensor], context: PackedContext) -> NSAOutput:
@@ -315,7 +315,7 @@ class NSAttention(DenseAttention):
         (k, v), alone = blocks, ContextParallel()
         summary_k = summarise(k, self.k_summary.weights(alone) if self.k_summary is not None else None)
         summary_v = summarise(v, self.v_summary.weights(alone) if self.v_summary is not None else None)
-        return summary_k if rotary is None else apply_rotary(summary_k, *rotary), summary_v
+        return summary_k if rotary is None else rotate(summary_k, *rotary), summary_v
 
 
 def _summarised(inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
