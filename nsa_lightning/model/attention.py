@@ -6,7 +6,13 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from nsa_kernels import CompressionWeights, NSAConfig, NSAOutput, native_sparse_attention
-from nsa_kernels.decode import append_tokens, chunk_attention, decode_attention, decode_dense_attention
+from nsa_kernels.decode import (
+    append_tokens,
+    chunk_attention,
+    decode_attention,
+    decode_dense_attention,
+    summarise_blocks,
+)
 from nsa_kernels.eager import summarise
 from nsa_kernels.elementwise import rotate
 from nsa_kernels.packing import BatchLayout
@@ -305,17 +311,23 @@ class NSAttention(DenseAttention):
         gates = self.gates(x) if gate is None else self._as_gates(gate)
         q = append_tokens(q, new, step.positions, step.rotary, backend=config.backend)
         if step.block is not None:
-            summaries = self._summaries(cache.pending.in_order(step), step.block_rotary)
-            cache.summaries.put(step.rows, step.block, *summaries)
+            summarise_blocks(
+                cache.pending, cache.summaries, step.block, config.compress_stride, self._summary_weights(),
+                step.block_rotary, backend=config.backend,
+            )  # fmt: skip
         result = decode_attention(q, gates, cache.operands(), step.positions, config, backend=config.backend)
         return self.o_proj(result.out.flatten(1))
 
     def _summaries(self, blocks: Iterable[Tensor], rotary: Rotary | None) -> tuple[Tensor, Tensor]:
         """Summaries of blocks of keys [C, l, H_kv, D_qk] and of values, the keys' turned by `rotary`."""
-        (k, v), alone = blocks, ContextParallel()
-        summary_k = summarise(k, self.k_summary.weights(alone) if self.k_summary is not None else None)
-        summary_v = summarise(v, self.v_summary.weights(alone) if self.v_summary is not None else None)
+        summary_k, summary_v = map(summarise, blocks, self._summary_weights() or (None, None))
         return summary_k if rotary is None else rotate(summary_k, *rotary), summary_v
+
+    def _summary_weights(self) -> tuple[CompressionWeights, CompressionWeights] | None:
+        """The learned parts of the summaries of keys and of values, where they have one."""
+        if self.k_summary is None or self.v_summary is None:
+            return None
+        return self.k_summary.weights(ContextParallel()), self.v_summary.weights(ContextParallel())
 
 
 def _summarised(inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
