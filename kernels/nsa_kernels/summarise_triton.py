@@ -58,11 +58,11 @@ def _map_kernel(
 
 
 @triton.jit
-def _sum_of_parts(parts_ptr, bias_ptr, unit, num_parts, M: tl.constexpr, ROOM: tl.constexpr, AT_ONCE: tl.constexpr):
-    """The input layer of some units, float32."""
+def _sum_of_parts(parts_ptr, bias_ptr, unit, num_parts, M: tl.constexpr, ROOM: tl.constexpr, PARTS: tl.constexpr):
+    """The input layer of some units, float32, PARTS parts at a time."""
     total = tl.load(bias_ptr + unit, mask=unit < M, other=0.0).to(tl.float32)
-    for first in tl.range(0, num_parts, AT_ONCE):
-        part = first + tl.arange(0, AT_ONCE)
+    for first in tl.range(0, num_parts, PARTS):
+        part = first + tl.arange(0, PARTS)
         mask = (part < num_parts)[:, None] & (unit < M)[None, :]
         total += tl.sum(tl.load(parts_ptr + part[:, None] * ROOM + unit[None, :], mask=mask, other=0.0), 0)
     return total
@@ -78,7 +78,7 @@ def _finish_kernel(
     parts_ptr,  # float32 [2, B, H_KV, P, ROOM]
     B, C, num_parts,
     L: tl.constexpr, H_KV: tl.constexpr, D: tl.constexpr, M: tl.constexpr, ROOM: tl.constexpr, HALF: tl.constexpr,
-    BLOCK_D: tl.constexpr, AT_ONCE: tl.constexpr, COMPRESSION: tl.constexpr,
+    BLOCK_D: tl.constexpr, AT_ONCE: tl.constexpr, PARTS: tl.constexpr, COMPRESSION: tl.constexpr,
 ):  # fmt: skip
     """One program writes the summary of one KV head of one sequence, of keys or of values."""
     kv_head, sequence = tl.program_id(0) % H_KV, wide(tl.program_id(1))
@@ -97,7 +97,7 @@ def _finish_kernel(
             parts = parts_ptr + ((side * B + sequence) * H_KV + kv_head) * num_parts * ROOM
             if COMPRESSION == "linear":
                 summary += _sum_of_parts(parts, in_bias_ptrs[side] + kv_head * M[side], column, num_parts,
-                                         M[side], ROOM, AT_ONCE)  # fmt: skip
+                                         M[side], ROOM, PARTS)  # fmt: skip
             if COMPRESSION == "mlp":
                 bias = tl.load(out_bias_ptrs[side] + kv_head * D[side] + column, mask=column < D[side], other=0.0)
                 summary += bias.to(tl.float32)
@@ -107,7 +107,7 @@ def _finish_kernel(
                     source = (kv_head * M[side] + unit)[:, None] * D[side] + column[None, :]
                     weight = tl.load(out_weight_ptrs[side] + source, mask=mask, other=0.0).to(tl.float32)
                     mapped = _sum_of_parts(parts, in_bias_ptrs[side] + kv_head * M[side], unit, num_parts,
-                                           M[side], ROOM, BLOCK_D)  # fmt: skip
+                                           M[side], ROOM, PARTS)  # fmt: skip
                     summary += tl.sum((mapped * tl.sigmoid(mapped))[:, None] * weight, 0)
             if side == 0 and HALF > 0:
                 paired = column < 2 * HALF
@@ -119,14 +119,15 @@ def _finish_kernel(
 
 
 def summarise_blocks(
-    pending: tuple[Tensor, Tensor],
-    summaries: tuple[Tensor, Tensor],
+    pending: tuple[Tensor, ...],
+    summaries: tuple[Tensor, ...],
     blocks: Tensor,
     stride: int,
     weights: tuple[CompressionWeights, CompressionWeights] | None,
     rotary: tuple[Tensor, Tensor] | None,
 ) -> None:
-    """`decode.summarise_blocks`; pending tokens and summaries are contiguous."""
+    """`decode.summarise_blocks`; the rows that are written are contiguous."""
+    pending, summaries = tuple(x.contiguous() for x in pending), tuple(summaries)
     (B, L, H_KV, _), D = pending[0].shape, tuple(x.shape[3] for x in pending)
     learned = CompressionWeights(*([(None, None)] * 5 if weights is None else map(_contiguous, *weights)))
     M, parts, compression = (0, 0), blocks.new_empty(0, 0, dtype=torch.float32), "mean"
@@ -137,16 +138,15 @@ def summarise_blocks(
     num_parts, room = parts.shape[-2:]
     cos, sin = (None, None) if rotary is None else (x.contiguous() for x in rotary)
     half, block_d = 0 if cos is None else cos.shape[1], padded(max(D))
+    rows = min(padded(max(L, *M)), _TILE // block_d)
     _finish_kernel[(2 * H_KV, B)](
         pending, summaries, learned.in_bias, learned.out_weight, learned.out_bias, cos, sin, blocks, parts,
-        B, summaries[0].shape[1], num_parts, L, H_KV, D, M, room, half, block_d, _TILE // block_d, compression,
-        num_warps=4,
+        B, summaries[0].shape[1], num_parts, L, H_KV, D, M, room, half, block_d, rows,
+        min(padded(num_parts), _TILE // max(rows, block_d)), compression, num_warps=8,
     )  # fmt: skip
 
 
-def _input_layer(
-    pending: tuple[Tensor, Tensor], learned: Any, blocks: Tensor, stride: int, M: tuple[int, ...]
-) -> Tensor:
+def _input_layer(pending: tuple[Tensor, ...], learned: Any, blocks: Tensor, stride: int, M: tuple[int, ...]) -> Tensor:
     """Parts of (x + e) W of the sequences that complete a block, float32 [2, B, H_kv, P, larger M]."""
     (B, L, H_KV, _), D, weights = pending[0].shape, tuple(x.shape[3] for x in pending), learned.in_weight
     inputs, units = _WEIGHT_BYTES // weights[0].element_size() // _UNITS, min(padded(max(M)), _UNITS)
@@ -169,5 +169,5 @@ _UNITS = 64
 """Most hidden units of a program."""
 _WEIGHT_BYTES = 2**14
 """Weights that a program reads: so few that hundreds of programs read all of them at once."""
-_TILE = 4096
+_TILE = 8192
 """Numbers that a program of the second launch holds at a time."""
