@@ -32,5 +32,11 @@ def silu_product(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def _by_kernel(x: Tensor) -> bool:
-    fused = torch.is_grad_enabled() or torch.compiler.is_compiling()
-    return x.is_cuda and not fused and x.dtype in _DTYPES and _HAS_TRITON
+    """Whether no gradient is wanted, no compiler fuses what follows, and the kernels run on x's device."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    if not (x.is_cuda and x.dtype in _DTYPES and _HAS_TRITON):
+        return False
+    from nsa_kernels import triton_backend
+
+    return triton_backend.is_recent(x.device)

@@ -210,7 +210,7 @@ class Cache:
         index = positions.long()
         block, block_rotary = None, None
         if completes_block and "nsa" in self.config.attention:
-            first = index + 1 - nsa.compress_block_size  # token of a block that would end here
+            first = index + (1 - nsa.compress_block_size)  # token of a block that would end here
             completes = (first >= 0) & (first % nsa.compress_stride == 0)
             block = torch.where(completes, first // nsa.compress_stride, -1)
             if self._rotates_summaries:
