@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nsa_kernels.elementwise_triton import rotate_heads, whole_rows
 from nsa_kernels.primitives import padded, wide
 
 # B sequences, S slots, H query heads, H_kv KV heads, D head dim, R rotated dimensions of a head.
@@ -17,19 +18,6 @@ def _copy_head(source_ptr, target_ptr, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """Copy one head."""
     column = tl.arange(0, BLOCK_D)
     tl.store(target_ptr + column, tl.load(source_ptr + column, mask=column < D), mask=column < D)
-
-
-@triton.jit
-def _rotate_head(source_ptr, target_ptr, cos_ptr, sin_ptr, HALF: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Copy one head, its first 2 * HALF dimensions rotated: pairs (i, i + HALF) by the angle of i."""
-    column = tl.arange(0, BLOCK_D)
-    rotated, first = column < 2 * HALF, column < HALF
-    x = tl.load(source_ptr + column, mask=column < D, other=0.0).to(tl.float32)
-    other = tl.load(source_ptr + tl.where(first, column + HALF, column - HALF), mask=rotated, other=0.0).to(tl.float32)
-    cos = tl.load(cos_ptr + column % HALF, mask=rotated, other=1.0).to(tl.float32)
-    sin = tl.load(sin_ptr + column % HALF, mask=rotated, other=0.0).to(tl.float32)
-    turned = x * cos + tl.where(first, -other, other) * sin
-    tl.store(target_ptr + column, turned.to(target_ptr.dtype.element_ty), mask=column < D)
 
 
 @triton.jit
@@ -48,17 +36,18 @@ def _append_kernel(
     head, sequence = tl.program_id(0), wide(tl.program_id(1))
     cos_ptr += sequence * HALF
     sin_ptr += sequence * HALF
+    column = tl.arange(0, BLOCK_QK)
     if head < H:
-        _rotate_head(q_ptr + sequence * q_stride + head * D_QK, out_ptr + (sequence * H + head) * D_QK,
-                     cos_ptr, sin_ptr, HALF, D_QK, BLOCK_QK)  # fmt: skip
+        rotate_heads(q_ptr + sequence * q_stride + head * D_QK, out_ptr + (sequence * H + head) * D_QK,
+                     cos_ptr, sin_ptr, column, column < D_QK, HALF)  # fmt: skip
     for i in tl.static_range(len(ROTATE)):
         kv_head = head - H - i * H_KV
         if (kv_head >= 0) & (kv_head < H_KV):
             k, v = k_ptrs[i] + sequence * k_strides[i], v_ptrs[i] + sequence * v_strides[i]
             target = (sequence * slots[i] + tl.load(positions_ptr + sequence) % slots[i]) * H_KV + kv_head
             if ROTATE[i]:
-                _rotate_head(k + kv_head * D_QK, k_slots_ptrs[i] + target * D_QK, cos_ptr, sin_ptr,
-                             HALF, D_QK, BLOCK_QK)  # fmt: skip
+                rotate_heads(k + kv_head * D_QK, k_slots_ptrs[i] + target * D_QK, cos_ptr, sin_ptr,
+                             column, column < D_QK, HALF)  # fmt: skip
             else:
                 _copy_head(k + kv_head * D_QK, k_slots_ptrs[i] + target * D_QK, D_QK, BLOCK_QK)
             _copy_head(v + kv_head * D_V, v_slots_ptrs[i] + target * D_V, D_V, BLOCK_V)
@@ -68,7 +57,7 @@ def append_tokens(q: Tensor, pairs: Sequence[Any], positions: Tensor, cos: Tenso
     """`decode.append_tokens`; slots are contiguous."""
     (B, H, D_QK), (_, H_KV, D_V) = q.shape, pairs[0].v.shape
     out = q.new_empty(B, H, D_QK)
-    q, k, v = _whole_rows(q), [_whole_rows(new.k) for new in pairs], [_whole_rows(new.v) for new in pairs]
+    q, k, v = whole_rows(q), [whole_rows(new.k) for new in pairs], [whole_rows(new.v) for new in pairs]
     _append_kernel[(H + len(pairs) * H_KV, B)](
         q, out, cos.contiguous(), sin.contiguous(), positions, tuple(k), tuple(v),
         tuple(new.k_slots for new in pairs), tuple(new.v_slots for new in pairs),
@@ -77,8 +66,3 @@ def append_tokens(q: Tensor, pairs: Sequence[Any], positions: Tensor, cos: Tenso
         H, H_KV, cos.shape[1], D_QK, D_V, padded(D_QK), padded(D_V), num_warps=1,
     )  # fmt: skip
     return out
-
-
-def _whole_rows(x: Tensor) -> Tensor:
-    """[B, heads, D] whose heads follow each other; sequences may be further apart, as in a part of a wider tensor."""
-    return x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous()

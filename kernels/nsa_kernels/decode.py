@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nsa_kernels import decode_eager, eager, reference
 from nsa_kernels.decode_eager import Keys
-from nsa_kernels.geometry import NSAConfig, NSAOutput
+from nsa_kernels.geometry import CompressionWeights, NSAConfig, NSAOutput
 from nsa_kernels.native_sparse_attention import Backend, stages_of
 from nsa_kernels.rotary import apply_rotary
 
@@ -87,6 +87,46 @@ def append_tokens(
         new.k_slots[sequence, slot] = apply_rotary(new.k, *rotary) if new.rotate else new.k
         new.v_slots[sequence, slot] = new.v
     return apply_rotary(q, *rotary)
+
+
+@torch.no_grad()
+def summarise_blocks(
+    pending: tuple[Tensor, Tensor],
+    summaries: tuple[Tensor, Tensor],
+    blocks: Tensor,
+    compress_stride: int,
+    weights: tuple[CompressionWeights, CompressionWeights] | None = None,
+    rotary: tuple[Tensor, Tensor] | None = None,
+    *,
+    backend: Backend = "auto",
+) -> None:
+    """Summarise the compression block that the last token of each sequence completes, where it completes one.
+
+    Args:
+        pending: keys and values of the last l tokens, [B, l, H_kv, D], token t in slot t % l.
+        summaries: rows of keys and values that are written, [B, C, H_kv, D], block i in row i; in pending's dtype.
+        blocks: the block that each sequence completes, int64 [B]; -1 for none, which writes nothing.
+        compress_stride: tokens from the start of a block to the next.
+        weights: learned parts of the summaries of keys and of values; the mean alone if not given.
+        rotary: cosines and sines that the keys' summaries turn by, [B, R/2] each; they are not turned if not given.
+        backend: as in `native_sparse_attention`.
+
+    Raises:
+        ValueError: shapes or dtypes that disagree.
+    """
+    (B, l, H_KV, _), C = pending[0].shape, summaries[0].shape[1]  # noqa: E741
+    for name, x, row in zip(("keys", "values"), pending, summaries, strict=True):
+        _check(f"pending {name}", x, (B, l, H_KV, x.shape[3]))
+        _check(f"summaries of {name}", row, (B, C, H_KV, x.shape[3]))
+        if not x.dtype == row.dtype == pending[0].dtype:
+            raise ValueError(f"summaries must have the dtype of the pending {name}, {x.dtype}, got {row.dtype}")
+    _check("blocks", blocks, (B,))
+    if _on_triton(backend, pending[0][:, 0], pending[1][:, 0], NSAConfig()):
+        from nsa_kernels import summarise_triton
+
+        summarise_triton.summarise_blocks(pending, summaries, blocks, compress_stride, weights, rotary)
+    else:
+        decode_eager.summarise_blocks(pending, summaries, blocks, compress_stride, weights, rotary)
 
 
 @torch.no_grad()

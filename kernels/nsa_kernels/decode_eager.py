@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nsa_kernels.eager import Candidates, attend, rank
-from nsa_kernels.geometry import NSAConfig, NSAOutput
+from nsa_kernels.eager import Candidates, attend, rank, summarise
+from nsa_kernels.geometry import CompressionWeights, NSAConfig, NSAOutput
+from nsa_kernels.rotary import apply_rotary
 
 # B sequences, T queries of each, H query heads, H_kv KV heads, G = H / H_kv, D head dim, S keys, C summaries, n chosen
 # blocks of l' tokens, J blocks to choose from.
@@ -26,6 +27,25 @@ class Keys(NamedTuple):
     k: Tensor  # [B, S, H_kv, D_qk]
     v: Tensor  # [B, S, H_kv, D_v]
     tokens: Tensor  # int64 [B, S], negative where there is none
+
+
+def summarise_blocks(
+    pending: tuple[Tensor, Tensor],
+    summaries: tuple[Tensor, Tensor],
+    blocks: Tensor,
+    compress_stride: int,
+    weights: tuple[CompressionWeights, CompressionWeights] | None,
+    rotary: tuple[Tensor, Tensor] | None,
+) -> None:
+    """`decode.summarise_blocks`; a sequence that completes no block writes the row that it has."""
+    (B, l), device = pending[0].shape[:2], blocks.device  # noqa: E741
+    sequence, row = torch.arange(B, device=device), blocks.clamp(min=0)
+    slots = (blocks[:, None] * compress_stride + torch.arange(l, device=device)) % l  # [B, l]
+    ordered = (x[sequence[:, None], slots] for x in pending)
+    k, v = map(summarise, ordered, weights or (None, None))
+    new = k if rotary is None else apply_rotary(k, *rotary), v
+    for target, summary in zip(summaries, new, strict=True):
+        target[sequence, row] = summary.where((blocks >= 0)[:, None, None], target[sequence, row])
 
 
 def sparse_attention(

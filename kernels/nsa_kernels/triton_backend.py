@@ -17,6 +17,7 @@ __all__ = [
     "compress",
     "compressed_attention",
     "gated_sum",
+    "is_recent",
     "reason_against",
     "selected_attention",
     "sliding_attention",
@@ -32,13 +33,14 @@ def reason_against(q: Tensor, v: Tensor, config: NSAConfig) -> str | None:
         return "Triton's interpreter computes bfloat16 wrongly" if q.dtype == torch.bfloat16 else _reason_of(q, v)
     if not q.is_cuda:
         return f"they are on {q.device.type}, the kernels run on CUDA devices"
-    if not _is_recent(q.device):
+    if not is_recent(q.device):
         return "the kernels need an Ampere GPU (compute capability 8.0) or a newer one"
     return _reason_of(q, v)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _is_recent(device: torch.device) -> bool:
+def is_recent(device: torch.device) -> bool:
+    """Whether the GPU is one that the kernels run on."""
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
 

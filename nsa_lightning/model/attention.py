@@ -6,10 +6,16 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from nsa_kernels import CompressionWeights, NSAConfig, NSAOutput, native_sparse_attention
-from nsa_kernels.decode import append_tokens, chunk_attention, decode_attention, decode_dense_attention
+from nsa_kernels.decode import (
+    append_tokens,
+    chunk_attention,
+    decode_attention,
+    decode_dense_attention,
+    summarise_blocks,
+)
 from nsa_kernels.eager import summarise
+from nsa_kernels.elementwise import rotate
 from nsa_kernels.packing import BatchLayout
-from nsa_kernels.rotary import apply_rotary
 from torch import Tensor, nn
 
 from nsa_lightning.model.cache import Chunk, LayerTokens, Step
@@ -132,12 +138,12 @@ class DenseAttention(KeyValue):
 
     def rotated_query(self, x: Tensor, rotary: Rotary) -> Tensor:
         """Queries with their position applied, [T, H, D_qk]."""
-        return apply_rotary(self.query_heads(self.q_proj(x)), *rotary)
+        return rotate(self.query_heads(self.q_proj(x)), *rotary)
 
     def forward(self, x: Tensor, context: PackedContext, watch: bool = False) -> tuple[Tensor, BranchStatistics | None]:
         """[T, hidden_size] -> [T, hidden_size]; a dense layer has no branches to watch."""
         k, v = self.key_value(x)
-        q, k = self.rotated_query(x, context.rotary), apply_rotary(k, *context.rotary)
+        q, k = self.rotated_query(x, context.rotary), rotate(k, *context.rotary)
         q, k, v = context.parallel.to_heads(q, k, v)
         out = packed_causal_attention(q, k, v, context.cu_seqlens, context.max_seqlen, self.window_size)
         return self.o_proj(context.parallel.to_tokens(out).flatten(1)), None
@@ -145,7 +151,7 @@ class DenseAttention(KeyValue):
     def prefill(self, x: Tensor, cache: LayerTokens, chunk: Chunk) -> Tensor:
         """Append T tokens to one sequence of the cache and attend them to it, [T, hidden_size] in and out."""
         k, v = self.key_value(x)
-        q, k = self.rotated_query(x, chunk.rotary), apply_rotary(k, *chunk.rotary)
+        q, k = self.rotated_query(x, chunk.rotary), rotate(k, *chunk.rotary)
         reach = chunk.start if self.window_size is None else self.window_size - 1
         k, v = cache.tokens.extend(chunk.row, chunk.start, k, v, reach)
         return self.o_proj(chunk_causal_attention(q, k, v, self.window_size).flatten(1))
@@ -243,13 +249,13 @@ class NSAttention(DenseAttention):
     def projections(self, x: Tensor, rotary: Rotary) -> dict[str, Tensor]:
         """What tokens attend with and are attended by, as `native_sparse_attention` names it."""
         k, v = self.key_value(x)
-        inputs = {"q": self.rotated_query(x, rotary), "k": apply_rotary(k, *rotary), "v": v, "gates": self.gates(x)}
+        inputs = {"q": self.rotated_query(x, rotary), "k": rotate(k, *rotary), "v": v, "gates": self.gates(x)}
         if self.sliding is not None:
             sliding_k, inputs["sliding_v"] = self.sliding.key_value(x)
-            inputs["sliding_k"] = apply_rotary(sliding_k, *rotary)
+            inputs["sliding_k"] = rotate(sliding_k, *rotary)
         if self.compressed is not None:
             k, inputs["compress_v"] = self.compressed.key_value(x)
-        inputs["compress_k"] = apply_rotary(k, *rotary) if self.config.compress_rope == "before" else k
+        inputs["compress_k"] = rotate(k, *rotary) if self.config.compress_rope == "before" else k
         return inputs
 
     def attend(self, inputs: dict[str, Tensor], context: PackedContext) -> NSAOutput:
@@ -305,17 +311,23 @@ class NSAttention(DenseAttention):
         gates = self.gates(x) if gate is None else self._as_gates(gate)
         q = append_tokens(q, new, step.positions, step.rotary, backend=config.backend)
         if step.block is not None:
-            summaries = self._summaries(cache.pending.in_order(step), step.block_rotary)
-            cache.summaries.put(step.rows, step.block, *summaries)
+            summarise_blocks(
+                cache.pending, cache.summaries, step.block, config.compress_stride, self._summary_weights(),
+                step.block_rotary, backend=config.backend,
+            )  # fmt: skip
         result = decode_attention(q, gates, cache.operands(), step.positions, config, backend=config.backend)
         return self.o_proj(result.out.flatten(1))
 
     def _summaries(self, blocks: Iterable[Tensor], rotary: Rotary | None) -> tuple[Tensor, Tensor]:
         """Summaries of blocks of keys [C, l, H_kv, D_qk] and of values, the keys' turned by `rotary`."""
-        (k, v), alone = blocks, ContextParallel()
-        summary_k = summarise(k, self.k_summary.weights(alone) if self.k_summary is not None else None)
-        summary_v = summarise(v, self.v_summary.weights(alone) if self.v_summary is not None else None)
-        return summary_k if rotary is None else apply_rotary(summary_k, *rotary), summary_v
+        summary_k, summary_v = map(summarise, blocks, self._summary_weights() or (None, None))
+        return summary_k if rotary is None else rotate(summary_k, *rotary), summary_v
+
+    def _summary_weights(self) -> tuple[CompressionWeights, CompressionWeights] | None:
+        """The learned parts of the summaries of keys and of values, where they have one."""
+        if self.k_summary is None or self.v_summary is None:
+            return None
+        return self.k_summary.weights(ContextParallel()), self.v_summary.weights(ContextParallel())
 
 
 def _summarised(inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

@@ -35,9 +35,8 @@ class Step(NamedTuple):
     """Where the new token of each sequence stands, for every layer; on the device alone."""
 
     positions: Tensor  # int32 [B]
-    rows: Tensor  # int64 [B]: 0, 1, …
     rotary: "Rotary"  # of the tokens, [B, R/2] each
-    block: Tensor | None  # int64 [B], the compression block that the token completes or comes before; None: none ends
+    block: Tensor | None  # int64 [B], the compression block that the token completes, -1 for none; None: none ends
     block_rotary: "Rotary | None"  # of the blocks' centres, where summaries are rotated
 
 
@@ -70,16 +69,6 @@ class TokenSlots(NamedTuple):
     def new_tokens(self, k: Tensor, v: Tensor, rotate: bool = True) -> NewTokens:
         """One token of each sequence, [B, H_kv, D], as `append_tokens` takes it."""
         return NewTokens(k, v, self.k, self.v, rotate)
-
-    def put(self, rows: Tensor, slots: Tensor, k: Tensor, v: Tensor) -> None:
-        """Write one slot of each sequence, [B, H_kv, D]."""
-        self._check(k)
-        self.k[rows, slots], self.v[rows, slots] = k, v
-
-    def in_order(self, step: Step) -> tuple[Tensor, Tensor]:
-        """The last S tokens of each sequence, its new one at the end, [B, S, H_kv, D]."""
-        slots = (step.positions.long()[:, None] + 1 + torch.arange(self.size, device=step.rows.device)) % self.size
-        return self.k[step.rows[:, None], slots], self.v[step.rows[:, None], slots]
 
     def _check(self, k: Tensor) -> None:
         if k.dtype != self.k.dtype:
@@ -221,12 +210,12 @@ class Cache:
         index = positions.long()
         block, block_rotary = None, None
         if completes_block and "nsa" in self.config.attention:
-            past = index + nsa.compress_stride - nsa.compress_block_size
-            block = past.div(nsa.compress_stride, rounding_mode="floor").clamp(min=0)
+            first = index + (1 - nsa.compress_block_size)  # token of a block that would end here
+            completes = (first >= 0) & (first % nsa.compress_stride == 0)
+            block = torch.where(completes, first // nsa.compress_stride, -1)
             if self._rotates_summaries:
-                block_rotary = rotary(block * nsa.compress_stride + nsa.compress_block_size // 2)
-        rows = torch.arange(len(positions), device=positions.device)
-        return Step(positions, rows, rotary(index), block, block_rotary)
+                block_rotary = rotary(first + nsa.compress_block_size // 2)
+        return Step(positions, rotary(index), block, block_rotary)
 
     def _tensors(self) -> Iterator[Tensor]:
         for layer in self.layers:

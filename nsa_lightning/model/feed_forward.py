@@ -1,6 +1,6 @@
 """The gated feed-forward layer (SwiGLU, arXiv:2002.05202)."""
 
-import torch.nn.functional as F
+from nsa_kernels.elementwise import silu_product
 from torch import Tensor, nn
 
 from nsa_lightning.model.joint_projection import JointProjection
@@ -23,4 +23,4 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[T, hidden_size] -> [T, hidden_size]."""
         gate, up = (self.gate_proj(x), self.up_proj(x)) if self._joint is None else self._joint(x)
-        return self.down_proj(F.silu(gate) * up)
+        return self.down_proj(silu_product(gate, up))

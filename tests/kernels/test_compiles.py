@@ -24,6 +24,11 @@ KERNELS = {
     "_choose_kernel",
     "_merge_segments_kernel",
     "_selected_kernel",
+    "_append_kernel",
+    "_map_kernel",
+    "_finish_kernel",
+    "_rotate_kernel",
+    "_silu_product_kernel",
 }
 
 

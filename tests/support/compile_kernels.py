@@ -9,7 +9,17 @@ import sys
 
 import torch
 import triton
-from nsa_kernels import NSAConfig, append_triton, decode_parts, decode_triton, native_sparse_attention, triton_backend
+from nsa_kernels import (
+    CompressionWeights,
+    NSAConfig,
+    append_triton,
+    decode_parts,
+    decode_triton,
+    elementwise_triton,
+    native_sparse_attention,
+    summarise_triton,
+    triton_backend,
+)
 from nsa_kernels.decode import LayerCache, NewTokens
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
@@ -66,6 +76,10 @@ def main(capability: int) -> None:
         ).out
         out.backward(torch.zeros_like(out))
     decode(*SHAPES[-1])
+    summarise(*SHAPES[-1][1:])
+    q, gate = torch.zeros(2, H, D_qk, dtype=dtype), torch.zeros(2, D_qk, dtype=dtype)
+    elementwise_triton.rotate(q, torch.zeros(2, D_qk // 2), torch.zeros(2, D_qk // 2))
+    elementwise_triton.silu_product(gate, gate)
 
 
 def decode(H: int, H_kv: int, D_qk: int, D_v: int, dtype: torch.dtype) -> None:
@@ -84,6 +98,23 @@ def decode(H: int, H_kv: int, D_qk: int, D_v: int, dtype: torch.dtype) -> None:
     cos = torch.zeros(B, D_qk // 2)
     pairs = [NewTokens(x[:, 0], y[:, 0], x, y, True) for x, y in (cache[:2], cache[2:4])]
     append_triton.append_tokens(q, pairs, positions, cos, cos)
+
+
+def summarise(H_kv: int, D_qk: int, D_v: int, dtype: torch.dtype) -> None:
+    """Summaries of every kind of the blocks that new tokens complete."""
+    B, l, M = 2, 32, 512  # noqa: E741
+    pending, summaries = (tuple(torch.zeros(B, n, H_kv, D, dtype=dtype) for D in (D_qk, D_v)) for n in (l, 64))
+    rotary = torch.zeros(B, D_qk // 2), torch.zeros(B, D_qk // 2)
+    linear, mlp = (
+        tuple(
+            CompressionWeights(*(torch.zeros(H_kv, *size, dtype=dtype) for size in sizes))
+            for D in (D_qk, D_v)
+            for sizes in [((l, D), (l * D, M or D), (M or D,), *([(M, D), (D,)] if M else []))]
+        )
+        for M in (None, M)
+    )
+    for weights in (None, linear, mlp):
+        summarise_triton.summarise_blocks(pending, summaries, torch.zeros(B).long(), 16, weights, rotary)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,89 @@
+"""Rotary embedding and the product of a gated feed-forward layer, each number read and written once."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nsa_kernels.primitives import padded, wide
+
+# T tokens, H heads, D head dim, 2 * HALF rotated dimensions of a head, I hidden units.
+
+
+@triton.jit
+def turn(x, partner, column, cos_ptr, sin_ptr, HALF: tl.constexpr):
+    """Rotate heads: column i < 2 * HALF by the angle of i % HALF, its partner being i + HALF or i - HALF."""
+    rotated = column < 2 * HALF
+    cos = tl.load(cos_ptr + column % HALF, mask=rotated, other=1.0).to(tl.float32)
+    sin = tl.load(sin_ptr + column % HALF, mask=rotated, other=0.0).to(tl.float32)
+    return x * cos + tl.where(column < HALF, -partner, partner) * sin
+
+
+@triton.jit
+def rotate_heads(source_ptr, target_ptr, cos_ptr, sin_ptr, column, mask, HALF: tl.constexpr):
+    """Copy the columns of heads that the mask leaves, rotated; the pointers are those of a head or [heads, 1]."""
+    x = tl.load(source_ptr + column, mask=mask, other=0.0).to(tl.float32)
+    other = tl.where(column < HALF, column + HALF, column - HALF)
+    partner = tl.load(source_ptr + other, mask=mask & (column < 2 * HALF), other=0.0).to(tl.float32)
+    turned = turn(x, partner, column, cos_ptr, sin_ptr, HALF)
+    tl.store(target_ptr + column, turned.to(target_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _rotate_kernel(
+    x_ptr, out_ptr,  # [T, H, D], tokens of x being `x_stride` apart
+    cos_ptr, sin_ptr,  # [T, HALF]
+    num_rows, x_stride,
+    H: tl.constexpr, HALF: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """One program rotates ROWS heads, of one token or of neighbours."""
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
+    token, head, column = (row // H).to(tl.int64), row % H, tl.arange(0, BLOCK_D)[None, :]
+    mask = (row < num_rows) & (column < D)
+    source, target = x_ptr + token * x_stride + head * D, out_ptr + row.to(tl.int64) * D
+    rotate_heads(source, target, cos_ptr + token * HALF, sin_ptr + token * HALF, column, mask, HALF)
+
+
+@triton.jit
+def _silu_product_kernel(
+    gate_ptr, up_ptr,  # [T, I], tokens being `gate_stride` and `up_stride` apart
+    out_ptr,  # [T, I]
+    num_units, gate_stride, up_stride, BLOCK_I: tl.constexpr,
+):  # fmt: skip
+    """One program takes BLOCK_I hidden units of one token."""
+    token, unit = wide(tl.program_id(0)), tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)
+    mask = unit < num_units
+    gate = tl.load(gate_ptr + token * gate_stride + unit, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + token * up_stride + unit, mask=mask, other=0.0).to(tl.float32)
+    product = gate * tl.sigmoid(gate) * up
+    tl.store(out_ptr + token * num_units + unit, product.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`elementwise.rotate` of x [T, H, D]."""
+    x = whole_rows(x)
+    (T, H, D), out = x.shape, x.new_empty(x.shape)
+    rows = max(1, _TILE // padded(D))
+    _rotate_kernel[(triton.cdiv(T * H, rows),)](
+        x, out, cos.contiguous(), sin.contiguous(), T * H, x.stride(0), H, cos.shape[1], D, padded(D), rows
+    )
+    return out
+
+
+def silu_product(gate: Tensor, up: Tensor) -> Tensor:
+    """`elementwise.silu_product` of [T, I] each."""
+    gate, up = (x if x.stride(1) == 1 else x.contiguous() for x in (gate, up))
+    (T, num_units), out = gate.shape, gate.new_empty(gate.shape)
+    grid = T, triton.cdiv(num_units, _UNITS)
+    _silu_product_kernel[grid](gate, up, out, num_units, gate.stride(0), up.stride(0), _UNITS)
+    return out
+
+
+def whole_rows(x: Tensor) -> Tensor:
+    """[T, H, D] whose heads follow each other; tokens may be further apart, as in a part of a wider tensor."""
+    return x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous()
+
+
+_TILE = 2048
+"""Numbers that a program rotates."""
+_UNITS = 1024
+"""Hidden units that a program multiplies."""

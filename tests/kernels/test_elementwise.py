@@ -1,0 +1,60 @@
+"""Rotation and the gated product: the kernels, and plain PyTorch where a gradient is wanted."""
+
+import pytest
+import torch
+from nsa_kernels.elementwise import rotate, silu_product
+from nsa_kernels.rotary import apply_rotary
+from support.measured import assert_strays_at_most_twice_as_far
+from torch import Tensor
+
+kernels = pytest.importorskip("nsa_kernels.elementwise_triton", exc_type=ImportError)
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter is for machines without a GPU")
+
+
+@interpreted
+@pytest.mark.parametrize(("head_dim", "half"), [(80, 20), (24, 5), (64, 32)])
+def test_the_kernel_rotates_as_plain_torch(head_dim, half):
+    T, H = 13, 3
+    cos, sin = torch.randn(2, T, half)
+    for x in (torch.randn(T, H, head_dim), torch.randn(T, H + 2, head_dim)[:, 1:-1], torch.randn(T, head_dim, H).mT):
+        torch.testing.assert_close(kernels.rotate(x, cos, sin), apply_rotary(x, cos, sin))
+
+
+@interpreted
+def test_the_kernel_multiplies_halves_of_one_projection_as_plain_torch():
+    for joint in (torch.randn(3, 2 * 1100), torch.randn(2 * 40, 5).T, 20 * torch.randn(4, 2 * 7)):
+        gate, up = joint.chunk(2, dim=-1)
+        torch.testing.assert_close(kernels.silu_product(gate, up), torch.nn.functional.silu(gate) * up)
+
+
+def test_where_a_gradient_is_wanted_rotation_and_product_pass_it():
+    x, gate, up = (torch.randn(3, 2, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    cos, sin = torch.randn(2, 3, 2, dtype=torch.float64)
+    assert torch.autograd.gradcheck(rotate, (x, cos, sin))
+    assert torch.autograd.gradcheck(silu_product, (gate, up))
+
+
+def random(*size: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(size, device="cuda", dtype=dtype, generator=torch.Generator("cuda").manual_seed(0))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rotation_and_product_are_as_right_as_plain_torch(dtype):
+    kind, T = DTYPES[dtype], 3000
+    epsilon = max(torch.finfo(kind).eps, 4e-6)
+    for head_dim, half in ((64, 32), (80, 20), (192, 32), (256, 128)):
+        x, rotary = random(T, 10, head_dim, dtype=kind)[:, 1:], random(2, T, half, dtype=torch.float32)
+        with torch.no_grad():
+            named = {"out": rotate(x, *rotary)}, {"out": apply_rotary(x, *rotary)}
+            truth = {"out": apply_rotary(x.double(), *rotary.double())}
+        assert assert_strays_at_most_twice_as_far(*named, truth, epsilon) == {"out"}
+    for units in (5632, 1100):
+        gate, up = random(T, 2 * units, dtype=kind).chunk(2, dim=-1)
+        with torch.no_grad():
+            actual = {"out": silu_product(gate, up)}
+        plain, truth = ({"out": torch.nn.functional.silu(a) * b} for a, b in ((gate, up), (gate.double(), up.double())))
+        assert assert_strays_at_most_twice_as_far(actual, plain, truth, epsilon) == {"out"}
