@@ -24,6 +24,7 @@ KERNELS = {
     "_choose_kernel",
     "_merge_segments_kernel",
     "_selected_kernel",
+    "_gated_sum_kernel",
 }
 
 
