@@ -30,6 +30,9 @@ from nsa_kernels.primitives import (
 # B sequences, S slots of a cache, H query heads, H_kv KV heads, G = H / H_kv (GROUP), D head dim, J selection blocks,
 # P parts that a run of keys is divided in, R = l' / d, ROWS >= G rows of a tile.
 
+SMALLEST = tl.constexpr(2.0**-126)
+"""What stands for 0 where a logarithm is taken: the smallest normal float32."""
+
 
 @triton.jit
 def let_next_begin(EARLY: tl.constexpr):
@@ -137,7 +140,8 @@ def attend_part(
                 part = tl.sum(p * tl.maximum(weight, 0).to(tl.float32)[None, None, :], 2)
                 out = ((row * PLANES + plane) * GROUP + head)[:, None] * J + plane + j[None, :]
                 mask = (head < GROUP)[:, None] & (plane + j < J)[None, :]
-                tl.store(planes_ptr + out, tl.log2(part) + new_max[:, None], mask=mask)
+                log = tl.log2(tl.maximum(part, SMALLEST)) + new_max[:, None]
+                tl.store(planes_ptr + out, log, mask=mask)
         row_max, row_sum, acc = softmax_step(products, v, scale_log2, row_max, row_sum, acc, PRECISION)
     return row_max, row_sum, acc
 

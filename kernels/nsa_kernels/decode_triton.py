@@ -77,7 +77,7 @@ def _importance(planes_ptr, stats_ptr, j, visible, J, num_parts, GROUP: tl.const
             written = exists[:, None] & ((source >= 0) & (source * R < visible))[None, :]
             rows = (plane * GROUP + head).to(tl.int64)[:, None] * J
             log = tl.load(planes_ptr + rows + j[None, :])  # whole rows, also what is not written
-            importance += tl.sum(tl.where(written, tl.exp2(log - lse[:, None]), 0.0), 0)
+            importance += tl.sum(tl.exp2(tl.where(written, log - lse[:, None], LOWEST)), 0)
     return importance
 
 
