@@ -109,9 +109,9 @@ def merge_parts(o_ptr, stats_ptr, first_part, num_parts, GROUP: tl.constexpr, RO
 
 @triton.jit
 def merge_columns(o_ptr, stats_ptr, out_ptr, row, num_parts, first_column, GROUP: tl.constexpr, ROWS: tl.constexpr,
-                   D: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
+                   D: tl.constexpr, COLUMNS: tl.constexpr, AT_ONCE: tl.constexpr):  # fmt: skip
     """Merge the parts of one sequence and KV head and write COLUMNS columns of [B * H, D]."""
-    o = merge_parts(o_ptr, stats_ptr, row * num_parts, num_parts, GROUP, ROWS, D, first_column, COLUMNS, 8)
+    o = merge_parts(o_ptr, stats_ptr, row * num_parts, num_parts, GROUP, ROWS, D, first_column, COLUMNS, AT_ONCE)
     head, column = tl.arange(0, ROWS), first_column + tl.arange(0, COLUMNS)
     out = out_ptr + (row * GROUP + head)[:, None] * D + column[None, :]
     tl.store(out, o.to(out_ptr.dtype.element_ty), mask=(head < GROUP)[:, None] & (column < D)[None, :])
@@ -188,7 +188,8 @@ def _merge_kernel(
     """One program merges the parts of some columns of one KV head of one sequence."""
     await_launch_before(EARLY)
     row = wide(tl.program_id(2)) * H_KV + tl.program_id(1)
-    merge_columns(o_ptr, stats_ptr, out_ptr, row, num_parts, tl.program_id(0) * COLUMNS, GROUP, ROWS, D_V, COLUMNS)
+    merge_columns(o_ptr, stats_ptr, out_ptr, row, num_parts, tl.program_id(0) * COLUMNS,
+                  GROUP, ROWS, D_V, COLUMNS, 8)  # fmt: skip
 
 
 class Launch(NamedTuple):

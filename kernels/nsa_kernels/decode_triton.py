@@ -143,8 +143,9 @@ def _choose_kernel(
     elif role < num_segments + MERGERS:
         await_launch_before(EARLY)
         first_column = (role - num_segments) * (BLOCK_V // MERGERS)
+        AT_ONCE: tl.constexpr = 16 if PARTS > 32 else 8  # so many parts are there only if rows are few
         merge_columns(o_ptr, stats_ptr, compressed_o_ptr, row, num_parts, first_column,
-                       GROUP, ROWS, D_V, BLOCK_V // MERGERS)  # fmt: skip
+                      GROUP, ROWS, D_V, BLOCK_V // MERGERS, AT_ONCE)  # fmt: skip
     else:
         part, window_parts = role - num_segments - MERGERS, tl.num_programs(0) - num_segments - MERGERS
         first, end = visible_run(position, 1, 1, WINDOW)
