@@ -88,10 +88,10 @@ def _importance_kernel(
 
 @triton.jit
 def best(bits, N: tl.constexpr):
-    """Which N of a row of candidates are the largest, ties to the first; `bits` [M], -1 for none, FORCED comes first.
+    """Which N of a row of candidates are the largest, ties to the first, and the place of each among them.
 
-    Not negative floats order as their bits do, so a bisection of the bits finds a bound that N candidates reach, or
-    the smallest interval [low, high) at whose value they tie.
+    `bits` [M], -1 for none; FORCED comes first. Not negative floats order as their bits do, so a bisection of the bits
+    finds a bound that N candidates reach, or the smallest interval [low, high) at whose value they tie.
     """
     top = tl.max(tl.where(bits < FORCED, bits, -1), 0)
     low, high = top * 0, top + 1
@@ -101,10 +101,33 @@ def best(bits, N: tl.constexpr):
         low = tl.where(count >= N, probe, low)
         high = tl.where(count <= N, probe, high)
         probe = low + (high - low) // 2
+    return _places(bits, low, high, N)
+
+
+@triton.jit
+def best_soon(bits, N: tl.constexpr, PROBES: tl.constexpr):
+    """`best` for a program that is alone: a round counts for PROBES bounds at a time, since it waits for all warps."""
+    top = tl.max(tl.where(bits < FORCED, bits, -1), 0)
+    low, high, i = top * 0, top + 1, tl.arange(0, PROBES)
+    start, step = tl.maximum(top - (PROBES << 22), 0), top * 0 + (1 << 22)  # two for each halving of the largest
+    while high - low > 1:
+        probe = tl.minimum(start + (i + 1) * step, high - 1)
+        count = tl.sum((bits[None, :] >= probe[:, None]).to(tl.int32), 1)
+        low = tl.maximum(low, tl.max(tl.where(count >= N, probe, 0), 0))
+        high = tl.minimum(high, tl.min(tl.where(count <= N, probe, high), 0))
+        start, step = low, tl.maximum((high - low) // (PROBES + 1), 1)
+    return _places(bits, low, high, N)
+
+
+@triton.jit
+def _places(bits, low, high, N: tl.constexpr):
+    """The candidates from `high` on and the first of those from `low` on, N in all, and their places in order."""
     above = bits >= high
     tied = (bits >= low) & ~above
     missing = N - tl.sum(above.to(tl.int32), 0)
-    return above | (tied & (tl.cumsum(tied.to(tl.int32), 0) <= missing))
+    so_far = tl.cumsum(above.to(tl.int32) + (tied.to(tl.int32) << 16), 0)  # two counts in one scan
+    place = (so_far & 0xFFFF) + tl.minimum(so_far >> 16, missing) - 1
+    return above | (tied & (so_far >> 16 <= missing)), place
 
 
 @triton.jit
@@ -138,8 +161,7 @@ def _rank_kernel(
         forced = (j < INIT) | (j > own - LOCAL)
         bits = tl.minimum(tl.maximum(importance.to(tl.int32, bitcast=True), 0), FORCED - 1)  # even of NaN
         bits = tl.where(j <= own, tl.where(forced, FORCED, bits), -1)
-        chosen = best(bits, SLOTS)
-        place = tl.cumsum(chosen.to(tl.int32), 0) - 1
+        chosen, place = best(bits, SLOTS)
         if tl.num_programs(2) == 1:
             tl.store(indices_ptr + (wide(token) * H_KV + kv_head) * SLOTS + place, j, mask=chosen)
         else:
@@ -165,8 +187,7 @@ def _merge_kernel(
         i = tl.arange(0, BLOCKS)
         candidates = (wide(query) * H_KV + kv_head) * M + i
         bits = tl.load(best_bits_ptr + candidates, mask=i < M, other=-1)
-        chosen = best(bits, SLOTS)
-        place = tl.cumsum(chosen.to(tl.int32), 0) - 1
+        chosen, place = best(bits, SLOTS)
         block = tl.load(best_ptr + candidates, mask=chosen, other=0)
         tl.store(indices_ptr + (wide(token) * H_KV + kv_head) * SLOTS + place, block, mask=chosen)
 

@@ -30,6 +30,23 @@ from nsa_kernels.primitives import (
 # B sequences, S slots of a cache, H query heads, H_kv KV heads, G = H / H_kv (GROUP), D head dim, J selection blocks,
 # P parts that a run of keys is divided in, R = l' / d, ROWS >= G rows of a tile.
 
+SMALLEST = tl.constexpr(2.0**-126)
+"""What stands for 0 where a logarithm is taken: the smallest normal float32."""
+
+
+@triton.jit
+def let_next_begin(EARLY: tl.constexpr):
+    """The programs of the next launch may start once all of this one have come here."""
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def await_launch_before(EARLY: tl.constexpr):
+    """What earlier launches wrote may be read from here on."""
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+
 
 @triton.jit
 def visible_run(position, BLOCK_SIZE: tl.constexpr, STRIDE: tl.constexpr, WINDOW: tl.constexpr):
@@ -92,9 +109,9 @@ def merge_parts(o_ptr, stats_ptr, first_part, num_parts, GROUP: tl.constexpr, RO
 
 @triton.jit
 def merge_columns(o_ptr, stats_ptr, out_ptr, row, num_parts, first_column, GROUP: tl.constexpr, ROWS: tl.constexpr,
-                   D: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
+                   D: tl.constexpr, COLUMNS: tl.constexpr, AT_ONCE: tl.constexpr):  # fmt: skip
     """Merge the parts of one sequence and KV head and write COLUMNS columns of [B * H, D]."""
-    o = merge_parts(o_ptr, stats_ptr, row * num_parts, num_parts, GROUP, ROWS, D, first_column, COLUMNS, 8)
+    o = merge_parts(o_ptr, stats_ptr, row * num_parts, num_parts, GROUP, ROWS, D, first_column, COLUMNS, AT_ONCE)
     head, column = tl.arange(0, ROWS), first_column + tl.arange(0, COLUMNS)
     out = out_ptr + (row * GROUP + head)[:, None] * D + column[None, :]
     tl.store(out, o.to(out_ptr.dtype.element_ty), mask=(head < GROUP)[:, None] & (column < D)[None, :])
@@ -102,7 +119,7 @@ def merge_columns(o_ptr, stats_ptr, out_ptr, row, num_parts, first_column, GROUP
 
 @triton.jit
 def attend_part(
-    q, k_ptr, v_ptr, sequence, lo, hi, slots, kv_head, scale_log2, planes_ptr, maxima_ptr, row, J, tiles,
+    q, k_ptr, v_ptr, sequence, lo, hi, slots, kv_head, scale_log2, planes_ptr, row, J,
     H_KV: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, D_QK: tl.constexpr, D_V: tl.constexpr,
     BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr, KEYS: tl.constexpr, R: tl.constexpr, SPAN: tl.constexpr,
     PLANES: tl.constexpr, PRECISION: tl.constexpr,
@@ -118,12 +135,13 @@ def attend_part(
             new_max = tl.maximum(row_max, tl.max(products, 1) * scale_log2)
             p = tl.reshape(tl.exp2(products * scale_log2 - new_max[:, None]), [ROWS, KEYS // R, R])
             head, r, j = tl.arange(0, ROWS), tl.arange(0, R), start // R + tl.arange(0, KEYS // R)
-            tl.store(maxima_ptr + (row * tiles + start // KEYS) * GROUP + head, new_max, mask=head < GROUP)
             for plane in tl.static_range(PLANES):
                 weight = tl.minimum(r + SPAN, (plane + 1) * R) - tl.maximum(r, plane * R)
                 part = tl.sum(p * tl.maximum(weight, 0).to(tl.float32)[None, None, :], 2)
-                out = ((row * PLANES + plane) * GROUP + head)[:, None] * J + j[None, :]
-                tl.store(planes_ptr + out, part, mask=(head < GROUP)[:, None] & (j < J)[None, :])
+                out = ((row * PLANES + plane) * GROUP + head)[:, None] * J + plane + j[None, :]
+                mask = (head < GROUP)[:, None] & (plane + j < J)[None, :]
+                log = tl.log2(tl.maximum(part, SMALLEST)) + new_max[:, None]
+                tl.store(planes_ptr + out, log, mask=mask)
         row_max, row_sum, acc = softmax_step(products, v, scale_log2, row_max, row_sum, acc, PRECISION)
     return row_max, row_sum, acc
 
@@ -136,14 +154,14 @@ def parts_kernel(
     o_ptr,  # float32 [B, H_KV, P, GROUP, D_V]
     stats_ptr,  # float32 [B, H_KV, P, 2, GROUP]
     planes_ptr,  # float32 [B, H_KV, PLANES, GROUP, J]
-    maxima_ptr,  # float32 [B, H_KV, tiles, GROUP]
-    slots, J, tiles, scale_log2,
+    slots, J, scale_log2,
     BLOCK_SIZE: tl.constexpr, STRIDE: tl.constexpr, WINDOW: tl.constexpr,
     H_KV: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, D_QK: tl.constexpr, D_V: tl.constexpr,
     BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr, KEYS: tl.constexpr, R: tl.constexpr, SPAN: tl.constexpr,
-    PLANES: tl.constexpr, PRECISION: tl.constexpr,
+    PLANES: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One program attends the queries of one KV head to its share of the keys that they see."""
+    let_next_begin(EARLY)
     part, kv_head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     first, end = visible_run(tl.load(positions_ptr + sequence), BLOCK_SIZE, STRIDE, WINDOW)
     share = tl.cdiv(tl.cdiv(end - first, KEYS), tl.num_programs(0)) * KEYS
@@ -152,7 +170,7 @@ def parts_kernel(
     row = wide(sequence) * H_KV + kv_head
     row_max, row_sum, acc = attend_part(
         q, k_ptr, v_ptr, sequence, lo, tl.minimum(lo + share, end), slots, kv_head, scale_log2,
-        planes_ptr, maxima_ptr, row, J, tiles,
+        planes_ptr, row, J,
         H_KV, GROUP, ROWS, D_QK, D_V, BLOCK_QK, BLOCK_V, KEYS, R, SPAN, PLANES, PRECISION)  # fmt: skip
     out = row * tl.num_programs(0) + part
     store_part(o_ptr, stats_ptr, out, row_max, row_sum, acc, GROUP, ROWS, D_V, BLOCK_V)
@@ -165,10 +183,28 @@ def _merge_kernel(
     out_ptr,  # [B, H, D_V]
     num_parts,
     H_KV: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, D_V: tl.constexpr, COLUMNS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """One program merges the parts of some columns of one KV head of one sequence."""
+    await_launch_before(EARLY)
     row = wide(tl.program_id(2)) * H_KV + tl.program_id(1)
-    merge_columns(o_ptr, stats_ptr, out_ptr, row, num_parts, tl.program_id(0) * COLUMNS, GROUP, ROWS, D_V, COLUMNS)
+    merge_columns(o_ptr, stats_ptr, out_ptr, row, num_parts, tl.program_id(0) * COLUMNS,
+                  GROUP, ROWS, D_V, COLUMNS, 8)  # fmt: skip
+
+
+class Launch(NamedTuple):
+    """How a kernel is spread over the chip."""
+
+    num_warps: int = 4
+    num_stages: int = 3
+    """Steps of a loop that are under way at a time."""
+    programs: int = 4
+    """Programs for each multiprocessor, if there are keys enough to divide."""
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What a launch takes by name."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
 class Sizes(NamedTuple):
@@ -186,9 +222,9 @@ class Sizes(NamedTuple):
         """What every kernel takes: H_KV, GROUP, ROWS, D_QK, D_V and the padded widths."""
         return (self.H_KV, self.GROUP, padded(self.GROUP), self.D_QK, self.D_V, padded(self.D_QK), padded(self.D_V))
 
-    def num_parts(self, most_keys: int, device: torch.device) -> int:
+    def num_parts(self, most_keys: int, launch: Launch, device: torch.device) -> int:
         """Programs that share the keys of one KV head: enough of them keep the chip busy."""
-        wanted = _programs(device) // (self.B * self.H_KV)
+        wanted = launch.programs * _processors(device) // (self.B * self.H_KV)
         return max(1, min(wanted, triton.cdiv(most_keys, self.keys), _MAX_PARTS))
 
     def parts(self, num_parts: int, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -207,10 +243,18 @@ def sizes_of(q: Tensor, k: Tensor, v: Tensor) -> Sizes:
 
 
 @functools.cache
-def _programs(device: torch.device) -> int:
-    if interpreted():
-        return 4
-    return _PROGRAMS_A_PROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
+def _processors(device: torch.device) -> int:
+    return 1 if interpreted() else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def early_start(device: torch.device) -> tuple[bool, dict[str, bool]]:
+    """Whether a launch may begin while the one before it ends, as from Hopper on, and the option that lets it.
+
+    Launches with that option may write only what no launch since the last without it reads or writes, or wait before.
+    """
+    early = not interpreted() and torch.cuda.get_device_capability(device)[0] >= 9
+    return early, {"launch_pdl": True} if early else {}
 
 
 def dense_attention(
@@ -218,24 +262,24 @@ def dense_attention(
 ) -> Tensor:
     """`decode.decode_dense_attention` of contiguous tensors."""
     sizes, slots = sizes_of(q, k, v), k.shape[1]
-    parts = sizes.num_parts(window_size or slots, q.device)
+    parts, (early, overlap) = sizes.num_parts(window_size or slots, READING, q.device), early_start(q.device)
     o, stats = sizes.parts(parts, q)
     parts_kernel[(parts, sizes.H_KV, sizes.B)](
-        q, k, v, positions, o, stats, None, None, slots, 0, 0, scale * LOG2_E.value,
-        1, 1, window_size or 0, *sizes.heads, sizes.keys, 1, 1, 0, dot_precision(q.dtype), num_warps=4, num_stages=3,
+        q, k, v, positions, o, stats, None, slots, 0, scale * LOG2_E.value, 1, 1, window_size or 0, *sizes.heads,
+        sizes.keys, 1, 1, 0, dot_precision(q.dtype), early, **READING.options,
     )  # fmt: skip
     out = q.new_empty(*q.shape[:2], sizes.D_V)
     columns = padded(sizes.D_V) // MERGERS
     _merge_kernel[(MERGERS, sizes.H_KV, sizes.B)](
-        o, stats, out, parts, sizes.H_KV, sizes.GROUP, padded(sizes.GROUP), sizes.D_V, columns
+        o, stats, out, parts, sizes.H_KV, sizes.GROUP, padded(sizes.GROUP), sizes.D_V, columns, early, **overlap
     )
     return out
 
 
 _STAGE_BYTES = 2**15
 """Keys and values that a step of a loop loads, three steps ahead: what fits the shared memory of every chip."""
-_PROGRAMS_A_PROCESSOR = 4
-"""Programs that share one multiprocessor while keys are read."""
+READING = Launch()
+"""Of the kernel that reads a run of keys."""
 _MAX_PARTS = 64
 """Most parts of a run of keys."""
 MERGERS = 4

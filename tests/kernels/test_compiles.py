@@ -29,6 +29,7 @@ KERNELS = {
     "_finish_kernel",
     "_rotate_kernel",
     "_silu_product_kernel",
+    "_gated_sum_kernel",
 }
 
 

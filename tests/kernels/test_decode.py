@@ -5,6 +5,8 @@ import itertools
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from nsa_kernels import NSAConfig, native_sparse_attention, reference
 from nsa_kernels.decode import (
     LayerCache,
@@ -180,6 +182,36 @@ def test_kernels_decode_as_the_whole_document(geometry, shape, monkeypatch):
     for position in (config.compress_block_size - 2, config.compress_block_size - 1, config.selected_tokens):
         positions = [position, (position * 7 + 3) % length, length - 1 - position]
         assert_decodes(documents, positions, config, "triton", 1e-5, ring=config.window_size + 3)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter is for machines without a GPU")
+@pytest.mark.parametrize("programs", [1, 3, 4, 7, 64])
+def test_chosen_blocks_may_be_divided_over_any_number_of_programs(programs, monkeypatch):
+    decode_triton = pytest.importorskip("nsa_kernels.decode_triton", exc_type=ImportError)
+    monkeypatch.setattr(decode_triton, "_SELECTED", decode_triton.Launch(programs=programs))
+    config = dataclasses.replace(SMALL, num_selected_blocks=5)  # ten steps of 4 keys
+    document = Document(2 * config.selected_tokens, config, dtype=torch.float32, **SHAPES["one_kv_head"])
+    for position in (0, config.select_block_size, config.selected_tokens - 2, document.length - 1):
+        assert_decodes([document], [position], config, "triton", 1e-5)
+    assert_decodes(8 * [document], [0, 7, 8, 30, 40, 41, 63, 79], config, "triton", 1e-5)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter is for machines without a GPU")
+@settings(max_examples=30, deadline=None)
+@given(
+    st.lists(st.floats(0, 2, width=32), min_size=1, max_size=32), st.integers(0, 2), st.integers(3, 7), st.booleans()
+)
+def test_few_rounds_find_the_largest_and_the_first_of_equal_ones(importance, num_forced, n, many_ties):
+    decode_triton = pytest.importorskip("nsa_kernels.decode_triton", exc_type=ImportError)
+    importance = torch.tensor(importance)
+    bits = (importance.round() if many_ties else importance).view(torch.int32)
+    bits[:num_forced] = decode_triton.FORCED.value
+    expected = bits.argsort(descending=True, stable=True)[:n].sort().values.int()
+    indices, where = torch.full((1, 1, n), -1).int(), torch.tensor([10**6]).int()
+    blocks = torch.arange(len(bits)).int()
+    decode_triton._merge_segments_kernel[(1, 1)](where, bits, blocks, indices, len(bits), 1, n, 1, 32, 8, False)
+    assert indices.flatten()[: len(expected)].tolist() == expected.tolist()
+    assert (indices.flatten()[len(expected) :] == -1).all()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter is for machines without a GPU")

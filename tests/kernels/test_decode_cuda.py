@@ -225,6 +225,22 @@ def test_a_graph_captured_at_one_set_of_positions_computes_any_other(shape):
     assert not torch.equal(outs[0], outs[1])
 
 
+def test_layers_that_follow_each_other_in_a_graph_keep_their_memory_apart():
+    """A launch may begin before the one in front of it ends; what one call leaves the next one writes over."""
+    steps = [Step(shape, [3000, 31, 0, 1024], torch.bfloat16) for shape in ("A", "B")]
+    alone = []
+    for step in steps:
+        alone.append(step.attend())
+        torch.cuda.synchronize()
+    layers = 8 * steps
+    captured = capture(lambda: [step.attend() for step in layers])
+    for _ in range(50):
+        for i, result in enumerate(captured.replay()):
+            assert torch.equal(result.out, alone[i % 2].out)
+            assert torch.equal(result.block_indices, alone[i % 2].block_indices)
+    assert all(result.out.any() for result in alone)
+
+
 def test_two_runs_are_equal_and_wait_for_nothing():
     run = whole_step(Step("A", 4 * EDGES, torch.bfloat16))
     first = run()  # compiles the kernels

@@ -53,7 +53,7 @@ class AbsentGPU:
 def main(capability: int) -> None:
     triton.runtime.driver.set_active(AbsentGPU(capability))
     torch.cuda.get_device_capability = lambda device=None: divmod(capability, 10)
-    decode_parts._programs = lambda device: 4 * 132
+    decode_parts._processors = lambda device: 132
     triton_backend.reason_against = lambda q, v, config: None
     run = JITFunction.run
 
