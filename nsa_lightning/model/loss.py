@@ -49,7 +49,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
-        walk = _compiled_walk() if hidden.is_cuda else _loss_and_gradient
+        walk = fused_walk() if hidden.is_cuda else _loss_and_gradient
         loss = hidden.new_zeros((), dtype=torch.float32)
         grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
         chunk = max(1, _CHUNK_LOGITS // len(weight))
@@ -58,6 +58,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             loss += nats
             torch.mm(gradient, weight, out=grad_h)
             grad_weight.addmm_(gradient.T, h)
+            del gradient  # before the next chunk's logits
         ctx.save_for_backward(grad_hidden, grad_weight)
         return loss
 
@@ -79,8 +80,8 @@ def _loss_and_gradient(logits: Tensor, targets: Tensor, ignore_index: int) -> tu
 
 
 @functools.cache
-def _compiled_walk() -> Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]:
-    """`_loss_and_gradient` in two passes over the logits instead of a dozen."""
+def fused_walk() -> Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]:
+    """`_loss_and_gradient` for a GPU: two passes over the logits instead of a dozen."""
     return torch.compile(_loss_and_gradient)
 
 

@@ -16,8 +16,9 @@ from nsa_lightning.memory.settings import StepSettings, step_settings
 from nsa_lightning.memory.sharded import shard_shape
 from nsa_lightning.memory.simulated_gpu import DEVICE, simulated_gpu
 from nsa_lightning.memory.step import GRADIENTS, OPTIMIZER_STATE, SimulatedStep, allocate
+from nsa_lightning.model import loss
 from nsa_lightning.model.context_parallel import ContextParallel
-from nsa_lightning.model.loss import summed_cross_entropy
+from nsa_lightning.model.loss import chunked_cross_entropy, summed_cross_entropy
 from nsa_lightning.model.transformer import Transformer
 from nsa_lightning.training.module import LanguageModel
 from nsa_lightning.training.optimizer import parameter_groups
@@ -179,6 +180,20 @@ def test_an_exchange_holds_what_is_sent_until_the_last_part_is_received():
     assert [x.shape for x in received] == [(128, 2, 128), (128, 1, 128)]
     assert meter.peaks[Place("")].total == 3 * (128 + 64) * 2**10  # before, in order for sending, and received
     assert meter.total == 2 * (128 + 64) * 2**10
+
+
+@pytest.mark.usefixtures("_every_byte")
+def test_where_torch_has_no_fused_loss_a_chunk_of_logits_and_their_gradient_are_held():
+    """Beside the gradients of the hidden states and of the output layer, which are computed along the way."""
+    chunk, width, vocabulary = loss._CHUNK_LOGITS // 2**12, 8, 2**12
+    meter = MemoryMeter(DEVICE)
+    with simulated_gpu():
+        hidden, weight = torch.empty(3 * chunk, width), torch.empty(vocabulary, width)
+        targets = torch.zeros(3 * chunk, dtype=torch.int64)
+        with meter:
+            chunked_cross_entropy(hidden.requires_grad_(), weight.requires_grad_(), targets, -100)
+    expected = 4 * (2 * chunk * vocabulary + hidden.numel() + weight.numel())
+    assert expected <= meter.peaks[Place("")].total < 1.01 * expected
 
 
 def test_attention_that_reads_its_documents_is_refused():
