@@ -254,8 +254,9 @@ def sparse_attention(
     J = k.shape[1] // size
     planes, blocks = 1 + triton.cdiv(SPAN - 1, R), min(_SEGMENT, padded(J))
     segments = triton.cdiv(J, blocks)
-    parts = sizes.num_parts(J * R, READING, q.device)
-    window_parts = min(sizes.num_parts(config.window_size, READING, q.device), _WINDOW_PARTS)
+    reading = _READING_WIDE if (sizes.D_QK + D_V) * q.element_size() > _NARROW_BYTES else READING
+    parts = sizes.num_parts(J * R, reading, q.device)
+    window_parts = min(sizes.num_parts(config.window_size, reading, q.device), _WINDOW_PARTS)
     selected_parts = sizes.num_parts(n * size, _SELECTED, q.device)
 
     row = segments * blocks  # of a plane
@@ -263,7 +264,7 @@ def sparse_attention(
     (o, stats), (window_o, window_stats) = sizes.parts(parts, q), sizes.parts(window_parts, q)
     parts_kernel[(parts, H_KV, B)](
         q, summary_k, summary_v, positions, o, stats, plane_logs, summary_k.shape[1], row, scale_log2,
-        l, d, 0, *sizes.heads, max(keys, R), R, SPAN, planes, precision, early, **READING.options,
+        l, d, 0, *sizes.heads, max(keys, R), R, SPAN, planes, precision, early, **reading.options,
     )  # fmt: skip
 
     indices = positions.new_empty(B, H_KV, n, dtype=torch.int32)
@@ -298,11 +299,13 @@ def sparse_attention(
     return NSAOutput(out, indices)
 
 
+_NARROW_BYTES, _READING_WIDE = 256, Launch(num_stages=2, programs=3)
+"""Summaries of more bytes, key and value together, are read by as many programs as a multiprocessor has room for."""
 _SELECTED = Launch(num_warps=4, num_stages=3, programs=4)
 """Of the kernel that reads the chosen blocks."""
 _BLOCKS_A_WARP = 128
 """Blocks that each warp ranks, if they are many."""
-_PROBES = 8
+_PROBES = 4
 """Bounds that are tried at a time."""
 _PLANE_NUMBERS = 2048
 """Numbers of a plane that each warp holds."""
