@@ -315,7 +315,9 @@ class NSAttention(DenseAttention):
                 cache.pending, cache.summaries, step.block, config.compress_stride, self._summary_weights(),
                 step.block_rotary, backend=config.backend,
             )  # fmt: skip
-        result = decode_attention(q, gates, cache.operands(), step.positions, config, backend=config.backend)
+        result = decode_attention(
+            q, gates, cache.operands(), step.positions, config, tickets=step.tickets, backend=config.backend
+        )
         return self.o_proj(result.out.flatten(1))
 
     def _summaries(self, blocks: Iterable[Tensor], rotary: Rotary | None) -> tuple[Tensor, Tensor]:
