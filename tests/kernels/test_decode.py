@@ -257,10 +257,10 @@ def test_calls_that_follow_each_other_share_their_tickets_and_leave_zeros(readin
 def test_logits_of_gates_weigh_by_their_sigmoid_wherever_they_stand(backend):
     if backend == "triton" and torch.cuda.is_available():
         pytest.skip("Triton's interpreter is for machines without a GPU")
-    q, _, cache = random_step(64, SMALL, H=6, H_kv=2)
-    positions, joint = torch.tensor([63, 20]).int(), 3 * torch.randn(2, 40)
-    apart = torch.randn(2, 3, 6).mT  # the branches of a head do not follow each other
-    for logits in (joint[:, 5:23].unflatten(1, (6, 3)), apart):
+    q, _, cache = random_step(64, SMALL, H=14, H_kv=2, D=80)
+    positions, joint = torch.tensor([63, 20]).int(), 3 * torch.randn(2, 60)
+    apart = torch.randn(2, 3, 14).mT  # the branches of a head do not follow each other
+    for logits in (joint[:, 5:47].unflatten(1, (14, 3)), apart):
         args = cache, positions, SMALL
         result = decode_attention(q, logits, *args, gate_logits=True, backend=backend)
         expected = decode_attention(q, logits.sigmoid().contiguous(), *args, backend="eager")
