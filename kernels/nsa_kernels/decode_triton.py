@@ -301,7 +301,7 @@ def sparse_attention(
 
 _NARROW_BYTES, _READING_WIDE = 256, Launch(num_stages=2, programs=3)
 """Summaries of more bytes, key and value together, are read by as many programs as a multiprocessor has room for."""
-_SELECTED = Launch(num_warps=4, num_stages=3, programs=4)
+_SELECTED = Launch()
 """Of the kernel that reads the chosen blocks."""
 _BLOCKS_A_WARP = 128
 """Blocks that each warp ranks, if they are many."""
