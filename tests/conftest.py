@@ -12,6 +12,12 @@ with torch.device("cpu"):
     torch.empty(0)  # device contexts list the functions they change at their first use: before these are patched below
 
 
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.get_closest_marker("gpu") is not None:
+            item.add_marker(pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"))
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread_a_worker():
     torch.set_num_threads(1)

@@ -337,7 +337,7 @@ _READING = Launch(num_warps=4, num_stages=2, programs=3)
 """Of the kernel that reads summaries."""
 _MANY_STEPS, _READING_MANY = 8, Launch(num_warps=8, num_stages=3, programs=2)
 """The same where each multiprocessor reads at least so many tiles of summaries."""
-_SELECTED = Launch(num_warps=4, num_stages=3, programs=4)
+_SELECTED = Launch()
 """Of the kernel that reads the chosen blocks."""
 _PROBES = 8
 """Bounds that are tried at a time."""

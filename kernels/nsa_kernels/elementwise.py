@@ -1,16 +1,12 @@
 """What a layer computes number by number: one kernel each where no gradient is wanted, plain PyTorch elsewhere."""
 
-from importlib.util import find_spec
-
 import torch
 from torch import Tensor
 
+from nsa_kernels.native_sparse_attention import HAS_TRITON
 from nsa_kernels.rotary import apply_rotary
 
 # T tokens, H heads, D head dim, R rotated dimensions of a head, I hidden units.
-
-_HAS_TRITON = find_spec("triton") is not None
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -33,10 +29,8 @@ def silu_product(gate: Tensor, up: Tensor) -> Tensor:
 
 def _by_kernel(x: Tensor) -> bool:
     """Whether no gradient is wanted, no compiler fuses what follows, and the kernels run on x's device."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not (x.is_cuda and HAS_TRITON):
         return False
-    if not (x.is_cuda and x.dtype in _DTYPES and _HAS_TRITON):
-        return False
-    from nsa_kernels import triton_backend
+    from nsa_kernels import primitives, triton_backend
 
-    return triton_backend.is_recent(x.device)
+    return x.dtype in primitives.DTYPES and triton_backend.is_recent(x.device)

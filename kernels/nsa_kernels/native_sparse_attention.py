@@ -18,7 +18,7 @@ from nsa_kernels.rotary import apply_rotary
 
 Backend = Literal["auto", "triton", "eager", "reference"]
 
-_HAS_TRITON = find_spec("triton") is not None
+HAS_TRITON = find_spec("triton") is not None
 
 # T packed tokens, N documents, H query heads, H_kv KV heads, D_qk and D_v head dims, C rows of compressed blocks.
 
@@ -117,7 +117,7 @@ def stages_of(backend: Backend, q: Tensor, v: Tensor, config: NSAConfig) -> Modu
     if backend not in get_args(Backend):
         raise ValueError(f"backend must be one of {', '.join(get_args(Backend))}, got {backend!r}")
     if backend in ("auto", "triton") and (q.is_cuda or backend == "triton"):
-        if _HAS_TRITON:
+        if HAS_TRITON:
             from nsa_kernels import triton_backend
 
             reason = triton_backend.reason_against(q, v, config)

@@ -135,8 +135,8 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> float:
     Raises:
         ValueError: a dtype, a head count, a head dimension or a scale that they do not take.
     """
-    if not q.dtype == k.dtype == v.dtype or q.dtype not in _DTYPES:
-        names = ", ".join(str(dtype) for dtype in _DTYPES)
+    if not q.dtype == k.dtype == v.dtype or q.dtype not in DTYPES:
+        names = ", ".join(str(dtype) for dtype in DTYPES)
         raise ValueError(f"q, k and v must share one dtype of {names}, got {q.dtype}, {k.dtype} and {v.dtype}")
     if q.shape[1] % k.shape[1]:
         raise ValueError(f"the query heads must be a multiple of the KV heads, got {q.shape[1]} and {k.shape[1]}")
@@ -152,7 +152,7 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> float:
     return scale
 
 
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_HEAD_DIM = 256
 """Largest head dimension that fits a tile."""
 _DELTA_ROWS = 16

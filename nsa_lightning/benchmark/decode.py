@@ -146,7 +146,7 @@ def _run(settings: DecodeSettings) -> int:
     from nsa_lightning.benchmark.decode_model import read_transformer_config
     from nsa_lightning.benchmark.decode_report import decode_tables, draw_decode, legend
     from nsa_lightning.benchmark.report import check_table, tell_failures
-    from nsa_lightning.benchmark.results import environment, write_results, write_whole
+    from nsa_lightning.benchmark.results import environment, measure_and_write
 
     check_hardware(settings.device, settings.backend)
     model = read_transformer_config(settings.config) if settings.config is not None else None
@@ -159,14 +159,11 @@ def _run(settings: DecodeSettings) -> int:
         return 1
     bench = _prepare(settings)
     run = {"environment": where, "ceilings": bench.ceilings._asdict()}
-    records: list[DecodeRecord] = []
-    for measured in _measure(settings, bench, unusable, model):
-        records += measured
-        write_results(settings.output_dir / RESULTS_NAME, asdict(settings), run, checks, records)
-    title = f"{where['device']}, {settings.dtype}, torch {where['torch']}"
-    write_whole(settings.output_dir / PLOT_NAME, lambda part: draw_decode(records, title, part))
-    print(f"\n{legend(bench.ceilings)}\n\n{decode_tables(records)}\n")
-    print(f"written: {settings.output_dir / RESULTS_NAME}, {settings.output_dir / PLOT_NAME}")
+    measured = _measure(settings, bench, unusable, model)
+    measure_and_write(
+        asdict(settings), PLOT_NAME, run, checks, measured, draw_decode,
+        lambda records: f"{legend(bench.ceilings)}\n\n{decode_tables(records)}",
+    )  # fmt: skip
     return 0
 
 

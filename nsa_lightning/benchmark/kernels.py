@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from nsa_lightning.benchmark.cases import (
     PLOT_NAME,
-    RESULTS_NAME,
     KernelSettings,
     document_lengths,
     parse_shape,
@@ -95,7 +94,7 @@ def bench_kernels(
 def _run(settings: KernelSettings) -> int:
     from nsa_lightning.benchmark.plot import draw_times
     from nsa_lightning.benchmark.report import case_tables, check_table, legend, tell_failures
-    from nsa_lightning.benchmark.results import environment, write_results, write_whole
+    from nsa_lightning.benchmark.results import environment, measure_and_write
 
     check_hardware(settings.device, settings.backend)
     where = environment(settings.device)
@@ -109,14 +108,11 @@ def _run(settings: KernelSettings) -> int:
         return 1
     bench = _prepare(settings)
     run = {"environment": where, "ceilings": bench.ceilings._asdict()}
-    records: list[Record] = []
-    for measured in _measure(settings, bench, unusable):
-        records += measured
-        write_results(settings.output_dir / RESULTS_NAME, asdict(settings), run, checks, records)
-    title = f"{where['device']}, {settings.dtype}, torch {where['torch']}"
-    write_whole(settings.output_dir / PLOT_NAME, lambda part: draw_times(records, title, part))
-    print(f"\n{legend(bench.ceilings)}\n\n{case_tables(records)}\n")
-    print(f"written: {settings.output_dir / RESULTS_NAME}, {settings.output_dir / PLOT_NAME}")
+    measured = _measure(settings, bench, unusable)
+    measure_and_write(
+        asdict(settings), PLOT_NAME, run, checks, measured, draw_times,
+        lambda records: f"{legend(bench.ceilings)}\n\n{case_tables(records)}",
+    )  # fmt: skip
     return 0
 
 

@@ -2,12 +2,12 @@
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
-from nsa_lightning.benchmark.cases import Shape
+from nsa_lightning.benchmark.cases import RESULTS_NAME, Shape
 
 WHOLE, REST = "whole", "gates and rest"
 
@@ -96,6 +96,9 @@ class Row(Protocol):
         """All fields in one flat object, for JSON."""
 
 
+_Row = TypeVar("_Row", bound=Row)
+
+
 def write_results(
     path: Path, settings: dict[str, Any], run: dict[str, Any], checks: Sequence[Any], records: Sequence[Row]
 ) -> None:
@@ -107,6 +110,36 @@ def write_results(
     }
     text = json.dumps(data, indent=1, default=str) + "\n"
     write_whole(path, lambda part: part.write_text(text))
+
+
+def measure_and_write(
+    settings: dict[str, Any],
+    plot_name: str,
+    run: dict[str, Any],
+    checks: Sequence[Any],
+    measured: Iterable[list[_Row]],
+    draw: Callable[[list[_Row], str, Path], object],
+    tables: Callable[[list[_Row]], str],
+) -> None:
+    """Take one case after another, write all results so far after each, and in the end draw and print them.
+
+    Args:
+        settings: of the run, output_dir and dtype among them.
+        plot_name: file in output_dir beside results.json.
+        run: `environment` and rates of the device.
+        checks: verdicts that come before.
+        measured: the records of each case.
+        draw: draws records under a title to a file.
+        tables: records in words.
+    """
+    results, plot = settings["output_dir"] / RESULTS_NAME, settings["output_dir"] / plot_name
+    records: list[_Row] = []
+    for new in measured:
+        records += new
+        write_results(results, settings, run, checks, records)
+    title = f"{run['environment']['device']}, {settings['dtype']}, torch {run['environment']['torch']}"
+    write_whole(plot, lambda part: draw(records, title, part))
+    print(f"\n{tables(records)}\n\nwritten: {results}, {plot}")
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:

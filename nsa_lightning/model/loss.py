@@ -26,22 +26,20 @@ def summed_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignore
         A float32 scalar; 0 where every target is ignored.
     """
     hidden, weight = _as_computed(hidden, weight)
-    if hasattr(F, "linear_cross_entropy"):  # torch 2.13 or newer
+    with torch.autocast(hidden.device.type, enabled=False):
+        if not hasattr(F, "linear_cross_entropy"):  # before torch 2.13
+            return chunked_cross_entropy(hidden, weight, targets, ignore_index)
         options = torch.nn.LinearCrossEntropyOptions()
-        with torch.autocast(hidden.device.type, enabled=False):
-            loss = F.linear_cross_entropy(
-                hidden, weight, targets, ignore_index=ignore_index, reduction="sum", options=options
-            )
-        return loss.float()
-    return chunked_cross_entropy(hidden, weight, targets, ignore_index)
+        return F.linear_cross_entropy(
+            hidden, weight, targets, ignore_index=ignore_index, reduction="sum", options=options
+        ).float()
 
 
 def chunked_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
     """`summed_cross_entropy` for torch without a fused one; its graph can be walked backward once."""
     if not (torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)):
         return token_cross_entropy(hidden, weight, targets, ignore_index).sum()
-    with torch.autocast(hidden.device.type, enabled=False):
-        return cast("Tensor", _ChunkedCrossEntropy.apply(hidden, weight, targets, ignore_index))
+    return cast("Tensor", _ChunkedCrossEntropy.apply(hidden, weight, targets, ignore_index))
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):

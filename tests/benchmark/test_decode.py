@@ -270,7 +270,6 @@ def test_a_step_is_timed_as_a_graph_with_an_empty_cache_or_says_why_not(monkeypa
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_on_a_gpu_every_method_is_timed_as_a_cuda_graph_too(bench, tmp_path):
     sizes = "{select_block_size: 32, num_selected_blocks: 8, window_size: 64}"
     text = CONFIG.replace("num_heads: 4", "num_heads: 4\n    head_dim: 64")

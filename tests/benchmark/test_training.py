@@ -186,7 +186,6 @@ def test_help_explains_every_setting_without_importing_torch():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("strategy", ["auto", "fsdp2"])
 def test_a_gpu_tells_its_memory_and_how_much_of_its_peak_is_used(bench, tmp_path, strategy):
     arguments = ["--lengths", "4096", "--attention", "nsa", "full", "--devices", "1", "--profile", "true"]

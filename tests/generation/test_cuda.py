@@ -7,7 +7,7 @@ from nsa_lightning.generation.decoder import Decoder
 from nsa_lightning.model import Transformer, TransformerConfig
 from nsa_lightning.model.attention import NSALayerConfig
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+pytestmark = pytest.mark.gpu
 
 NSA = NSALayerConfig(select_block_size=32, num_selected_blocks=8, window_size=64)
 CONFIG = TransformerConfig(

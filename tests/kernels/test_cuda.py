@@ -5,7 +5,7 @@ import torch
 from nsa_kernels import NSAConfig, native_sparse_attention
 from support.packings import PACKINGS, SMALL, random_inputs
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+pytestmark = pytest.mark.gpu
 
 
 @pytest.mark.parametrize("name", ["mixed", "empty_documents_at_both_ends"])

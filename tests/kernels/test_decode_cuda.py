@@ -13,6 +13,7 @@ from nsa_kernels.decode import (
     new_tickets,
 )
 from nsa_kernels.rotary import apply_rotary
+from support.gpu import DTYPES, epsilon, refusing_to_wait
 from support.measured import assert_strays_at_most_twice_as_far
 from support.packings import assert_same_blocks, cu_seqlens
 from support.rows import importance_of_rows
@@ -21,13 +22,8 @@ from torch import Tensor
 from nsa_lightning.generation.cuda_graphs import capture
 
 pytest.importorskip("nsa_kernels.decode_triton", exc_type=ImportError)
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
-    pytest.mark.timeout(1800),  # kernels are compiled for each shape
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(1800)]  # kernels are compiled for each shape
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 SHAPES = {  # H, H_kv, D_qk, D_v
     "A": (64, 4, 128, 128),
     "B": (32, 8, 128, 128),
@@ -86,10 +82,6 @@ class Step:
 
 def wider(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float32 else torch.float32
-
-
-def epsilon(dtype: torch.dtype) -> float:
-    return 4e-6 if dtype == torch.float32 else torch.finfo(dtype).eps
 
 
 def assert_as_right_as_eager(actual, plain, truth, importance_of, dtype: torch.dtype) -> None:
@@ -260,11 +252,8 @@ def test_two_runs_are_equal_and_wait_for_nothing():
     run = whole_step(Step("A", 4 * EDGES, torch.bfloat16))
     first = run()  # compiles the kernels
     torch.cuda.synchronize()
-    try:
-        torch.cuda.set_sync_debug_mode("error")
+    with refusing_to_wait():
         second = run()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     for one, other in zip(first, second, strict=True):
         assert torch.equal(one, other)
         assert other.any()

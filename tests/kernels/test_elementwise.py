@@ -4,11 +4,11 @@ import pytest
 import torch
 from nsa_kernels.elementwise import rotate, silu_product
 from nsa_kernels.rotary import apply_rotary
+from support.gpu import DTYPES, epsilon
 from support.measured import assert_strays_at_most_twice_as_far
 from torch import Tensor
 
 kernels = pytest.importorskip("nsa_kernels.elementwise_triton", exc_type=ImportError)
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter is for machines without a GPU")
 
@@ -41,20 +41,18 @@ def random(*size: int, dtype: torch.dtype) -> Tensor:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rotation_and_product_are_as_right_as_plain_torch(dtype):
     kind, T = DTYPES[dtype], 3000
-    epsilon = max(torch.finfo(kind).eps, 4e-6)
     for head_dim, half in ((64, 32), (80, 20), (192, 32), (256, 128)):
         x, rotary = random(T, 10, head_dim, dtype=kind)[:, 1:], random(2, T, half, dtype=torch.float32)
         with torch.no_grad():
             named = {"out": rotate(x, *rotary)}, {"out": apply_rotary(x, *rotary)}
             truth = {"out": apply_rotary(x.double(), *rotary.double())}
-        assert assert_strays_at_most_twice_as_far(*named, truth, epsilon) == {"out"}
+        assert assert_strays_at_most_twice_as_far(*named, truth, epsilon(kind)) == {"out"}
     for units in (5632, 1100):
         gate, up = random(T, 2 * units, dtype=kind).chunk(2, dim=-1)
         with torch.no_grad():
             actual = {"out": silu_product(gate, up)}
         plain, truth = ({"out": torch.nn.functional.silu(a) * b} for a, b in ((gate, up), (gate.double(), up.double())))
-        assert assert_strays_at_most_twice_as_far(actual, plain, truth, epsilon) == {"out"}
+        assert assert_strays_at_most_twice_as_far(actual, plain, truth, epsilon(kind)) == {"out"}

@@ -11,7 +11,7 @@ from nsa_lightning.memory.settings import step_settings
 from nsa_lightning.model.transformer import TransformerConfig
 from nsa_lightning.training.module import LanguageModel
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+pytestmark = pytest.mark.gpu
 
 CONFIG = TransformerConfig(
     vocab_size=16384, hidden_size=768, num_layers=12, num_heads=12, num_kv_heads=4, intermediate_size=2048

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from support.gpu import refusing_to_wait
 from support.packings import cu_seqlens
 
 from nsa_lightning.model import Cache, Transformer, TransformerConfig
@@ -11,7 +12,7 @@ from nsa_lightning.model.attention import NSALayerConfig
 from nsa_lightning.model.fused_attention import packed_causal_attention
 from nsa_lightning.model.loss import summed_cross_entropy
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+pytestmark = pytest.mark.gpu
 
 LENGTHS = [1, 700, 33, 290]
 CONFIG = TransformerConfig(
@@ -53,11 +54,8 @@ def test_a_bf16_step_is_close_to_float64_and_never_waits_for_the_device(attentio
 
     step()
     model.zero_grad()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with refusing_to_wait():
         loss = step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     gradients = {name: p.grad.double() for name, p in model.named_parameters() if p.grad is not None}
     model.double().zero_grad()
     exact = summed_cross_entropy(model(*batch).hidden, model.output_embedding, batch[0], -100)
@@ -103,8 +101,7 @@ def test_prompts_and_replayed_steps_equal_the_whole_document_and_never_wait_for_
     tokens = torch.zeros(2, dtype=torch.int64, device="cuda")
     graphs = {completes: captured(lambda c=completes: model.decode(tokens, cache, c)) for completes in (True, False)}
     lengths, hidden = [660, 5], []
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with refusing_to_wait():
         for row, length in enumerate(lengths):
             cache.reset(row)
             model.prefill(document[:length], cache, row, chunk_size=256)
@@ -114,8 +111,6 @@ def test_prompts_and_replayed_steps_equal_the_whole_document_and_never_wait_for_
             cache.count_step()
             graph.replay()
             hidden.append(output.clone())
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     expected = torch.stack([exact[length : length + 40] for length in lengths], dim=1)
     assert (torch.stack(hidden).double() - expected).norm() / expected.norm() < 0.05
     assert cache.lengths.tolist() == cache.host_lengths == [700, 45]

@@ -65,3 +65,10 @@ class PendingTokens:
             pending, summaries, self.blocks, self.config.compress_stride, weights, self.rotary, backend=backend
         )
         return dict(zip(("keys", "values"), summaries, strict=True))
+
+    def assert_no_other_row_changed(self, result: dict[str, Tensor]) -> None:
+        """Every row of the summaries but those of the completed blocks is as it was."""
+        for actual, before in zip(result.values(), self.summaries, strict=True):
+            untouched = torch.ones(before.shape[:2], dtype=torch.bool, device=self.device)
+            untouched[torch.arange(len(self.blocks)), self.blocks] &= self.blocks < 0
+            assert torch.equal(actual[untouched], before[untouched])
