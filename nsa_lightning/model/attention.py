@@ -232,10 +232,10 @@ class NSAttention(DenseAttention):
 
     def gates(self, x: Tensor) -> Tensor:
         """Weight of each branch, [T, H, 3] in (0, 1): compressed, selected, sliding."""
-        return self._as_gates(self.branch_gate(self.branch_gate_hidden(x)))
+        return self._gate_logits(x).unflatten(-1, (self.num_heads, 3)).sigmoid()
 
-    def _as_gates(self, gates: Tensor) -> Tensor:
-        return gates.unflatten(-1, (self.num_heads, 3)).sigmoid()
+    def _gate_logits(self, x: Tensor) -> Tensor:
+        return self.branch_gate(self.branch_gate_hidden(x))
 
     def forward(self, x: Tensor, context: PackedContext, watch: bool = False) -> tuple[Tensor, BranchStatistics | None]:
         """[T, hidden_size] -> [T, hidden_size], and what the gates and the selection did if `watch`."""
@@ -308,14 +308,17 @@ class NSAttention(DenseAttention):
             k, v = self.compressed.as_heads(next(mapped), next(mapped))
         new.append(cache.pending.new_tokens(k, v, rotate=config.compress_rope == "before"))
         gate = next(mapped, None)
-        gates = self.gates(x) if gate is None else self._as_gates(gate)
+        logits = (self._gate_logits(x) if gate is None else gate).unflatten(-1, (self.num_heads, 3))
         q = append_tokens(q, new, step.positions, step.rotary, backend=config.backend)
         if step.block is not None:
             summarise_blocks(
                 cache.pending, cache.summaries, step.block, config.compress_stride, self._summary_weights(),
                 step.block_rotary, backend=config.backend,
             )  # fmt: skip
-        result = decode_attention(q, gates, cache.operands(), step.positions, config, backend=config.backend)
+        result = decode_attention(
+            q, logits, cache.operands(), step.positions, config,
+            gate_logits=True, tickets=step.tickets, backend=config.backend,
+        )  # fmt: skip
         return self.o_proj(result.out.flatten(1))
 
     def _summaries(self, blocks: Iterable[Tensor], rotary: Rotary | None) -> tuple[Tensor, Tensor]:
