@@ -5,8 +5,9 @@
 
 With R = l'/d chunks a block and S = l/d chunks a compression block, compression block i = j·R + r covers the chunks
 r ... r + S - 1 counted from the start of block j: w_0 of them lie in block j, w_1 in block j + 1, and so on. A tile of
-scores therefore gives plane m, A_m[j] = Σ_r w_m[r] · p[j·R + r], and importance[j] = Σ_m A_m[j - m]. Planes hold a
-chunk of queries at a time: their size is bounded, whatever the length.
+scores therefore gives A_m[j] = Σ_r w_m[r] · p[j·R + r], and importance[j] = Σ_m A_m[j - m]. Most of these sums lie in
+one tile; what its last blocks give to the next tile's first is kept apart, as spill. Both are kept for a chunk of
+queries at a time: their size is bounded, whatever the length.
 """
 
 import torch
@@ -29,7 +30,7 @@ from nsa_kernels.primitives import (
 from nsa_kernels.tuning import launch
 
 # T packed tokens, H query heads, H_kv KV heads, G = H / H_kv (GROUP), D head dim, C rows of compressed blocks,
-# J selection blocks that a query may rank, n slots, R and S as above, Q queries of a chunk.
+# J selection blocks that a query may rank, n slots, R and S as above, Q queries of a chunk, REACH the largest m.
 
 FORCED = tl.constexpr(0x7F800000)
 """Bits of the infinite importance of a forced block."""
@@ -37,8 +38,8 @@ FORCED = tl.constexpr(0x7F800000)
 _SMALL_SEGMENT, _SEGMENT = 256, 1024
 """Blocks of a query that a program ranks."""
 
-_PLANE_BYTES = 2**28
-"""Size of the planes of a chunk of queries."""
+_CHUNK_BYTES = 2**27
+"""Size of the importance of a chunk of queries."""
 
 
 @triton.jit
@@ -47,16 +48,17 @@ def _importance_kernel(
     k_desc,  # [C, H_KV, D]
     lse_ptr,  # [T, H]
     document_start_ptr, first_ptr, end_ptr,  # [T]
-    planes_ptr,  # float32 [PLANES, H_KV, Q, J]
-    first_query, end_query, J, scale_log2, reach,
+    importance_ptr,  # float32 [H_KV, Q, J]
+    spill_ptr,  # float32 [H_KV, Q, tiles of keys, REACH * (REACH + 1) / 2]
+    first_query, end_query, J, scale_log2, unranked,
     H_KV: tl.constexpr, GROUP: tl.constexpr, BLOCK_D: tl.constexpr,
-    R: tl.constexpr, S: tl.constexpr, PLANES: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    R: tl.constexpr, S: tl.constexpr, REACH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program scores a tile of queries against one block of compressed keys, all heads of a group summed.
 
-    Queries within `reach` of their document's start choose every block and are not ranked. A tile is no longer than
-    that, so all the queries in it that are ranked belong to the document of its first.
+    The first `unranked` queries of a document choose every block and are not ranked. A tile is no longer than that, so
+    all the queries in it that are ranked belong to the document of its first.
     """
     key_block, tile, kv_head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     tile_start = first_query + tile * QUERIES
@@ -64,7 +66,7 @@ def _importance_kernel(
     exists = token < end_query
     document_start, first = tl.load(document_start_ptr + tile_start), tl.load(first_ptr + tile_start)
     ranked = exists & (tl.load(document_start_ptr + token, mask=exists, other=-1) == document_start)
-    ranked &= token - document_start >= reach
+    ranked &= token - document_start >= unranked
     visible = tl.where(ranked, tl.load(end_ptr + token, mask=exists, other=0) - first, 0)
     if key_block * KEYS < tl.max(visible, 0):
         k = load_block(k_desc, first + key_block * KEYS, kv_head, KEYS, BLOCK_D)
@@ -76,14 +78,22 @@ def _importance_kernel(
             p += tl.exp2(tl.dot(q, k.T, input_precision=PRECISION) * scale_log2 - lse[:, None])
         i = key_block * KEYS + tl.arange(0, KEYS)
         p = tl.where(i[None, :] < visible[:, None], p, 0.0)
-        p = tl.reshape(p, [QUERIES, KEYS // R, R])
-        r = tl.arange(0, R)
-        j = key_block * (KEYS // R) + tl.arange(0, KEYS // R)
-        for plane in tl.static_range(PLANES):
-            weight = tl.minimum(r + S, (plane + 1) * R) - tl.maximum(r, plane * R)
-            part = tl.sum(p * tl.maximum(weight, 0).to(tl.float32)[None, None, :], 2)
-            out = (wide(plane * H_KV + kv_head) * (end_query - first_query) + token - first_query) * J
-            tl.store(planes_ptr + out[:, None] + j[None, :], part, mask=exists[:, None] & (j < J)[None, :])
+        BLOCKS: tl.constexpr = KEYS // R
+        p, r, block = tl.reshape(p, [QUERIES, BLOCKS, R]), tl.arange(0, R), tl.arange(0, BLOCKS)
+        row = wide(kv_head) * (end_query - first_query) + token - first_query
+        spill = (row * tl.num_programs(0) + key_block) * (REACH * (REACH + 1) // 2)
+        importance = tl.zeros([QUERIES, BLOCKS], tl.float32)
+        for m in tl.static_range(REACH + 1):
+            weight = tl.minimum(r + S, (m + 1) * R) - tl.maximum(r, m * R)
+            part = tl.sum(p * tl.maximum(weight, 0).to(tl.float32)[None, None, :], 2)  # A_m
+            if m > 0:
+                out = spill_ptr + spill[:, None] + (m * (m - 1) // 2 + m - BLOCKS + block)[None, :]
+                tl.store(out, part, mask=exists[:, None] & (block >= BLOCKS - m)[None, :])
+                source = tl.broadcast_to(tl.maximum(block - m, 0)[None, :], [QUERIES, BLOCKS])
+                part = tl.where((block >= m)[None, :], tl.gather(part, source, 1), 0.0)
+            importance += part
+        j = key_block * BLOCKS + block
+        tl.store(importance_ptr + (row * J)[:, None] + j[None, :], importance, mask=exists[:, None] & (j < J)[None, :])
 
 
 @triton.jit
@@ -132,13 +142,15 @@ def _places(bits, low, high, N: tl.constexpr):
 
 @triton.jit
 def _rank_kernel(
-    planes_ptr,  # float32 [PLANES, H_KV, Q, J]
+    importance_ptr,  # float32 [H_KV, Q, J]
+    spill_ptr,  # float32 [H_KV, Q, tiles of keys, REACH * (REACH + 1) / 2]
     document_start_ptr, first_ptr, end_ptr,  # [T]
     best_bits_ptr, best_ptr,  # int32 [Q, H_KV, segments * SLOTS]
     indices_ptr,  # [T, H_KV, SLOTS]
-    first_query, num_queries, J,
+    first_query, num_queries, J, tiles,
     H_KV: tl.constexpr, SLOTS: tl.constexpr, BLOCK_SLOTS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    INIT: tl.constexpr, LOCAL: tl.constexpr, R: tl.constexpr, PLANES: tl.constexpr, BLOCKS: tl.constexpr,
+    INIT: tl.constexpr, LOCAL: tl.constexpr, KEYS: tl.constexpr, TILE: tl.constexpr, REACH: tl.constexpr,
+    BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """One program ranks a segment of the blocks of one query and KV head; where there is one segment it has chosen."""
     query, kv_head, segment = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -152,12 +164,12 @@ def _rank_kernel(
         tl.store(indices_ptr + out, tl.where(slot <= own, slot, -1), mask=(slot < SLOTS) & (segment == 0))
     else:
         j = segment * BLOCKS + tl.arange(0, BLOCKS)
-        importance = tl.zeros([BLOCKS], tl.float32)
-        for plane in tl.static_range(PLANES):
-            source = j - plane
-            written = (source >= 0) & (source * R < visible)
-            plane_row = planes_ptr + (wide(plane * H_KV + kv_head) * num_queries + query) * J
-            importance += tl.load(plane_row + source, mask=written, other=0.0)
+        tile, within, from_row = j // TILE, j % TILE, wide(kv_head) * num_queries + query
+        importance = tl.load(importance_ptr + from_row * J + j, mask=(tile * KEYS < visible) & (j < J), other=0.0)
+        for m in tl.static_range(1, REACH + 1):
+            spilled = (within < m) & (tile > 0) & ((tile - 1) * KEYS < visible)
+            spill = spill_ptr + (from_row * tiles + tile - 1) * (REACH * (REACH + 1) // 2) + m * (m - 1) // 2
+            importance += tl.load(spill + within, mask=spilled, other=0.0)
         forced = (j < INIT) | (j > own - LOCAL)
         bits = tl.minimum(tl.maximum(importance.to(tl.int32, bitcast=True), 0), FORCED - 1)  # even of NaN
         bits = tl.where(j <= own, tl.where(forced, FORCED, bits), -1)
@@ -193,24 +205,30 @@ def _merge_kernel(
 
 
 def _rank(
-    planes: Tensor, document_start: Tensor, first: Tensor, end: Tensor, indices: Tensor, begin: int, sizes: list[int]
-) -> None:
-    """Write the n best blocks of the queries from `begin` on, whose importance `planes` [PLANES, H_kv, Q, J] holds."""
-    _, d, size, n, num_init, num_local = sizes
-    num_planes, H_KV, Q, J = planes.shape
+    importance: Tensor, spill: Tensor, document_start: Tensor, first: Tensor, end: Tensor, indices: Tensor, begin: int,
+    keys: int, sizes: list[int],
+) -> None:  # fmt: skip
+    """Write the n best blocks of the queries from `begin` on, by what tiles of so many keys gave and spilled."""
+    l, d, size, n, num_init, num_local = sizes  # noqa: E741
+    (H_KV, Q, J), R = importance.shape, size // d
     blocks = _SEGMENT if J > _SMALL_SEGMENT else _SMALL_SEGMENT
     segments = triton.cdiv(J, blocks)
     shape = (Q, H_KV, segments * n if segments > 1 else 0)
-    best_bits, best = torch.empty(shape, dtype=torch.int32, device=planes.device), indices.new_empty(shape)
+    best_bits, best = torch.empty(shape, dtype=torch.int32, device=importance.device), indices.new_empty(shape)
     _rank_kernel[(Q, H_KV, segments)](
-        planes, document_start, first, end, best_bits, best, indices, begin, Q, J,
-        H_KV, n, padded(n), size, num_init, num_local, size // d, num_planes, blocks, num_warps=1,
+        importance, spill, document_start, first, end, best_bits, best, indices, begin, Q, J, spill.shape[2],
+        H_KV, n, padded(n), size, num_init, num_local, keys, keys // R, _reach(l, d, size), blocks, num_warps=1,
     )  # fmt: skip
     if segments > 1:
         _merge_kernel[(Q, H_KV)](
             document_start, best_bits, best, indices, begin, segments * n, H_KV, n, size, padded(segments * n),
             num_warps=1 if segments * n <= _SEGMENT else 4,
         )  # fmt: skip
+
+
+def _reach(compress_block_size: int, stride: int, block_size: int) -> int:
+    """The largest m: how many blocks further a compression block that begins in a block may end."""
+    return triton.cdiv(compress_block_size // stride - 1, block_size // stride)
 
 
 @torch.library.custom_op("nsa_kernels::block_selection", mutates_args=())
@@ -224,25 +242,27 @@ def _block_selection(
     """
     l, d, size, n, *_ = sizes  # noqa: E741
     (T, H, D), H_KV, R, S = q.shape, compressed_k.shape[1], size // d, l // d
-    num_planes = 1 + triton.cdiv(S - 1, R)
+    reach = _reach(l, d, size)
     indices = torch.empty(T, H_KV, n, dtype=torch.int32, device=q.device)
     tile = launch("importance", q, D, H // H_KV)
     queries = min(tile.rows, triton.next_power_of_2(n * size + 1) // 2)
-    keys = max(tile.keys, R)
-    chunk = max(queries, _PLANE_BYTES // (4 * num_planes * H_KV * triton.cdiv(past + T, size)) // queries * queries)
+    keys = max(tile.keys, R * triton.next_power_of_2(max(reach, 1)))
+    chunk = max(queries, _CHUNK_BYTES // (4 * H_KV * triton.cdiv(past + T, size)) // queries * queries)
     q_desc, k_desc = block_descriptor(q, queries), block_descriptor(compressed_k, keys)
     for begin in reversed(range(0, T, chunk)):  # the longest first: short ones are done sooner than launched
         stop = min(begin + chunk, T)
         J = (past + stop - 1) // size + 1
-        planes = torch.empty(num_planes, H_KV, stop - begin, J, dtype=torch.float32, device=q.device)
+        tiles, rows = triton.cdiv(J * R, keys), (H_KV, stop - begin)
+        importance = torch.empty(*rows, J, dtype=torch.float32, device=q.device)
+        spill = importance.new_empty(*rows, tiles, reach * (reach + 1) // 2)
         if n < J:
-            _importance_kernel[(triton.cdiv(J * R, keys), triton.cdiv(stop - begin, queries), H_KV)](
-                q_desc, k_desc, lse, document_start, first, end, planes,
+            _importance_kernel[(tiles, triton.cdiv(stop - begin, queries), H_KV)](
+                q_desc, k_desc, lse, document_start, first, end, importance, spill,
                 begin, stop, J, scale * LOG2_E.value, n * size,
-                H_KV, H // H_KV, padded(D), R, S, num_planes, queries, keys,
+                H_KV, H // H_KV, padded(D), R, S, reach, queries, keys,
                 dot_precision(q.dtype), num_warps=tile.num_warps, num_stages=tile.num_stages,
             )  # fmt: skip
-        _rank(planes, document_start, first, end, indices, begin, sizes)
+        _rank(importance, spill, document_start, first, end, indices, begin, keys, sizes)
     return indices
 
 

@@ -183,7 +183,7 @@ def test_work_cut_in_many_parts_changes_nothing(monkeypatch):
     inputs = small([3, 67, 1], SMALL)
     whole = attend(inputs, SMALL, "triton")
     monkeypatch.setattr("nsa_kernels.block_attention._ITEM_LENGTH", 8)
-    monkeypatch.setattr("nsa_kernels.block_selection._PLANE_BYTES", 1)
+    monkeypatch.setattr("nsa_kernels.block_selection._CHUNK_BYTES", 1)
     parts = attend(inputs, SMALL, "triton")
     changed = {name for name, value in whole.items() if not torch.equal(value, parts[name])}
     assert changed in ({"d k"}, {"d v"}, {"d k", "d v"})  # sums in another order
