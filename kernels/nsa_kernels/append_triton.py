@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nsa_kernels.early_start import await_launch_before, early_start, let_next_begin
 from nsa_kernels.elementwise_triton import rotate_heads, whole_rows
 from nsa_kernels.primitives import padded, wide
 
@@ -31,8 +32,11 @@ def _append_kernel(
     q_stride, k_strides, v_strides,  # from one sequence to the next in q and in each of k_ptrs and v_ptrs
     ROTATE: tl.constexpr, H: tl.constexpr, H_KV: tl.constexpr, HALF: tl.constexpr,
     D_QK: tl.constexpr, D_V: tl.constexpr, BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """One program takes one head of one sequence: of the queries, or the key and value of one branch."""
+    let_next_begin(EARLY)
+    await_launch_before(EARLY)
     head, sequence = tl.program_id(0), wide(tl.program_id(1))
     cos_ptr += sequence * HALF
     sin_ptr += sequence * HALF
@@ -56,13 +60,13 @@ def _append_kernel(
 def append_tokens(q: Tensor, pairs: Sequence[Any], positions: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """`decode.append_tokens`; slots are contiguous."""
     (B, H, D_QK), (_, H_KV, D_V) = q.shape, pairs[0].v.shape
-    out = q.new_empty(B, H, D_QK)
+    out, (early, overlap) = q.new_empty(B, H, D_QK), early_start(q.device)
     q, k, v = whole_rows(q), [whole_rows(new.k) for new in pairs], [whole_rows(new.v) for new in pairs]
     _append_kernel[(H + len(pairs) * H_KV, B)](
         q, out, cos.contiguous(), sin.contiguous(), positions, tuple(k), tuple(v),
         tuple(new.k_slots for new in pairs), tuple(new.v_slots for new in pairs),
         tuple(new.k_slots.shape[1] for new in pairs),
         q.stride(0), tuple(x.stride(0) for x in k), tuple(x.stride(0) for x in v), tuple(new.rotate for new in pairs),
-        H, H_KV, cos.shape[1], D_QK, D_V, padded(D_QK), padded(D_V), num_warps=1,
+        H, H_KV, cos.shape[1], D_QK, D_V, padded(D_QK), padded(D_V), early, num_warps=1, **overlap,
     )  # fmt: skip
     return out

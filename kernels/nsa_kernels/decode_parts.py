@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nsa_kernels.early_start import await_launch_before, early_start, let_next_begin
 from nsa_kernels.primitives import (
     HIDDEN,
     LOG2_E,
@@ -32,20 +33,6 @@ from nsa_kernels.primitives import (
 
 SMALLEST = tl.constexpr(2.0**-126)
 """What stands for 0 where a logarithm is taken: the smallest normal float32."""
-
-
-@triton.jit
-def let_next_begin(EARLY: tl.constexpr):
-    """The programs of the next launch may start once all of this one have come here."""
-    if EARLY:
-        tl.extra.cuda.gdc_launch_dependents()
-
-
-@triton.jit
-def await_launch_before(EARLY: tl.constexpr):
-    """What earlier launches wrote may be read from here on."""
-    if EARLY:
-        tl.extra.cuda.gdc_wait()
 
 
 @triton.jit
@@ -167,6 +154,7 @@ def _parts_kernel(
     BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One program attends the queries of one KV head to its share of the keys that they see."""
+    await_launch_before(EARLY)
     let_next_begin(EARLY)
     part, kv_head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     first, end = visible_run(tl.load(positions_ptr + sequence), 1, 1, WINDOW)
@@ -249,16 +237,6 @@ def processors(device: torch.device) -> int:
     return 1 if interpreted() else torch.cuda.get_device_properties(device).multi_processor_count
 
 
-@functools.cache
-def early_start(device: torch.device) -> tuple[bool, dict[str, bool]]:
-    """Whether a launch may begin while the one before it ends, as from Hopper on, and the option that lets it.
-
-    Launches with that option may write only what no launch since the last without it reads or writes, or wait before.
-    """
-    early = not interpreted() and torch.cuda.get_device_capability(device)[0] >= 9
-    return early, {"launch_pdl": True} if early else {}
-
-
 def dense_attention(
     q: Tensor, k: Tensor, v: Tensor, positions: Tensor, window_size: int | None, scale: float
 ) -> Tensor:
@@ -268,7 +246,7 @@ def dense_attention(
     o, stats = sizes.parts(parts, q)
     _parts_kernel[(parts, sizes.H_KV, sizes.B)](
         q, k, v, positions, o, stats, slots, scale * LOG2_E.value, window_size or 0, *sizes.heads, sizes.keys,
-        dot_precision(q.dtype), early, **_READING.options,
+        dot_precision(q.dtype), early, **_READING.options, **overlap,
     )  # fmt: skip
     out = q.new_empty(*q.shape[:2], sizes.D_V)
     _merge_kernel[(_MERGERS, sizes.H_KV, sizes.B)](

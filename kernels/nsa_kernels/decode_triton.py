@@ -30,9 +30,6 @@ from nsa_kernels.block_selection import FORCED, best_soon
 from nsa_kernels.decode_parts import (
     Launch,
     attend_share,
-    await_launch_before,
-    early_start,
-    let_next_begin,
     load_keys,
     load_queries,
     merge_parts,
@@ -41,6 +38,7 @@ from nsa_kernels.decode_parts import (
     store_part,
     visible_run,
 )
+from nsa_kernels.early_start import await_launch_before, early_start, let_next_begin
 from nsa_kernels.elementwise_triton import whole_rows
 from nsa_kernels.geometry import NSAConfig, NSAOutput
 from nsa_kernels.primitives import HIDDEN, LOG2_E, LOWEST, dot_precision, padded, softmax_step, wide
@@ -151,7 +149,8 @@ def _choose_kernel(
 
     The programs of the window come last: they fill the chip while blocks are chosen.
     """
-    let_next_begin(EARLY)
+    await_launch_before(EARLY)
+    let_next_begin(EARLY)  # which reads queries and gates at once
     kv_head, sequence, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     position, row = tl.load(positions_ptr + sequence), wide(sequence) * H_KV + kv_head
     R: tl.constexpr = BLOCK_SIZE // STRIDE
@@ -308,7 +307,7 @@ def sparse_attention(
         bits, candidate_blocks, indices, tickets, summary_k.shape[1], sliding_k.shape[1], row, parts, scale_log2,
         l, d, size, config.window_size, n, padded(n), config.num_init_blocks, config.num_local_blocks,
         *sizes.heads, keys, SPAN, planes, padded(parts), blocks, together, candidates, _PROBES, precision, early,
-        **reading.options,
+        **reading.options, **overlap,
     )  # fmt: skip
 
     heads, stride = triton.next_power_of_2(GROUP), gates.stride(0)

@@ -6,7 +6,7 @@ from torch import Tensor
 from nsa_kernels.native_sparse_attention import HAS_TRITON
 from nsa_kernels.rotary import apply_rotary
 
-# T tokens, H heads, D head dim, R rotated dimensions of a head, I hidden units.
+# T tokens, N numbers of a token, H heads, D head dim, R rotated dimensions of a head, I hidden units.
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -25,6 +25,16 @@ def silu_product(gate: Tensor, up: Tensor) -> Tensor:
     from nsa_kernels import elementwise_triton
 
     return elementwise_triton.silu_product(gate, up)
+
+
+def add_norm(x: Tensor, change: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x + change, [T, N] each, and its RMS norm (arXiv:1910.07467) times a weight [N]."""
+    if not (_by_kernel(x) and x.ndim == 2 and x.dtype == change.dtype == weight.dtype):
+        total = x + change
+        return total, torch.nn.functional.rms_norm(total, weight.shape, weight, eps)
+    from nsa_kernels import elementwise_triton
+
+    return elementwise_triton.add_norm(x, change, weight, eps)
 
 
 def _by_kernel(x: Tensor) -> bool:

@@ -106,8 +106,14 @@ class RotaryEmbedding(nn.Module):
         if config.scaling == "yarn":
             default = 0.1 * math.log(config.factor) + 1.0
             self.factor = default if config.attention_factor is None else config.attention_factor
+        self._frequencies: dict[torch.device, Tensor] = {}
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines, float32 [T, R/2] each, of int64 positions [T]."""
-        angles = positions[:, None].float() * rotary_frequencies(self.config, self.rotary_dim, positions.device)
+        angles = positions[:, None].float() * self._frequencies_on(positions.device)
         return angles.cos() * self.factor, angles.sin() * self.factor
+
+    def _frequencies_on(self, device: torch.device) -> Tensor:
+        if device not in self._frequencies:  # a dozen launches that a step of decoding would wait for
+            self._frequencies[device] = rotary_frequencies(self.config, self.rotary_dim, device)
+        return self._frequencies[device]

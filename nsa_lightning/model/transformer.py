@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
 import torch
+from nsa_kernels.elementwise import add_norm
 from nsa_kernels.packing import batch_layout, compressed_block_centres
 from torch import Tensor, nn
 
@@ -172,19 +173,41 @@ class Block(nn.Module):
 
     def _layer(self, x: Tensor, context: PackedContext, watch: bool) -> tuple[Tensor, BranchStatistics | None]:
         attended, statistics = self.self_attn(self.input_layernorm(x), context, watch)
-        return self._add(x, attended), statistics
-
-    def prefill(self, x: Tensor, cache: LayerTokens, chunk: Chunk) -> Tensor:
-        """New tokens of one sequence of the cache, [T, hidden_size] in and out."""
-        return self._add(x, self.self_attn.prefill(self.input_layernorm(x), cache, chunk))
-
-    def decode(self, x: Tensor, cache: LayerTokens, step: Step) -> Tensor:
-        """A new token of each sequence of the cache, [B, hidden_size] in and out."""
-        return self._add(x, self.self_attn.decode(self.input_layernorm(x), cache, step))
-
-    def _add(self, x: Tensor, attended: Tensor) -> Tensor:
         x = x + attended
-        return x + self.mlp(self.post_attention_layernorm(x))
+        return x + self.mlp(self.post_attention_layernorm(x)), statistics
+
+    def prefill(self, stream: "Residual", cache: LayerTokens, chunk: Chunk) -> "Residual":
+        """New tokens of one sequence of the cache, [T, hidden_size] in and out."""
+        x, normed = stream.normed(self.input_layernorm)
+        return self._feed_forward(Residual(x, self.self_attn.prefill(normed, cache, chunk)))
+
+    def decode(self, stream: "Residual", cache: LayerTokens, step: Step) -> "Residual":
+        """A new token of each sequence of the cache, [B, hidden_size] in and out."""
+        x, normed = stream.normed(self.input_layernorm)
+        return self._feed_forward(Residual(x, self.self_attn.decode(normed, cache, step)))
+
+    def _feed_forward(self, stream: "Residual") -> "Residual":
+        x, normed = stream.normed(self.post_attention_layernorm)
+        return Residual(x, self.mlp(normed))
+
+
+class Residual(NamedTuple):
+    """The residual stream while no gradient is wanted: what the last layer adds is added where the next one norms."""
+
+    x: Tensor  # [T, hidden_size]
+    change: Tensor | None = None  # [T, hidden_size]
+
+    def normed(self, norm: nn.RMSNorm) -> tuple[Tensor, Tensor]:
+        """The stream with its change, and that normed."""
+        if self.change is None:
+            return self.x, norm(self.x)
+        assert norm.eps is not None
+        return add_norm(self.x, self.change, norm.weight, norm.eps)
+
+    @property
+    def last_token(self) -> "Residual":
+        """Its part of the stream."""
+        return Residual(self.x[-1:], None if self.change is None else self.change[-1:])
 
 
 class TransformerOutput(NamedTuple):
@@ -304,13 +327,13 @@ class Transformer(nn.Module):
             for part in tokens.split(chunk_size):
                 chunk = cache.chunk(row, len(part), self.rotary)
                 cache.count_chunk(row, len(part))
-                x = self.embed_tokens(part)
+                stream = Residual(self.embed_tokens(part))
                 for layer, kept in self._layers_with(cache):
-                    x = layer.prefill(x, kept, chunk)
+                    stream = layer.prefill(stream, kept, chunk)
         except BaseException:  # some layers hold the tokens, some do not
             cache.reset(row)
             raise
-        return self.norm(x[-1])
+        return stream.last_token.normed(self.norm)[1][0]
 
     @torch.no_grad()
     def decode(self, tokens: Tensor, cache: Cache, completes_block: bool = True) -> Tensor:
@@ -334,12 +357,12 @@ class Transformer(nn.Module):
             raise ValueError(f"tokens must be [B], {tuple(cache.lengths.shape)} here, got {tuple(tokens.shape)}")
         cache.check_step()
         step = cache.step(completes_block, self.rotary)
-        x = self.embed_tokens(tokens)
+        stream = Residual(self.embed_tokens(tokens))
         for layer, kept in self._layers_with(cache):
-            x = layer.decode(x, kept, step)
+            stream = layer.decode(stream, kept, step)
         cache.lengths.copy_(step.positions + 1)
         cache.count_step()
-        return self.norm(x)
+        return stream.normed(self.norm)[1]
 
     def _layers_with(self, cache: Cache) -> Iterator[tuple[Block, LayerTokens]]:
         return zip(cast("Iterable[Block]", self.layers), cache.layers, strict=True)

@@ -81,6 +81,7 @@ def main(capability: int) -> None:
     q, gate = torch.zeros(2, H, D_qk, dtype=dtype), torch.zeros(2, D_qk, dtype=dtype)
     elementwise_triton.rotate(q, torch.zeros(2, D_qk // 2), torch.zeros(2, D_qk // 2))
     elementwise_triton.silu_product(gate, gate)
+    elementwise_triton.add_norm(gate, gate, gate[0], 1e-5)
 
 
 def decode(S: int, H: int, H_kv: int, D_qk: int, D_v: int, dtype: torch.dtype) -> None:
