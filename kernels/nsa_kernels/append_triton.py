@@ -35,8 +35,8 @@ def _append_kernel(
     EARLY: tl.constexpr,
 ):  # fmt: skip
     """One program takes one head of one sequence: of the queries, or the key and value of one branch."""
-    let_next_begin(EARLY)
     await_launch_before(EARLY)
+    let_next_begin(EARLY)  # which may read at once what blocks are completed
     head, sequence = tl.program_id(0), wide(tl.program_id(1))
     cos_ptr += sequence * HALF
     sin_ptr += sequence * HALF

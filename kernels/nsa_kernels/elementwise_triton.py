@@ -38,8 +38,8 @@ def _rotate_kernel(
     EARLY: tl.constexpr,
 ):  # fmt: skip
     """One program rotates ROWS heads, of one token or of neighbours."""
-    let_next_begin(EARLY)
     await_launch_before(EARLY)
+    let_next_begin(EARLY)
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
     token, head, column = (row // H).to(tl.int64), row % H, tl.arange(0, BLOCK_D)[None, :]
     mask = (row < num_rows) & (column < D)
@@ -54,8 +54,8 @@ def _silu_product_kernel(
     num_units, gate_stride, up_stride, BLOCK_I: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One program takes BLOCK_I hidden units of one token."""
-    let_next_begin(EARLY)
     await_launch_before(EARLY)
+    let_next_begin(EARLY)
     token, unit = wide(tl.program_id(0)), tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)
     mask = unit < num_units
     gate = tl.load(gate_ptr + token * gate_stride + unit, mask=mask, other=0.0).to(tl.float32)
@@ -72,11 +72,11 @@ def _add_norm_kernel(
     N, x_stride, change_stride, eps, BLOCK_N: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One program takes one token; the sum is normed as it is stored."""
-    let_next_begin(EARLY)
     token, column = wide(tl.program_id(0)), tl.arange(0, BLOCK_N)
     mask = column < N
     weight = tl.load(weight_ptr + column, mask=mask, other=0.0).to(tl.float32)
     await_launch_before(EARLY)
+    let_next_begin(EARLY)
     x = tl.load(x_ptr + token * x_stride + column, mask=mask, other=0.0).to(tl.float32)
     change = tl.load(change_ptr + token * change_stride + column, mask=mask, other=0.0).to(tl.float32)
     total = (x + change).to(sum_ptr.dtype.element_ty)

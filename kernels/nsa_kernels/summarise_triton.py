@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nsa_kernels.early_start import await_launch_before, early_start, let_next_begin
 from nsa_kernels.elementwise_triton import turn
 from nsa_kernels.geometry import CompressionWeights
 from nsa_kernels.primitives import dot_precision, padded, wide
@@ -32,13 +33,16 @@ def _map_kernel(
     B, num_parts, STRIDE,
     L: tl.constexpr, H_KV: tl.constexpr, D: tl.constexpr, M: tl.constexpr, ROOM: tl.constexpr,
     SEQUENCES: tl.constexpr, INPUTS: tl.constexpr, UNITS: tl.constexpr, PRECISION: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """One program multiplies a part of the inputs of one KV head, keys or values, by the weights of some units."""
     part, kv_head = tl.program_id(0) % num_parts, tl.program_id(1) % H_KV
     sequence = tl.program_id(2) * SEQUENCES + tl.arange(0, SEQUENCES)
     block = tl.load(blocks_ptr + sequence, mask=sequence < B, other=-1).to(tl.int32)
     if tl.max(block, 0) < 0:
+        await_launch_before(EARLY)  # or the launches behind would not
         return
+    let_next_begin(EARLY)
     i, unit = part * INPUTS + tl.arange(0, INPUTS), tl.program_id(0) // num_parts * UNITS + tl.arange(0, UNITS)
     rows = sequence.to(tl.int64)[:, None] * L
     for side in tl.static_range(2):
@@ -46,6 +50,7 @@ def _map_kernel(
             exists, row = i < L * D[side], wide(kv_head) * L * D[side] + i
             mask = exists[:, None] & (unit < M[side])[None, :]
             weight = tl.load(weight_ptrs[side] + row[:, None] * M[side] + unit[None, :], mask=mask, other=0.0)
+            await_launch_before(EARLY)
             slot = (block[:, None] * STRIDE + i[None, :] // D[side]) % L
             source = ((rows + slot) * H_KV + kv_head) * D[side] + i[None, :] % D[side]
             mask = (block >= 0)[:, None] & exists[None, :]
@@ -79,12 +84,15 @@ def _finish_kernel(
     B, C, num_parts,
     L: tl.constexpr, H_KV: tl.constexpr, D: tl.constexpr, M: tl.constexpr, ROOM: tl.constexpr, HALF: tl.constexpr,
     BLOCK_D: tl.constexpr, AT_ONCE: tl.constexpr, PARTS: tl.constexpr, COMPRESSION: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """One program writes the summary of one KV head of one sequence, of keys or of values."""
     kv_head, sequence = tl.program_id(0) % H_KV, wide(tl.program_id(1))
     block = tl.load(blocks_ptr + sequence)
+    await_launch_before(EARLY)
     if block < 0:
         return
+    let_next_begin(EARLY)
     column, i = tl.arange(0, BLOCK_D), tl.arange(0, AT_ONCE)
     for side in tl.static_range(2):
         if tl.program_id(0) // H_KV == side:
@@ -135,14 +143,15 @@ def summarise_blocks(
         M = tuple(x.shape[2] for x in learned.in_weight)
         parts = _input_layer(pending, learned, blocks, stride, M)
         compression = "linear" if weights[0].out_weight is None else "mlp"
-    num_parts, room = parts.shape[-2:]
+    num_parts, room, (early, overlap) = *parts.shape[-2:], early_start(blocks.device)
     cos, sin = (None, None) if rotary is None else (x.contiguous() for x in rotary)
     half, block_d = 0 if cos is None else cos.shape[1], padded(max(D))
     rows = min(padded(max(L, *M)), _TILE // block_d)
     _finish_kernel[(2 * H_KV, B)](
         pending, summaries, learned.in_bias, learned.out_weight, learned.out_bias, cos, sin, blocks, parts,
         B, summaries[0].shape[1], num_parts, L, H_KV, D, M, room, half, block_d, rows,
-        min(padded(num_parts), _TILE // max(rows, block_d)), compression, num_warps=8,
+        min(padded(num_parts), _TILE // max(rows, block_d)), compression, early,
+        num_warps=8, **overlap,
     )  # fmt: skip
 
 
@@ -151,10 +160,14 @@ def _input_layer(pending: tuple[Tensor, ...], learned: Any, blocks: Tensor, stri
     (B, L, H_KV, _), D, weights = pending[0].shape, tuple(x.shape[3] for x in pending), learned.in_weight
     inputs, units = _WEIGHT_BYTES // weights[0].element_size() // _UNITS, min(padded(max(M)), _UNITS)
     num_parts = triton.cdiv(L * max(D), inputs)
-    parts = blocks.new_empty(2, B, H_KV, num_parts, max(M), dtype=torch.float32)
+    parts, (early, overlap) = (
+        blocks.new_empty(2, B, H_KV, num_parts, max(M), dtype=torch.float32),
+        early_start(blocks.device),
+    )
     _map_kernel[(num_parts * triton.cdiv(max(M), units), 2 * H_KV, triton.cdiv(B, _SEQUENCES))](
         pending, learned.position_embedding, weights, blocks, parts, B, num_parts, stride,
-        L, H_KV, D, M, max(M), _SEQUENCES, inputs, units, dot_precision(weights[0].dtype), num_warps=4,
+        L, H_KV, D, M, max(M), _SEQUENCES, inputs, units, dot_precision(weights[0].dtype), early,
+        num_warps=4, **overlap,
     )  # fmt: skip
     return parts
 

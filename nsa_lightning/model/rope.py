@@ -111,7 +111,8 @@ class RotaryEmbedding(nn.Module):
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines, float32 [T, R/2] each, of int64 positions [T]."""
         angles = positions[:, None].float() * self._frequencies_on(positions.device)
-        return angles.cos() * self.factor, angles.sin() * self.factor
+        cos, sin = angles.cos(), angles.sin()
+        return (cos, sin) if self.factor == 1 else (cos * self.factor, sin * self.factor)
 
     def _frequencies_on(self, device: torch.device) -> Tensor:
         if device not in self._frequencies:  # a dozen launches that a step of decoding would wait for
