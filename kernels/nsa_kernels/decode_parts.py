@@ -195,6 +195,11 @@ class Launch(NamedTuple):
         """What a launch takes by name."""
         return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
+    @property
+    def registers(self) -> int:
+        """Most registers of a thread with which so many programs fit a multiprocessor."""
+        return 2**16 // (32 * self.num_warps * self.programs) // 8 * 8
+
 
 class Sizes(NamedTuple):
     """Shape and tile of one call."""

@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsa_kernels.block_selection import FORCED, best_soon
+from nsa_kernels.block_selection import FORCED, best_of_groups
 from nsa_kernels.decode_parts import (
     Launch,
     attend_share,
@@ -89,11 +89,22 @@ def _importance(planes_ptr, stats_ptr, j, visible, J, num_parts, GROUP: tl.const
 
 
 @triton.jit
+def _choose_of_segments(bits_ptr, blocks_ptr, indices_ptr, num, SLOTS: tl.constexpr, BLOCK_SLOTS: tl.constexpr,
+                        CANDIDATES: tl.constexpr, GROUPS: tl.constexpr):  # fmt: skip
+    """Choose among the best blocks of all segments."""
+    i = tl.arange(0, CANDIDATES)
+    bits = tl.load(bits_ptr + i, mask=i < num, other=-1)
+    candidate, _, chosen, place = best_of_groups(bits, SLOTS, BLOCK_SLOTS, GROUPS)
+    tl.store(indices_ptr + place, tl.load(blocks_ptr + candidate, mask=chosen, other=0), mask=chosen)
+
+
+@triton.jit
 def _choose(
     planes_ptr, stats_ptr, bits_ptr, blocks_ptr, indices_ptr, position, J, num_parts,
     GROUP: tl.constexpr, COMPRESS_SIZE: tl.constexpr, STRIDE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     SLOTS: tl.constexpr, BLOCK_SLOTS: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr, PLANES: tl.constexpr,
-    PARTS: tl.constexpr, BLOCKS: tl.constexpr, TOGETHER: tl.constexpr, CANDIDATES: tl.constexpr, PROBES: tl.constexpr,
+    PARTS: tl.constexpr, BLOCKS: tl.constexpr, TOGETHER: tl.constexpr, CANDIDATES: tl.constexpr, GROUPS: tl.constexpr,
+    FINAL_GROUPS: tl.constexpr,
 ):  # fmt: skip
     """Choose the blocks of one sequence and KV head: the best of each segment of BLOCKS, and of those the best."""
     own, slot = position // BLOCK_SIZE, tl.arange(0, BLOCK_SLOTS)
@@ -109,20 +120,19 @@ def _choose(
             forced = (j < INIT) | (j > own - LOCAL)
             bits = tl.minimum(tl.maximum(importance.to(tl.int32, bitcast=True), 0), FORCED - 1)
             bits = tl.where(j <= own, tl.where(forced, FORCED, bits), -1)
-            chosen, place = best_soon(bits, SLOTS, PROBES)
+            candidate, best, chosen, place = best_of_groups(bits, SLOTS, BLOCK_SLOTS, GROUPS)
+            block = segment * BLOCKS + candidate
             if num_segments == 1:
-                tl.store(indices_ptr + place, j, mask=chosen)
+                tl.store(indices_ptr + place, block, mask=chosen)
             else:
                 none = (slot >= tl.sum(chosen.to(tl.int32), 0)) & (slot < SLOTS)
                 tl.store(bits_ptr + segment * SLOTS + slot, tl.full([BLOCK_SLOTS], -1, tl.int32), mask=none)
-                tl.store(bits_ptr + segment * SLOTS + place, bits, mask=chosen)
-                tl.store(blocks_ptr + segment * SLOTS + place, j, mask=chosen)
+                tl.store(bits_ptr + segment * SLOTS + place, best, mask=chosen)
+                tl.store(blocks_ptr + segment * SLOTS + place, block, mask=chosen)
         if num_segments > 1:
             tl.debug_barrier()
-            i = tl.arange(0, CANDIDATES)
-            bits = tl.load(bits_ptr + i, mask=i < num_segments * SLOTS, other=-1)
-            chosen, place = best_soon(bits, SLOTS, PROBES)
-            tl.store(indices_ptr + place, tl.load(blocks_ptr + i, mask=chosen, other=0), mask=chosen)
+            _choose_of_segments(bits_ptr, blocks_ptr, indices_ptr, num_segments * SLOTS, SLOTS, BLOCK_SLOTS, CANDIDATES,
+                                FINAL_GROUPS)  # fmt: skip
 
 
 @triton.jit
@@ -142,7 +152,8 @@ def _choose_kernel(
     SLOTS: tl.constexpr, BLOCK_SLOTS: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr,
     H_KV: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, D_QK: tl.constexpr, D_V: tl.constexpr,
     BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr, KEYS: tl.constexpr, SPAN: tl.constexpr, PLANES: tl.constexpr,
-    PARTS: tl.constexpr, BLOCKS: tl.constexpr, TOGETHER: tl.constexpr, CANDIDATES: tl.constexpr, PROBES: tl.constexpr,
+    PARTS: tl.constexpr, BLOCKS: tl.constexpr, TOGETHER: tl.constexpr, CANDIDATES: tl.constexpr, GROUPS: tl.constexpr,
+    FINAL_GROUPS: tl.constexpr,
     PRECISION: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One program attends one KV head to a share of the summaries or of the window; one of the former also chooses.
@@ -163,7 +174,7 @@ def _choose_kernel(
             _choose(planes_ptr + row * (PLANES * GROUP) * J, stats_ptr + row * num_parts * (2 * GROUP),
                     bits_ptr + row * CANDIDATES, blocks_ptr + row * CANDIDATES, indices_ptr + row * SLOTS, position, J,
                     num_parts, GROUP, COMPRESS_SIZE, STRIDE, BLOCK_SIZE, SLOTS, BLOCK_SLOTS, INIT, LOCAL, PLANES, PARTS,
-                    BLOCKS, TOGETHER, CANDIDATES, PROBES)  # fmt: skip
+                    BLOCKS, TOGETHER, CANDIDATES, GROUPS, FINAL_GROUPS)  # fmt: skip
     else:
         first, end = visible_run(position, 1, 1, WINDOW)
         attend_share(q_ptr, sliding_k_ptr, sliding_v_ptr, window_o_ptr, window_stats_ptr, None, sequence, kv_head,
@@ -306,8 +317,9 @@ def sparse_attention(
         q, summary_k, summary_v, sliding_k, sliding_v, positions, *compressed, *window, plane_logs,
         bits, candidate_blocks, indices, tickets, summary_k.shape[1], sliding_k.shape[1], row, parts, scale_log2,
         l, d, size, config.window_size, n, padded(n), config.num_init_blocks, config.num_local_blocks,
-        *sizes.heads, keys, SPAN, planes, padded(parts), blocks, together, candidates, _PROBES, precision, early,
-        **reading.options, **overlap,
+        *sizes.heads, keys, SPAN, planes, padded(parts), blocks, together, candidates,
+        _groups(n, blocks), _groups(n, candidates), precision, early,
+        maxnreg=reading.registers, **reading.options, **overlap,
     )  # fmt: skip
 
     heads, stride = triton.next_power_of_2(GROUP), gates.stride(0)
@@ -327,6 +339,14 @@ def sparse_attention(
     return NSAOutput(out, indices)
 
 
+def _groups(n: int, candidates: int) -> int:
+    """In how many groups `best_of_groups` compares fewest pairs; every candidate is one where they are few."""
+    slots, groups = padded(n), candidates
+    while candidates > _FEW and groups > slots and groups**2 > (slots * candidates // groups) ** 2:
+        groups //= 2
+    return groups
+
+
 def _at_once(num_parts: int, numbers: int) -> int:
     """How many parts, of so many numbers each, a merge loads at a time."""
     return min(triton.next_power_of_2(num_parts), max(1, _MERGED_NUMBERS // numbers))
@@ -338,8 +358,8 @@ _MANY_STEPS, _READING_MANY = 8, Launch(num_warps=8, num_stages=3, programs=2)
 """The same where each multiprocessor reads at least so many tiles of summaries."""
 _SELECTED = Launch()
 """Of the kernel that reads the chosen blocks."""
-_PROBES = 8
-"""Bounds that are tried at a time."""
+_FEW = 128
+"""Candidates of which every pair is compared at once."""
 _PLANE_NUMBERS = 2**13
 """Numbers of a plane that the choice holds at a time: as many programs as read are to fit the registers."""
 _COLUMNS = 16

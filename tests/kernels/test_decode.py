@@ -198,18 +198,22 @@ def test_chosen_blocks_may_be_divided_over_any_number_of_programs(programs, monk
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter is for machines without a GPU")
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
-    st.lists(st.floats(0, 2, width=32), min_size=1, max_size=32), st.integers(0, 2), st.integers(3, 7), st.booleans()
+    st.lists(st.floats(0, 2, width=32), min_size=1, max_size=32),
+    st.integers(0, 2),
+    st.integers(3, 7),
+    st.booleans(),
+    st.sampled_from([8, 16, 32]),
 )
-def test_few_rounds_find_the_largest_and_the_first_of_equal_ones(importance, num_forced, n, many_ties):
+def test_comparing_pairs_finds_the_largest_and_the_first_of_equal_ones(importance, num_forced, n, many_ties, groups):
     ranking = pytest.importorskip("support.ranking", exc_type=ImportError)
     importance = torch.tensor(importance)
     bits = (importance.round() if many_ties else importance).view(torch.int32)
     bits[:num_forced] = 0x7F800000  # infinite
     expected = bits.argsort(descending=True, stable=True)[:n].sort().values.int()
     indices = torch.full((n,), -1).int()
-    ranking.best_kernel[(1,)](bits, indices, len(bits), n, 32, 8)
+    ranking.best_kernel[(1,)](bits, indices, len(bits), n, 32, 8, groups)
     assert indices[: len(expected)].tolist() == expected.tolist()
     assert (indices[len(expected) :] == -1).all()
 

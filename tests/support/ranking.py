@@ -2,7 +2,7 @@
 
 import triton
 import triton.language as tl
-from nsa_kernels.block_selection import best_soon
+from nsa_kernels.block_selection import best_of_groups
 
 # M candidates, N of them chosen.
 
@@ -11,9 +11,9 @@ from nsa_kernels.block_selection import best_soon
 def best_kernel(
     bits_ptr,  # int32 [M]
     indices_ptr,  # int32 [N]
-    M, N: tl.constexpr, CANDIDATES: tl.constexpr, PROBES: tl.constexpr,
+    M, N: tl.constexpr, CANDIDATES: tl.constexpr, SLOTS: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     """One program chooses among all candidates."""
     i = tl.arange(0, CANDIDATES)
-    chosen, place = best_soon(tl.load(bits_ptr + i, mask=i < M, other=-1), N, PROBES)
+    i, _, chosen, place = best_of_groups(tl.load(bits_ptr + i, mask=i < M, other=-1), N, SLOTS, GROUPS)
     tl.store(indices_ptr + place, i, mask=chosen)
