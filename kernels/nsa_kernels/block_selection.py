@@ -115,38 +115,18 @@ def best(bits, N: tl.constexpr):
 
 
 @triton.jit
-def best_of_pairs(bits, N: tl.constexpr):
-    """`best` by comparing every pair: of few candidates, in a program whose every step waits for all of its warps."""
-    M: tl.constexpr = bits.shape[0]
-    AT_ONCE: tl.constexpr = M if M < 32 else 32  # all of them take more registers than there are
-    i, rank = tl.arange(0, M), tl.zeros([M], tl.int32)
-    for first in tl.range(0, M, AT_ONCE):
-        other = first + tl.arange(0, AT_ONCE)
-        others = tl.gather(bits, other, 0)
-        higher, equal = others[None, :] > bits[:, None], others[None, :] == bits[:, None]
-        rank += tl.sum((higher | (equal & (other[None, :] < i[:, None]))).to(tl.int32), 1)
-    chosen = (rank < N) & (bits >= 0)
-    return chosen, tl.cumsum(chosen.to(tl.int32), 0) - 1
-
-
-@triton.jit
-def best_of_groups(bits, N: tl.constexpr, SLOTS: tl.constexpr, GROUPS: tl.constexpr):
-    """`best` in two such comparisons: the N largest are in those N groups of neighbours whose largest are largest.
-
-    Returns the candidates of these groups, SLOTS >= N groups with what stands for none: their indices, their bits,
-    which are chosen and the place of each among the chosen.
-    """
-    index = tl.arange(0, bits.shape[0])
-    SIZE: tl.constexpr = bits.shape[0] // GROUPS
-    if SIZE > 1:
-        chosen, place = best_of_pairs(tl.max(tl.reshape(bits, [GROUPS, SIZE]), 1), N)
-        here = chosen[None, :] & (place[None, :] == tl.arange(0, SLOTS)[:, None])
-        group = tl.sum(tl.where(here, tl.arange(0, GROUPS)[None, :], 0), 1)
-        index = tl.reshape(group[:, None] * SIZE + tl.arange(0, SIZE)[None, :], [SLOTS * SIZE])
-        exists = tl.arange(0, SLOTS * SIZE) < tl.sum(chosen.to(tl.int32), 0) * SIZE
-        bits = tl.where(exists, tl.gather(bits, index, 0), -1)
-    chosen, place = best_of_pairs(bits, N)
-    return index, bits, chosen, place
+def best_soon(bits, N: tl.constexpr, PROBES: tl.constexpr):
+    """`best` for a program that is alone: a round counts for PROBES bounds at a time, since it waits for all warps."""
+    top = tl.max(tl.where(bits < FORCED, bits, -1), 0)
+    low, high, i = top * 0, top + 1, tl.arange(0, PROBES)
+    start, step = tl.maximum(top - (PROBES << 22), 0), top * 0 + (1 << 22)  # two for each halving of the largest
+    while high - low > 1:
+        probe = tl.minimum(start + (i + 1) * step, high - 1)
+        count = tl.sum((bits[None, :] >= probe[:, None]).to(tl.int32), 1)
+        low = tl.maximum(low, tl.max(tl.where(count >= N, probe, 0), 0))
+        high = tl.minimum(high, tl.min(tl.where(count <= N, probe, high), 0))
+        start, step = low, tl.maximum((high - low) // (PROBES + 1), 1)
+    return _places(bits, low, high, N)
 
 
 @triton.jit

@@ -129,11 +129,6 @@ def summarise_blocks(
         decode_eager.summarise_blocks(pending, summaries, blocks, compress_stride, weights, rotary)
 
 
-def new_tickets(batch_size: int, num_kv_heads: int, device: torch.device | str) -> Tensor:
-    """What `decode_attention` counts its programs in."""
-    return torch.zeros(batch_size, num_kv_heads, device=device, dtype=torch.int32)
-
-
 @torch.no_grad()
 def decode_attention(
     q: Tensor,
@@ -144,7 +139,6 @@ def decode_attention(
     *,
     scale: float | None = None,
     gate_logits: bool = False,
-    tickets: Tensor | None = None,
     backend: Backend = "auto",
 ) -> NSAOutput:
     """Attend one new token of each sequence to its cache, which holds the token's own keys and values already.
@@ -159,8 +153,6 @@ def decode_attention(
         config: block sizes, counts and window.
         scale: multiplies the scores, positive; D_qk ** -0.5 if not given.
         gate_logits: whether `gates` holds logits, whose sigmoid is the weight.
-        tickets: zeros, int32 [B, H_kv], in which programs count themselves and which are zeros again at the end:
-            calls that follow each other can share them, calls at the same time must not; made if not given.
         backend: as in `native_sparse_attention`; `reference` runs the eager one.
 
     Returns:
@@ -174,10 +166,6 @@ def decode_attention(
     _check("q", q, (B, H_KV * (q.shape[1] // H_KV), cache.k.shape[3]))
     _check("gates", gates, (*q.shape[:2], 3))
     _check("positions", positions, (B,))
-    tickets = new_tickets(B, H_KV, q.device) if tickets is None else tickets
-    _check("tickets", tickets, (B, H_KV))
-    if tickets.dtype != torch.int32:
-        raise ValueError(f"tickets must be int32, got {tickets.dtype}")
     _check_pairs(cache, B)
     if cache.sliding_k.shape[1] < config.window_size and cache.sliding_k.shape[1] < cache.k.shape[1]:
         raise ValueError(
@@ -195,8 +183,8 @@ def decode_attention(
     if _on_triton(backend, q, cache.v, config):
         from nsa_kernels import decode_triton
 
-        q, tickets, *contiguous = (x.contiguous() for x in (q, tickets, *cache))
-        return decode_triton.sparse_attention(q, gates, gate_logits, contiguous, positions, tickets, config, scale)
+        q, *contiguous = (x.contiguous() for x in (q, *cache))
+        return decode_triton.sparse_attention(q, gates, gate_logits, contiguous, positions, config, scale)
     gates = gates.sigmoid() if gate_logits else gates
     position = positions.long().unsqueeze(1)
     cache = LayerCache(*_used(cache, positions, config))

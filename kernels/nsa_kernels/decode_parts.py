@@ -70,12 +70,12 @@ def store_part(o_ptr, stats_ptr, part, row_max, row_sum, acc, GROUP: tl.constexp
 
 
 @triton.jit
-def merge_parts(o_ptr, stats_ptr, first_part, num_parts, column, GROUP: tl.constexpr, ROWS: tl.constexpr,
-                 D: tl.constexpr, AT_ONCE: tl.constexpr):  # fmt: skip
-    """Some columns of o, [ROWS, len(column)], of a softmax whose keys were divided; 0 where there were none."""
-    head = tl.minimum(tl.arange(0, ROWS), GROUP - 1)
+def merge_parts(o_ptr, stats_ptr, first_part, num_parts, GROUP: tl.constexpr, ROWS: tl.constexpr,
+                 D: tl.constexpr, first_column, COLUMNS: tl.constexpr, AT_ONCE: tl.constexpr):  # fmt: skip
+    """COLUMNS columns of o, [ROWS, COLUMNS], of a softmax whose keys were divided; 0 where there were none."""
+    head, column = tl.minimum(tl.arange(0, ROWS), GROUP - 1), first_column + tl.arange(0, COLUMNS)
     row_max, row_sum = tl.full([ROWS], LOWEST, tl.float32), tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, column.shape[0]], tl.float32)
+    acc = tl.zeros([ROWS, COLUMNS], tl.float32)
     for start in tl.range(0, num_parts, AT_ONCE):  # loads of several parts at a time: none waits for another
         i = start + tl.arange(0, AT_ONCE)
         exists, part = i < num_parts, first_part + tl.minimum(i, num_parts - 1)
@@ -92,6 +92,16 @@ def merge_parts(o_ptr, stats_ptr, first_part, num_parts, column, GROUP: tl.const
         acc = acc * old[:, None] + tl.sum(o * new[:, :, None], 0)
         row_max = new_max
     return acc / tl.where(row_sum > 0, row_sum, 1.0)[:, None]
+
+
+@triton.jit
+def merge_columns(o_ptr, stats_ptr, out_ptr, row, num_parts, first_column, GROUP: tl.constexpr, ROWS: tl.constexpr,
+                   D: tl.constexpr, COLUMNS: tl.constexpr, AT_ONCE: tl.constexpr):  # fmt: skip
+    """Merge the parts of one sequence and KV head and write COLUMNS columns of [B * H, D]."""
+    o = merge_parts(o_ptr, stats_ptr, row * num_parts, num_parts, GROUP, ROWS, D, first_column, COLUMNS, AT_ONCE)
+    head, column = tl.arange(0, ROWS), first_column + tl.arange(0, COLUMNS)
+    out = out_ptr + (row * GROUP + head)[:, None] * D + column[None, :]
+    tl.store(out, o.to(out_ptr.dtype.element_ty), mask=(head < GROUP)[:, None] & (column < D)[None, :])
 
 
 @triton.jit
@@ -124,43 +134,34 @@ def attend_part(
 
 
 @triton.jit
-def attend_share(
-    q_ptr, k_ptr, v_ptr, o_ptr, stats_ptr, planes_ptr, sequence, kv_head, first, end, part, num_parts, slots, J,
-    scale_log2,
-    H_KV: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, D_QK: tl.constexpr, D_V: tl.constexpr,
-    BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr, KEYS: tl.constexpr, R: tl.constexpr, SPAN: tl.constexpr,
-    PLANES: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Attend the queries of one KV head to one of `num_parts` shares of the keys [first, end), and write the part."""
-    share = tl.cdiv(tl.cdiv(end - first, KEYS), num_parts) * KEYS
-    lo = first + part * share
-    q, _ = load_queries(q_ptr, sequence, kv_head, H_KV, GROUP, ROWS, D_QK, BLOCK_QK)
-    row = wide(sequence) * H_KV + kv_head
-    row_max, row_sum, acc = attend_part(
-        q, k_ptr, v_ptr, sequence, lo, tl.minimum(lo + share, end), slots, kv_head, scale_log2, planes_ptr, row, J,
-        H_KV, GROUP, ROWS, D_QK, D_V, BLOCK_QK, BLOCK_V, KEYS, R, SPAN, PLANES, PRECISION)  # fmt: skip
-    store_part(o_ptr, stats_ptr, row * num_parts + part, row_max, row_sum, acc, GROUP, ROWS, D_V, BLOCK_V)
-
-
-@triton.jit
-def _parts_kernel(
+def parts_kernel(
     q_ptr,  # [B, H, D_QK]
     k_ptr, v_ptr,  # [B, slots, H_KV, D]
     positions_ptr,  # [B]
     o_ptr,  # float32 [B, H_KV, P, GROUP, D_V]
     stats_ptr,  # float32 [B, H_KV, P, 2, GROUP]
-    slots, scale_log2, WINDOW: tl.constexpr,
+    planes_ptr,  # float32 [B, H_KV, PLANES, GROUP, J]
+    slots, J, scale_log2,
+    BLOCK_SIZE: tl.constexpr, STRIDE: tl.constexpr, WINDOW: tl.constexpr,
     H_KV: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, D_QK: tl.constexpr, D_V: tl.constexpr,
-    BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr,
+    BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr, KEYS: tl.constexpr, R: tl.constexpr, SPAN: tl.constexpr,
+    PLANES: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One program attends the queries of one KV head to its share of the keys that they see."""
     await_launch_before(EARLY)
-    let_next_begin(EARLY)
+    let_next_begin(EARLY)  # which reads queries and gates, and may attend a window, at once
     part, kv_head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    first, end = visible_run(tl.load(positions_ptr + sequence), 1, 1, WINDOW)
-    attend_share(
-        q_ptr, k_ptr, v_ptr, o_ptr, stats_ptr, None, sequence, kv_head, first, end, part, tl.num_programs(0), slots, 0,
-        scale_log2, H_KV, GROUP, ROWS, D_QK, D_V, BLOCK_QK, BLOCK_V, KEYS, 1, 1, 0, PRECISION)  # fmt: skip
+    first, end = visible_run(tl.load(positions_ptr + sequence), BLOCK_SIZE, STRIDE, WINDOW)
+    share = tl.cdiv(tl.cdiv(end - first, KEYS), tl.num_programs(0)) * KEYS
+    lo = first + part * share
+    q, _ = load_queries(q_ptr, sequence, kv_head, H_KV, GROUP, ROWS, D_QK, BLOCK_QK)
+    row = wide(sequence) * H_KV + kv_head
+    row_max, row_sum, acc = attend_part(
+        q, k_ptr, v_ptr, sequence, lo, tl.minimum(lo + share, end), slots, kv_head, scale_log2,
+        planes_ptr, row, J,
+        H_KV, GROUP, ROWS, D_QK, D_V, BLOCK_QK, BLOCK_V, KEYS, R, SPAN, PLANES, PRECISION)  # fmt: skip
+    out = row * tl.num_programs(0) + part
+    store_part(o_ptr, stats_ptr, out, row_max, row_sum, acc, GROUP, ROWS, D_V, BLOCK_V)
 
 
 @triton.jit
@@ -175,10 +176,8 @@ def _merge_kernel(
     """One program merges the parts of some columns of one KV head of one sequence."""
     await_launch_before(EARLY)
     row = wide(tl.program_id(2)) * H_KV + tl.program_id(1)
-    head, column = tl.arange(0, ROWS), tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    o = merge_parts(o_ptr, stats_ptr, row * num_parts, num_parts, column, GROUP, ROWS, D_V, 8)
-    out = out_ptr + (row * GROUP + head)[:, None] * D_V + column[None, :]
-    tl.store(out, o.to(out_ptr.dtype.element_ty), mask=(head < GROUP)[:, None] & (column < D_V)[None, :])
+    merge_columns(o_ptr, stats_ptr, out_ptr, row, num_parts, tl.program_id(0) * COLUMNS,
+                  GROUP, ROWS, D_V, COLUMNS, 8)  # fmt: skip
 
 
 class Launch(NamedTuple):
@@ -194,11 +193,6 @@ class Launch(NamedTuple):
     def options(self) -> dict[str, int]:
         """What a launch takes by name."""
         return {"num_warps": self.num_warps, "num_stages": self.num_stages}
-
-    @property
-    def registers(self) -> int:
-        """Most registers of a thread with which so many programs fit a multiprocessor."""
-        return 2**16 // (32 * self.num_warps * self.programs) // 8 * 8
 
 
 class Sizes(NamedTuple):
@@ -218,7 +212,7 @@ class Sizes(NamedTuple):
 
     def num_parts(self, most_keys: int, launch: Launch, device: torch.device) -> int:
         """Programs that share the keys of one KV head: enough of them keep the chip busy."""
-        wanted = launch.programs * processors(device) // (self.B * self.H_KV)
+        wanted = launch.programs * _processors(device) // (self.B * self.H_KV)
         return max(1, min(wanted, triton.cdiv(most_keys, self.keys), _MAX_PARTS))
 
     def parts(self, num_parts: int, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -237,8 +231,7 @@ def sizes_of(q: Tensor, k: Tensor, v: Tensor) -> Sizes:
 
 
 @functools.cache
-def processors(device: torch.device) -> int:
-    """How many multiprocessors there are."""
+def _processors(device: torch.device) -> int:
     return 1 if interpreted() else torch.cuda.get_device_properties(device).multi_processor_count
 
 
@@ -247,25 +240,25 @@ def dense_attention(
 ) -> Tensor:
     """`decode.decode_dense_attention` of contiguous tensors."""
     sizes, slots = sizes_of(q, k, v), k.shape[1]
-    parts, (early, overlap) = sizes.num_parts(window_size or slots, _READING, q.device), early_start(q.device)
+    parts, (early, overlap) = sizes.num_parts(window_size or slots, READING, q.device), early_start(q.device)
     o, stats = sizes.parts(parts, q)
-    _parts_kernel[(parts, sizes.H_KV, sizes.B)](
-        q, k, v, positions, o, stats, slots, scale * LOG2_E.value, window_size or 0, *sizes.heads, sizes.keys,
-        dot_precision(q.dtype), early, **_READING.options, **overlap,
+    parts_kernel[(parts, sizes.H_KV, sizes.B)](
+        q, k, v, positions, o, stats, None, slots, 0, scale * LOG2_E.value, 1, 1, window_size or 0, *sizes.heads,
+        sizes.keys, 1, 1, 0, dot_precision(q.dtype), early, **READING.options, **overlap,
     )  # fmt: skip
     out = q.new_empty(*q.shape[:2], sizes.D_V)
-    _merge_kernel[(_MERGERS, sizes.H_KV, sizes.B)](
-        o, stats, out, parts, sizes.H_KV, sizes.GROUP, padded(sizes.GROUP), sizes.D_V, padded(sizes.D_V) // _MERGERS,
-        early, **overlap,
-    )  # fmt: skip
+    columns = padded(sizes.D_V) // MERGERS
+    _merge_kernel[(MERGERS, sizes.H_KV, sizes.B)](
+        o, stats, out, parts, sizes.H_KV, sizes.GROUP, padded(sizes.GROUP), sizes.D_V, columns, early, **overlap
+    )
     return out
 
 
 _STAGE_BYTES = 2**15
 """Keys and values that a step of a loop loads, three steps ahead: what fits the shared memory of every chip."""
-_READING = Launch()
-"""Of the kernel that reads the keys of full attention."""
+READING = Launch()
+"""Of the kernel that reads a run of keys."""
 _MAX_PARTS = 64
 """Most parts of a run of keys."""
-_MERGERS = 4
+MERGERS = 4
 """Programs that share the columns of a merge."""

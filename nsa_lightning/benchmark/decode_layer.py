@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from nsa_kernels import NSAConfig
-from nsa_kernels.decode import LayerCache, decode_attention, decode_dense_attention, new_tickets
+from nsa_kernels.decode import LayerCache, decode_attention, decode_dense_attention
 from nsa_kernels.native_sparse_attention import Backend, stages_of
 from torch import Tensor
 
@@ -50,7 +50,6 @@ class StepInputs(NamedTuple):
     q: Tensor  # [B, H, D_qk]
     gates: Tensor  # [B, H, 3]
     positions: Tensor  # int32 [B]
-    tickets: Tensor  # int32 [B, H_kv], zeros that programs count in
     separate: LayerCache  # with a ring for the sliding branch
 
     def cache(self, sharing: Sharing) -> LayerCache:
@@ -104,8 +103,7 @@ def make_step(
     cache = {name: normal(*size) for name, size in _sizes(shape, B, max(lengths), config).items()}
     positions = torch.tensor(lengths, dtype=torch.int32, device=device) - 1
     q, gates = normal(B, shape.num_heads, shape.qk_dim), normal(B, shape.num_heads, 3).sigmoid()
-    tickets = new_tickets(B, shape.num_kv_heads, device)
-    return StepInputs(q, gates, positions, tickets, LayerCache(**cache))
+    return StepInputs(q, gates, positions, LayerCache(**cache))
 
 
 def step_bytes(shape: Shape, case: DecodeCase, config: NSAConfig, full: bool, element_size: int) -> int:
@@ -147,9 +145,8 @@ def measure_layer(
     for sharing in SHARINGS:
         cache = inputs.cache(sharing)
         step = partial(
-            decode_attention, inputs.q, inputs.gates, cache, inputs.positions, bench.config,
-            tickets=inputs.tickets, backend=bench.backend,
-        )  # fmt: skip
+            decode_attention, inputs.q, inputs.gates, cache, inputs.positions, bench.config, backend=bench.backend
+        )
         yield timed(bench, replace(empty, method=f"nsa {sharing}"), step, within_memory)
     if unusable is not None:
         yield from _measure_full(bench, case, shape, inputs, unusable)

@@ -317,7 +317,7 @@ class NSAttention(DenseAttention):
             )  # fmt: skip
         result = decode_attention(
             q, logits, cache.operands(), step.positions, config,
-            gate_logits=True, tickets=step.tickets, backend=config.backend,
+            gate_logits=True, backend=config.backend,
         )  # fmt: skip
         return self.o_proj(result.out.flatten(1))
 

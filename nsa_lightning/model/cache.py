@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from nsa_kernels import NSAConfig
-from nsa_kernels.decode import LayerCache, NewTokens, new_tickets
+from nsa_kernels.decode import LayerCache, NewTokens
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -38,7 +38,6 @@ class Step(NamedTuple):
     rotary: "Rotary"  # of the tokens, [B, R/2] each
     block: Tensor | None  # int64 [B], the compression block that the token completes, -1 for none; None: none ends
     block_rotary: "Rotary | None"  # of the blocks' centres, where summaries are rotated
-    tickets: Tensor  # int32 [B, H_kv], zeros that `decode_attention` counts in
 
 
 class TokenSlots(NamedTuple):
@@ -102,10 +101,8 @@ class Cache:
     layers: list[LayerTokens]
     lengths: Tensor
     """Tokens of each sequence, int32 [B], on the device."""
-    tickets: Tensor
-    """What `decode_attention` counts in: the layers run one after another and share it."""
     host_lengths: list[int]
-    """The lengths on the host."""
+    """The same on the host."""
 
     @classmethod
     def allocate(
@@ -140,8 +137,7 @@ class Cache:
 
         layers = [_allocate_layer(config, kind, capacity, slots) for kind in config.layer_attention]
         lengths = torch.zeros(batch_size, dtype=torch.int32, device=device)
-        tickets = new_tickets(batch_size, shape.num_kv_heads, device)
-        return cls(config, capacity, layers, lengths, tickets, [0] * batch_size)
+        return cls(config, capacity, layers, lengths, [0] * batch_size)
 
     @staticmethod
     def bytes_needed(config: "TransformerConfig", batch_size: int, capacity: int, dtype: torch.dtype) -> int:
@@ -151,7 +147,7 @@ class Cache:
     @property
     def num_bytes(self) -> int:
         """Memory of all layers."""
-        return self.lengths.nbytes + self.tickets.nbytes + sum(x.nbytes for x in self._tensors())
+        return self.lengths.nbytes + sum(x.nbytes for x in self._tensors())
 
     @property
     def completes_block(self) -> bool:
@@ -166,7 +162,6 @@ class Cache:
             x[row, :used].zero_()
         self.host_lengths[row] = 0
         self.lengths[row].zero_()
-        self.tickets[row].zero_()
 
     def check_room(self, row: int, num_tokens: int) -> None:
         """Raise ValueError where so many more tokens of one sequence would not fit, or there is no such sequence."""
@@ -220,7 +215,7 @@ class Cache:
             block = torch.where(completes, first // nsa.compress_stride, -1)
             if self._rotates_summaries:
                 block_rotary = rotary(first + nsa.compress_block_size // 2)
-        return Step(positions, rotary(index), block, block_rotary, self.tickets)
+        return Step(positions, rotary(index), block, block_rotary)
 
     def _tensors(self) -> Iterator[Tensor]:
         for layer in self.layers:

@@ -20,16 +20,17 @@ KERNELS = {
     "_union_kernel",
     "_dq_kernel",
     "_dkv_kernel",
-    "_parts_kernel",
-    "_merge_kernel",
+    "parts_kernel",
     "_choose_kernel",
+    "_merge_segments_kernel",
     "_selected_kernel",
-    "_gated_sum_kernel",
     "_append_kernel",
     "_map_kernel",
     "_finish_kernel",
     "_rotate_kernel",
     "_silu_product_kernel",
+    "_add_norm_kernel",
+    "_gated_sum_kernel",
 }
 
 

@@ -15,7 +15,6 @@ from nsa_kernels.decode import (
     chunk_attention,
     decode_attention,
     decode_dense_attention,
-    new_tickets,
 )
 from nsa_kernels.rotary import apply_rotary
 from support.packings import SMALL, assert_same_blocks, random_inputs
@@ -198,73 +197,33 @@ def test_chosen_blocks_may_be_divided_over_any_number_of_programs(programs, monk
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter is for machines without a GPU")
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
-    st.lists(st.floats(0, 2, width=32), min_size=1, max_size=32),
-    st.integers(0, 2),
-    st.integers(3, 7),
-    st.booleans(),
-    st.sampled_from([8, 16, 32]),
+    st.lists(st.floats(0, 2, width=32), min_size=1, max_size=32), st.integers(0, 2), st.integers(3, 7), st.booleans()
 )
-def test_comparing_pairs_finds_the_largest_and_the_first_of_equal_ones(importance, num_forced, n, many_ties, groups):
-    ranking = pytest.importorskip("support.ranking", exc_type=ImportError)
+def test_few_rounds_find_the_largest_and_the_first_of_equal_ones(importance, num_forced, n, many_ties):
+    decode_triton = pytest.importorskip("nsa_kernels.decode_triton", exc_type=ImportError)
     importance = torch.tensor(importance)
     bits = (importance.round() if many_ties else importance).view(torch.int32)
-    bits[:num_forced] = 0x7F800000  # infinite
+    bits[:num_forced] = decode_triton.FORCED.value
     expected = bits.argsort(descending=True, stable=True)[:n].sort().values.int()
-    indices = torch.full((n,), -1).int()
-    ranking.best_kernel[(1,)](bits, indices, len(bits), n, 32, 8, groups)
-    assert indices[: len(expected)].tolist() == expected.tolist()
-    assert (indices[len(expected) :] == -1).all()
-
-
-def random_step(slots, config, H=4, H_kv=2, D=16):
-    """Queries, gates and a cache of two sequences in which every slot holds something."""
-    generator = torch.Generator().manual_seed(0)
-    sizes = slots, slots, config.window_size, config.window_size, *2 * [slots // config.compress_stride]
-    cache = LayerCache(*(torch.randn(2, size, H_kv, D, generator=generator) for size in sizes))
-    return torch.randn(2, H, D, generator=generator), torch.rand(2, H, 3, generator=generator), cache
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter is for machines without a GPU")
-@pytest.mark.parametrize("segment", [64, 1024])
-def test_blocks_of_all_segments_are_ranked_together_and_ties_go_to_the_first(segment, monkeypatch):
-    decode_triton = pytest.importorskip("nsa_kernels.decode_triton", exc_type=ImportError)
-    monkeypatch.setattr(decode_triton, "_SEGMENT", segment)
-    config = dataclasses.replace(GEOMETRIES["no_overlap"], num_selected_blocks=7)
-    (q, gates, cache), positions = random_step(4 * 1100, config, H_kv=1), torch.tensor([4 * 1099 + 2, 4 * 1090]).int()
-    q[1] = 0
-    result, expected = (decode_attention(q, gates, cache, positions, config, backend=b) for b in ("triton", "eager"))
-    assert torch.equal(result.block_indices[0], expected.block_indices[0])
-    assert result.block_indices[1].tolist() == [[0, 1, 2, 3, 4, 1089, 1090]]
-    torch.testing.assert_close(result.out[0], expected.out[0], rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter is for machines without a GPU")
-@pytest.mark.parametrize(("reading", "selected"), [(1, 12), (12, 300), (300, 1)])
-def test_calls_that_follow_each_other_share_their_tickets_and_leave_zeros(reading, selected, monkeypatch):
-    decode_triton = pytest.importorskip("nsa_kernels.decode_triton", exc_type=ImportError)
-    for name, programs in (("_READING", reading), ("_READING_MANY", reading), ("_SELECTED", selected)):
-        monkeypatch.setattr(decode_triton, name, decode_triton.Launch(programs=programs))
-    q, gates, cache = random_step(64, SMALL)
-    tickets = new_tickets(2, 2, "cpu")
-    for positions in ([0, 63], [31, 7], [62, 40]):
-        where = torch.tensor(positions).int()
-        result = decode_attention(q, gates, cache, where, SMALL, tickets=tickets, backend="triton")
-        expected = decode_attention(q, gates, cache, where, SMALL, backend="eager")
-        assert torch.equal(result.block_indices, expected.block_indices)
-        torch.testing.assert_close(result.out, expected.out, rtol=1e-5, atol=1e-5)
-        assert not tickets.any()
+    indices, where = torch.full((1, 1, n), -1).int(), torch.tensor([10**6]).int()
+    blocks = torch.arange(len(bits)).int()
+    decode_triton._merge_segments_kernel[(1, 1)](where, bits, blocks, indices, len(bits), 1, n, 1, 32, 8, False)
+    assert indices.flatten()[: len(expected)].tolist() == expected.tolist()
+    assert (indices.flatten()[len(expected) :] == -1).all()
 
 
 @pytest.mark.parametrize("backend", ["eager", "triton"])
 def test_logits_of_gates_weigh_by_their_sigmoid_wherever_they_stand(backend):
     if backend == "triton" and torch.cuda.is_available():
         pytest.skip("Triton's interpreter is for machines without a GPU")
-    q, _, cache = random_step(64, SMALL, H=14, H_kv=2, D=80)
-    positions, joint = torch.tensor([63, 20]).int(), 3 * torch.randn(2, 60)
-    apart = torch.randn(2, 3, 14).mT  # the branches of a head do not follow each other
-    for logits in (joint[:, 5:47].unflatten(1, (14, 3)), apart):
+    B, S, H, H_kv, D = 2, 64, 14, 2, 80
+    sizes = S, S, SMALL.window_size, SMALL.window_size, *2 * [S // SMALL.compress_stride]
+    q, cache = torch.randn(B, H, D), LayerCache(*(torch.randn(B, slots, H_kv, D) for slots in sizes))
+    positions, joint = torch.tensor([63, 20]).int(), 3 * torch.randn(B, 60)
+    apart = torch.randn(B, 3, H).mT  # the branches of a head do not follow each other
+    for logits in (joint[:, 5:47].unflatten(1, (H, 3)), apart):
         args = cache, positions, SMALL
         result = decode_attention(q, logits, *args, gate_logits=True, backend=backend)
         expected = decode_attention(q, logits.sigmoid().contiguous(), *args, backend="eager")
@@ -335,14 +294,12 @@ def test_a_cache_that_does_not_fit_is_refused_by_name():
     cache = cache_of([document], [19], SMALL, 24, 6)
     q, gates, positions = document.inputs.q[19:], document.inputs.gates[19:], torch.tensor([19]).int()
 
-    def decoded(*, q=q, gates=gates, positions=positions, config=SMALL, tickets=None, **parts):
-        decode_attention(q, gates, cache._replace(**parts), positions, config, tickets=tickets)
+    def decoded(*, q=q, gates=gates, positions=positions, config=SMALL, **parts):
+        decode_attention(q, gates, cache._replace(**parts), positions, config)
 
     decoded()
     for broken, message in (
         ({"positions": positions[:0]}, r"positions must be \(1,\) here, got \(0,\)"),
-        ({"tickets": torch.zeros(1, 3).int()}, r"tickets must be \(1, 2\) here, got \(1, 3\)"),
-        ({"tickets": torch.zeros(1, 2)}, "tickets must be int32, got torch.float32"),
         ({"gates": gates[..., :2]}, r"gates must be \(1, 4, 3\) here, got \(1, 4, 2\)"),
         ({"summary_v": cache.summary_v[..., :1]}, "summary_v must be"),
         ({"k": cache.k[:, :20], "v": cache.v[:, :20]}, "k must have a multiple of select_block_size slots, 8, got 20"),

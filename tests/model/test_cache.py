@@ -146,7 +146,6 @@ def test_kernels_take_the_cache_as_it_is():
     hidden = [model.prefill(tokens[:10], cache, 1, chunk_size=8)]
     hidden += [model.decode(token.repeat(2), cache)[1] for token in tokens[10:]]
     torch.testing.assert_close(torch.stack(hidden), whole(model_on("eager"), tokens)[9:], rtol=1e-5, atol=1e-5)
-    assert not cache.tickets.any()
 
 
 def test_a_step_reads_nothing_back_and_moves_nothing():
@@ -188,9 +187,8 @@ def test_a_reset_leaves_nothing_of_a_sequence(length):
     model.decode(text(2), cache)
     kept = [x for layer in cache.layers for slots in layer if slots is not None for x in slots]
     assert all(x[0].isnan().any() for x in kept)
-    cache.tickets.fill_(1)  # as a launch leaves them that did not end
     cache.reset(0)
-    assert not any(x[0].any() for x in [*kept, cache.tickets])
+    assert not any(x[0].any() for x in kept)
     assert all(x[1].isnan().any() for x in kept)
 
 
@@ -219,7 +217,7 @@ def test_the_bytes_needed_are_the_bytes_allocated(name):
     needed = Cache.bytes_needed(config, 3, 50, torch.bfloat16)
     cache = Cache.allocate(config, 3, 50, dtype=torch.bfloat16)
     tensors = [x for layer in cache.layers for slots in layer if slots is not None for x in slots]
-    assert needed == sum(x.untyped_storage().nbytes() for x in [*tensors, cache.lengths, cache.tickets])
+    assert needed == sum(x.untyped_storage().nbytes() for x in [*tensors, cache.lengths])
 
 
 def test_a_window_keeps_no_more_than_it_sees():

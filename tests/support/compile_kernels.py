@@ -53,7 +53,7 @@ class AbsentGPU:
 def main(capability: int) -> None:
     triton.runtime.driver.set_active(AbsentGPU(capability))
     torch.cuda.get_device_capability = lambda device=None: divmod(capability, 10)
-    decode_parts.processors = decode_triton.processors = lambda device: 132
+    decode_parts._processors = lambda device: 132
     triton_backend.reason_against = lambda q, v, config: None
     run = JITFunction.run
 
@@ -75,8 +75,7 @@ def main(capability: int) -> None:
             q, k, v, gates, cu_seqlens, NSAConfig(), backend="triton", block_indices=blocks
         ).out
         out.backward(torch.zeros_like(out))
-    for slots in (2**11, 2**18):
-        decode(slots, *SHAPES[-1])
+    decode(*SHAPES[-1])
     summarise(*SHAPES[-1][1:])
     q, gate = torch.zeros(2, H, D_qk, dtype=dtype), torch.zeros(2, D_qk, dtype=dtype)
     elementwise_triton.rotate(q, torch.zeros(2, D_qk // 2), torch.zeros(2, D_qk // 2))
@@ -84,9 +83,9 @@ def main(capability: int) -> None:
     elementwise_triton.add_norm(gate, gate, gate[0], 1e-5)
 
 
-def decode(S: int, H: int, H_kv: int, D_qk: int, D_v: int, dtype: torch.dtype) -> None:
-    """A step of decoding with a cache of S slots: few summaries, or so many that blocks are chosen among segments."""
-    B, config = 2, NSAConfig()
+def decode(H: int, H_kv: int, D_qk: int, D_v: int, dtype: torch.dtype) -> None:
+    """A step of decoding with a cache so large that blocks are chosen among segments."""
+    B, S, config = 2, 2**18, NSAConfig()
     cache = LayerCache(
         *(
             torch.zeros(1, 1, 1, 1, dtype=dtype).expand(B, slots, H_kv, D)
@@ -95,8 +94,7 @@ def decode(S: int, H: int, H_kv: int, D_qk: int, D_v: int, dtype: torch.dtype) -
         )
     )
     q, gates, positions = torch.zeros(B, H, D_qk, dtype=dtype), torch.zeros(B, H, 3, dtype=dtype), torch.zeros(B).int()
-    tickets = torch.zeros(B, H_kv).int()
-    decode_triton.sparse_attention(q, gates, True, cache, positions, tickets, config, 1.0)
+    decode_triton.sparse_attention(q, gates, True, cache, positions, config, 1.0)
     decode_parts.dense_attention(q, *cache[:2], positions, None, 1.0)
     cos = torch.zeros(B, D_qk // 2)
     pairs = [NewTokens(x[:, 0], y[:, 0], x, y, True) for x, y in (cache[:2], cache[2:4])]
