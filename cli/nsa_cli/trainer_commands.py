@@ -104,6 +104,8 @@ class NSACommandLine(LightningCLI):
                 f"trainer.max_steps must be at least 1, got {config.trainer.max_steps}: "
                 "the learning-rate schedule ends there. Set --trainer.max_steps"
             )
+        if self.subcommand != "fit" and config.trainer.logger is False:
+            self.save_config_callback = None  # nothing of the run is kept: it has no directory of its own
         path = config.get("ckpt_path")
         if path in ("best", "last"):
             config.ckpt_path = _find_checkpoint(path, _run_directory(config), required=self.subcommand != "fit")

@@ -106,6 +106,15 @@ def test_validate_and_predict_read_what_fit_wrote(workplace, monkeypatch, capsys
         assert any(line["prompt"] + line["true"] in document for document in documents)
 
 
+def test_a_measurement_without_a_logger_leaves_no_file(workplace, monkeypatch, capsys):
+    assert run_small(monkeypatch, "fit", *LOGGED) == 0
+    (checkpoint,) = workplace.glob("runs/**/last.ckpt")
+    before = set(workplace.rglob("*"))
+    assert run_small(monkeypatch, "validate", "--ckpt_path", str(checkpoint), "--trainer.logger", "false") == 0
+    assert "val/loss" in capsys.readouterr().out
+    assert set(workplace.rglob("*")) == before
+
+
 def test_prepared_sets_are_mixed_with_the_vocabulary_they_have(workplace, monkeypatch, capsys):
     every = ("--sources", "texts", "--output_dir", "all", "--tokenizer.vocab_size", "290", "--val_fraction", "0.2")
     assert run(monkeypatch, "prepare", *every) == 0
