@@ -36,7 +36,7 @@ def _append_kernel(
 ):  # fmt: skip
     """One program takes one head of one sequence: of the queries, or the key and value of one branch."""
     await_launch_before(EARLY)
-    let_next_begin(EARLY)  # which may read at once what blocks are completed
+    let_next_begin(EARLY)
     head, sequence = tl.program_id(0), wide(tl.program_id(1))
     cos_ptr += sequence * HALF
     sin_ptr += sequence * HALF

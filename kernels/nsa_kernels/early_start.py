@@ -1,8 +1,9 @@
 """Launches that begin while the one before them ends (programmatic dependent launch): short kernels in a row.
 
-A kernel of such a launch calls `await_launch_before` before it writes anything, and before it reads what the launch
-before it wrote. What older launches wrote it may read at once if the launch before it lets others begin only after its
-own wait: then those are done.
+A kernel of such a launch calls `await_launch_before` before it reads what the launch before it wrote, and before it
+writes memory that any launch still reads. What is older it may read at once if, of the launches under way, the oldest
+let others begin only after its own wait: then everything before that one is done. Every grid has programs that wait,
+also where there is nothing to do: a launch that ends is then known to end after those before it.
 """
 
 import functools

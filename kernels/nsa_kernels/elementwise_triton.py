@@ -74,9 +74,9 @@ def _add_norm_kernel(
     """One program takes one token; the sum is normed as it is stored."""
     token, column = wide(tl.program_id(0)), tl.arange(0, BLOCK_N)
     mask = column < N
-    weight = tl.load(weight_ptr + column, mask=mask, other=0.0).to(tl.float32)
     await_launch_before(EARLY)
     let_next_begin(EARLY)
+    weight = tl.load(weight_ptr + column, mask=mask, other=0.0).to(tl.float32)
     x = tl.load(x_ptr + token * x_stride + column, mask=mask, other=0.0).to(tl.float32)
     change = tl.load(change_ptr + token * change_stride + column, mask=mask, other=0.0).to(tl.float32)
     total = (x + change).to(sum_ptr.dtype.element_ty)

@@ -38,9 +38,9 @@ def _map_kernel(
     """One program multiplies a part of the inputs of one KV head, keys or values, by the weights of some units."""
     part, kv_head = tl.program_id(0) % num_parts, tl.program_id(1) % H_KV
     sequence = tl.program_id(2) * SEQUENCES + tl.arange(0, SEQUENCES)
+    await_launch_before(EARLY)
     block = tl.load(blocks_ptr + sequence, mask=sequence < B, other=-1).to(tl.int32)
     if tl.max(block, 0) < 0:
-        await_launch_before(EARLY)  # or the launches behind would not
         return
     let_next_begin(EARLY)
     i, unit = part * INPUTS + tl.arange(0, INPUTS), tl.program_id(0) // num_parts * UNITS + tl.arange(0, UNITS)
@@ -50,7 +50,6 @@ def _map_kernel(
             exists, row = i < L * D[side], wide(kv_head) * L * D[side] + i
             mask = exists[:, None] & (unit < M[side])[None, :]
             weight = tl.load(weight_ptrs[side] + row[:, None] * M[side] + unit[None, :], mask=mask, other=0.0)
-            await_launch_before(EARLY)
             slot = (block[:, None] * STRIDE + i[None, :] // D[side]) % L
             source = ((rows + slot) * H_KV + kv_head) * D[side] + i[None, :] % D[side]
             mask = (block >= 0)[:, None] & exists[None, :]
@@ -88,8 +87,8 @@ def _finish_kernel(
 ):  # fmt: skip
     """One program writes the summary of one KV head of one sequence, of keys or of values."""
     kv_head, sequence = tl.program_id(0) % H_KV, wide(tl.program_id(1))
-    block = tl.load(blocks_ptr + sequence)
     await_launch_before(EARLY)
+    block = tl.load(blocks_ptr + sequence)
     if block < 0:
         return
     let_next_begin(EARLY)

@@ -12,8 +12,8 @@ FILE = "continue.yaml"
 
 _HEAD = """\
 # Train the converted model on: nsa fit --config {path} --data.sources '["/path/to/texts/**/*.jsonl.gz"]'
-# Its weights start from model.init_from. Gates and block summaries (model.new_parts) learn faster than what was
-# trained before, and alone for the first steps. Every setting is explained by `nsa fit --help`. To
+# Its weights start from model.init_from. Gates and block summaries (model.new_parts) can have a learning rate of their
+# own, and learn alone for some steps. Every setting is explained by `nsa fit --help`. To
 #   learn from the source's predictions too     --model.distillation.teacher {source}
 #   train the source on in the same way         --model.init_from {source} --model.transformer.attention '[full]'
 #   measure what training starts from           nsa validate --config {path}
@@ -51,7 +51,7 @@ def write_continuation(directory: Path, final: Path, source: Path, config: Trans
                 "init_args": {"lr": 1e-4, "betas": [0.9, 0.95], "weight_decay": 0.1, "fused": True},
             },
             "schedule": {"class_path": "WarmupCosine", "init_args": {"warmup_steps": 50}},
-            "new_parts": {"lr_factor": 10.0, "freeze_others_steps": 20},
+            "new_parts": {"lr_factor": 1.0, "freeze_others_steps": 0},
         },
         "data": {
             "sources": ["data/**/*.jsonl.gz"],

@@ -115,6 +115,10 @@ class RotaryEmbedding(nn.Module):
         return (cos, sin) if self.factor == 1 else (cos * self.factor, sin * self.factor)
 
     def _frequencies_on(self, device: torch.device) -> Tensor:
-        if device not in self._frequencies:  # a dozen launches that a step of decoding would wait for
-            self._frequencies[device] = rotary_frequencies(self.config, self.rotary_dim, device)
-        return self._frequencies[device]
+        """Kept where no gradient is wanted: a step of decoding would wait for the dozen launches that compute them."""
+        frequencies = self._frequencies.get(device)
+        if frequencies is None:
+            frequencies = rotary_frequencies(self.config, self.rotary_dim, device)
+            if not torch.is_grad_enabled():
+                self._frequencies[device] = frequencies
+        return frequencies
