@@ -104,8 +104,6 @@ class NSACommandLine(LightningCLI):
                 f"trainer.max_steps must be at least 1, got {config.trainer.max_steps}: "
                 "the learning-rate schedule ends there. Set --trainer.max_steps"
             )
-        if self.subcommand != "fit" and config.trainer.logger is False:
-            self.save_config_callback = None  # nothing of the run is kept: it has no directory of its own
         path = config.get("ckpt_path")
         if path in ("best", "last"):
             config.ckpt_path = _find_checkpoint(path, _run_directory(config), required=self.subcommand != "fit")
@@ -121,6 +119,8 @@ class NSACommandLine(LightningCLI):
         """Leave out the callbacks that the trainer's own switches turn off; write checkpoints our way."""
         if config.get("logger") is False:
             callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]
+            if self.subcommand != "fit":  # nothing of the run is kept: it has no directory of its own
+                self.save_config_callback = None
         if config.get("enable_checkpointing") is False:
             callbacks = [callback for callback in callbacks if not isinstance(callback, ModelCheckpoint)]
         plugins = config.get("plugins") or []

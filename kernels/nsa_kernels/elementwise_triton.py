@@ -7,7 +7,7 @@ from torch import Tensor
 from nsa_kernels.early_start import await_launch_before, early_start, let_next_begin
 from nsa_kernels.primitives import padded, wide
 
-# T tokens, H heads, D head dim, 2 * HALF rotated dimensions of a head, I hidden units.
+# T tokens, N numbers of a token, H heads, D head dim, 2 * HALF rotated dimensions of a head, I hidden units.
 
 
 @triton.jit
@@ -100,7 +100,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def silu_product(gate: Tensor, up: Tensor) -> Tensor:
     """`elementwise.silu_product` of [T, I] each."""
-    gate, up = (x if x.stride(1) == 1 else x.contiguous() for x in (gate, up))
+    gate, up = whole_rows(gate), whole_rows(up)
     (T, num_units), out, (early, overlap) = gate.shape, gate.new_empty(gate.shape), early_start(gate.device)
     grid = T, triton.cdiv(num_units, _UNITS)
     _silu_product_kernel[grid](gate, up, out, num_units, gate.stride(0), up.stride(0), _UNITS, early, **overlap)
@@ -109,7 +109,7 @@ def silu_product(gate: Tensor, up: Tensor) -> Tensor:
 
 def add_norm(x: Tensor, change: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """`elementwise.add_norm` of [T, N] each."""
-    x, change = (one if one.stride(1) == 1 else one.contiguous() for one in (x, change))
+    x, change = whole_rows(x), whole_rows(change)
     (T, N), total, out, (early, overlap) = x.shape, x.new_empty(x.shape), x.new_empty(x.shape), early_start(x.device)
     _add_norm_kernel[(T,)](
         x, change, weight.contiguous(), total, out, N, x.stride(0), change.stride(0), eps, padded(N), early,
@@ -119,8 +119,8 @@ def add_norm(x: Tensor, change: Tensor, weight: Tensor, eps: float) -> tuple[Ten
 
 
 def whole_rows(x: Tensor) -> Tensor:
-    """[T, H, D] whose heads follow each other; tokens may be further apart, as in a part of a wider tensor."""
-    return x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous()
+    """[T, N] or [T, H, D] with the numbers of a token in a row; tokens may be further apart, as in a wider tensor."""
+    return x if x.stride()[1:] == (*x.shape[2:], 1) else x.contiguous()
 
 
 _TILE = 2048

@@ -142,15 +142,14 @@ def summarise_blocks(
         M = tuple(x.shape[2] for x in learned.in_weight)
         parts = _input_layer(pending, learned, blocks, stride, M)
         compression = "linear" if weights[0].out_weight is None else "mlp"
-    num_parts, room, (early, overlap) = *parts.shape[-2:], early_start(blocks.device)
+    (num_parts, room), (early, overlap) = parts.shape[-2:], early_start(blocks.device)
     cos, sin = (None, None) if rotary is None else (x.contiguous() for x in rotary)
     half, block_d = 0 if cos is None else cos.shape[1], padded(max(D))
     rows = min(padded(max(L, *M)), _TILE // block_d)
     _finish_kernel[(2 * H_KV, B)](
         pending, summaries, learned.in_bias, learned.out_weight, learned.out_bias, cos, sin, blocks, parts,
         B, summaries[0].shape[1], num_parts, L, H_KV, D, M, room, half, block_d, rows,
-        min(padded(num_parts), _TILE // max(rows, block_d)), compression, early,
-        num_warps=8, **overlap,
+        min(padded(num_parts), _TILE // max(rows, block_d)), compression, early, num_warps=8, **overlap,
     )  # fmt: skip
 
 
@@ -159,10 +158,8 @@ def _input_layer(pending: tuple[Tensor, ...], learned: Any, blocks: Tensor, stri
     (B, L, H_KV, _), D, weights = pending[0].shape, tuple(x.shape[3] for x in pending), learned.in_weight
     inputs, units = _WEIGHT_BYTES // weights[0].element_size() // _UNITS, min(padded(max(M)), _UNITS)
     num_parts = triton.cdiv(L * max(D), inputs)
-    parts, (early, overlap) = (
-        blocks.new_empty(2, B, H_KV, num_parts, max(M), dtype=torch.float32),
-        early_start(blocks.device),
-    )
+    parts = blocks.new_empty(2, B, H_KV, num_parts, max(M), dtype=torch.float32)
+    early, overlap = early_start(blocks.device)
     _map_kernel[(num_parts * triton.cdiv(max(M), units), 2 * H_KV, triton.cdiv(B, _SEQUENCES))](
         pending, learned.position_embedding, weights, blocks, parts, B, num_parts, stride,
         L, H_KV, D, M, max(M), _SEQUENCES, inputs, units, dot_precision(weights[0].dtype), early,

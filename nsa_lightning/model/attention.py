@@ -316,9 +316,8 @@ class NSAttention(DenseAttention):
                 step.block_rotary, backend=config.backend,
             )  # fmt: skip
         result = decode_attention(
-            q, logits, cache.operands(), step.positions, config,
-            gate_logits=True, backend=config.backend,
-        )  # fmt: skip
+            q, logits, cache.operands(), step.positions, config, gate_logits=True, backend=config.backend
+        )
         return self.o_proj(result.out.flatten(1))
 
     def _summaries(self, blocks: Iterable[Tensor], rotary: Rotary | None) -> tuple[Tensor, Tensor]:
