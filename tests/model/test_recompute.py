@@ -90,7 +90,7 @@ def test_selective_runs_no_kernel_of_the_forward_twice():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter is for machines without a GPU")
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_compiled_block_keeps_its_input_alone(monkeypatch, ranks):
-    """What ranks that share a batch exchange is exchanged again, as on GPUs, not kept."""
+    """What ranks that share a batch exchange is exchanged again; torch 2.11 kept what was not an operator."""
     pytest.importorskip("triton")
     monkeypatch.setattr(context_parallel, "all_to_all_single", lambda x, *_: x.clone())
     monkeypatch.setattr(context_parallel, "wait_tensor", lambda x: x)
