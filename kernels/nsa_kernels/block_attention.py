@@ -231,6 +231,10 @@ def forward(
     The keys may begin `past` tokens before the queries; `document_start` counts them.
     """
     (T, H, D_QK), (_, H_KV, D_V) = q.shape, v.shape
+    if tiles_fit_hopper(q, v, block_size) and H // H_KV >= _LEAST_SHARED:
+        from nsa_kernels import block_attention_hopper
+
+        return block_attention_hopper.forward(q, k, v, block_indices, document_start, block_size, scale, past)
     o, lse = q.new_empty(T, H, D_V), q.new_empty(T, H, dtype=torch.float32)
     tile = union_tile("selected_forward", q, v, block_size)
     unions = unite(block_indices, document_start, block_size, tile.queries)
@@ -310,3 +314,5 @@ that the others wait for it."""
 
 _LEAST_GATHERED = 8
 """Rows that the copy engine gathers at once: what the swizzle of shared memory repeats after."""
+_LEAST_SHARED = 4
+"""Heads a group of which two tiles' queries have a bit each in a mask."""
