@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from nsa_lightning.model import context_parallel, loss
+from nsa_lightning.model import loss
 
 DEVICE = "cpu"
 """Device type of the simulated tensors: autograd takes tensors of a GPU only where there is one."""
@@ -43,8 +43,6 @@ def simulated_gpu() -> Generator[None, None, None]:
         stack.enter_context(patch.object(Tensor, "is_cuda", True))
         stack.enter_context(patch.object(F, "rms_norm", _rms_norm))
         stack.enter_context(patch.object(loss, "fused_walk", lambda: _walk))
-        stack.enter_context(patch.object(context_parallel, "all_to_all_single", _send))
-        stack.enter_context(patch.object(context_parallel, "wait_tensor", _receive))
         stack.enter_context(FakeTensorMode())
         yield
 
@@ -73,18 +71,6 @@ class _FusedNorm(torch.autograd.Function):
 def _walk(logits: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     """Loss of a chunk and its gradient in the logits; what lies between is in registers."""
     return logits.new_empty((), dtype=torch.float32), torch.empty_like(logits)
-
-
-def _send(x: Tensor, *_: object) -> Tensor:
-    """What other ranks would send; what goes to them lives until it is received."""
-    received = torch.empty_like(x)
-    received.sent = x  # type: ignore[attr-defined]
-    return received
-
-
-def _receive(received: Tensor) -> Tensor:
-    del received.sent  # type: ignore[attr-defined]
-    return received
 
 
 def _no_launch(*args: object, **kwargs: object) -> None:

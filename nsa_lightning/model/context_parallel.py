@@ -5,6 +5,7 @@
 Attention needs no other change: a head reads the whole batch and no other head (arXiv:2309.14509).
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -65,18 +66,32 @@ class ContextParallel(NamedTuple):
         return torch.cat(parts)
 
     def _exchange(self, *parts: Tensor) -> tuple[Tensor, ...]:
-        return cast("tuple[Tensor, ...]", _AllToAll.apply(self.group, *parts))
+        name = self.group.group_name if self.group is not None else ""  # a simulation names none
+        return tuple(_all_to_all([x.contiguous() for x in parts], name))
 
 
-class _AllToAll(torch.autograd.Function):
-    """Part s of each of rank r's tensors becomes part r of rank s's, and its gradient goes back the same way."""
+@torch.library.custom_op("nsa_lightning::all_to_all", mutates_args=())
+def _all_to_all(tensors: Sequence[Tensor], group_name: str) -> list[Tensor]:
+    """Part s of each of rank r's tensors becomes part r of rank s's, and its gradient goes back the same way.
 
-    @staticmethod
-    def forward(ctx: Any, group: ProcessGroup, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.group = group
-        sent = [all_to_all_single(x.contiguous(), None, None, group) for x in tensors]
-        return tuple(wait_tensor(x) for x in sent)
+    One operator, so that activation checkpointing knows it and computes it again like any other.
+    """
+    group = cast("Any", group_name)  # a type of its own from torch 2.13 on
+    sent = [all_to_all_single(x, None, None, group) for x in tensors]
+    return [wait_tensor(x) for x in sent]
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *_AllToAll.apply(ctx.group, *gradients)
+
+@_all_to_all.register_fake
+def _(tensors: Sequence[Tensor], group_name: str) -> list[Tensor]:
+    return [torch.empty_like(x) for x in tensors]
+
+
+def _save_group(ctx: Any, inputs: tuple[Sequence[Tensor], str], output: list[Tensor]) -> None:
+    ctx.group_name = inputs[1]
+
+
+def _send_back(ctx: Any, gradients: list[Tensor]) -> tuple[list[Tensor], None]:
+    return _all_to_all([x.contiguous() for x in gradients], ctx.group_name), None
+
+
+_all_to_all.register_autograd(_send_back, setup_context=_save_group)

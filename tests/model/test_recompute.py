@@ -4,12 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from support.packings import cu_seqlens
 from support.recorder import OperatorRecorder
+from torch._dynamo.backends.common import aot_autograd
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nsa_lightning.model import Transformer, TransformerConfig
+from nsa_lightning.model import Transformer, TransformerConfig, context_parallel
 from nsa_lightning.model.attention import NSALayerConfig
 
 LENGTHS = [24, 13]
@@ -83,3 +85,27 @@ def test_selective_runs_no_kernel_of_the_forward_twice():
             for name in ("gated_branches", "block_selection", "compressed_attention")
         ]
     assert counts == {"none": [1, 1, 1], "block": [2, 2, 2], "selective": [1, 1, 1]}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter is for machines without a GPU")
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_compiled_block_keeps_its_input_alone(monkeypatch, ranks):
+    """What ranks that share a batch exchange is exchanged again, as on GPUs, not kept."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(context_parallel, "all_to_all_single", lambda x, *_: x.clone())
+    monkeypatch.setattr(context_parallel, "wait_tensor", lambda x: x)
+    computed = []
+
+    def remember(graph, _):
+        computed.extend(node.name for node in graph.graph.output_node().args[0] if node.op == "call_function")
+        return make_boxed_func(graph)
+
+    backend = aot_autograd(fw_compiler=remember, partition_fn=min_cut_rematerialization_partition)
+    sizes = SIZES | {"num_heads": 4, "num_kv_heads": 2, "nsa": replace(NSA, backend="triton")}
+    model = Transformer(TransformerConfig(**sizes), recompute="block")
+    model.init_weights(0)
+    model.parallel = context_parallel.ContextParallel(size=ranks)
+    positions, x = torch.arange(16), torch.randn(16 // ranks, sizes["hidden_size"], requires_grad=True)
+    context = model.context(positions, cu_seqlens([16]), 16)
+    torch.compile(model.layers[0], backend=backend, fullgraph=True, dynamic=False)(x, context, False)
+    assert len(computed) == 1  # the block's own output
