@@ -67,15 +67,7 @@ def append_tokens(
     Raises:
         ValueError: shapes or dtypes that disagree.
     """
-    for new in pairs:
-        S = new.k_slots.shape[1]
-        _check("k_slots", new.k_slots, (len(q), S, *new.k.shape[1:]))
-        _check("v_slots", new.v_slots, (len(q), S, *new.v.shape[1:]))
-        if not new.k.dtype == new.v.dtype == new.k_slots.dtype == new.v_slots.dtype:
-            raise ValueError(
-                f"slots must have the dtype of the keys and values, {new.k.dtype} and {new.v.dtype}, "
-                f"got {new.k_slots.dtype} and {new.v_slots.dtype}"
-            )
+    _check_new(pairs, len(q))
     _check("positions", positions, (len(q),))
     if pairs and _on_triton(backend, q, pairs[0].v, NSAConfig()):
         from nsa_kernels import append_triton
@@ -137,20 +129,25 @@ def decode_attention(
     positions: Tensor,
     config: NSAConfig,
     *,
+    new: Sequence[NewTokens] = (),
+    rotary: tuple[Tensor, Tensor] | None = None,
     scale: float | None = None,
     gate_logits: bool = False,
     backend: Backend = "auto",
 ) -> NSAOutput:
-    """Attend one new token of each sequence to its cache, which holds the token's own keys and values already.
+    """Attend one new token of each sequence to its cache, which holds the token's own keys and values or gets them.
 
     No value is read back to the host and shapes do not depend on the positions: fit for a CUDA graph.
 
     Args:
-        q: queries with their position applied, [B, H, D_qk].
+        q: queries, [B, H, D_qk], with their position applied where there is no `rotary`; may be part of a wider tensor.
         gates: branch weights, [B, H, 3]: compressed, selected, sliding; may be part of a wider tensor.
         cache: keys, values and every summary that is complete with the new token.
         positions: position of the new token in its sequence, int32 [B].
         config: block sizes, counts and window.
+        new: the token's keys and values, written to the cache first, as `append_tokens` does in a launch of its own.
+            The token may complete no compression block then.
+        rotary: cosines and sines that queries and new keys are rotated by, [B, R/2] each; given if `new` is.
         scale: multiplies the scores, positive; D_qk ** -0.5 if not given.
         gate_logits: whether `gates` holds logits, whose sigmoid is the weight.
         backend: as in `native_sparse_attention`; `reference` runs the eager one.
@@ -167,6 +164,9 @@ def decode_attention(
     _check("gates", gates, (*q.shape[:2], 3))
     _check("positions", positions, (B,))
     _check_pairs(cache, B)
+    _check_new(new, B)
+    if bool(new) != (rotary is not None):
+        raise ValueError(f"rotary must be given where there are new tokens, and only there, got {len(new)} pairs of them")
     if cache.sliding_k.shape[1] < config.window_size and cache.sliding_k.shape[1] < cache.k.shape[1]:
         raise ValueError(
             f"sliding_k must have at least window_size slots, {config.window_size}, got {cache.sliding_k.shape[1]}"
@@ -183,8 +183,11 @@ def decode_attention(
     if _on_triton(backend, q, cache.v, config):
         from nsa_kernels import decode_triton
 
-        q, *contiguous = (x.contiguous() for x in (q, *cache))
-        return decode_triton.sparse_attention(q, gates, gate_logits, contiguous, positions, config, scale)
+        contiguous = [x.contiguous() for x in cache]
+        return decode_triton.sparse_attention(
+            q, gates, gate_logits, contiguous, positions, config, scale, new, rotary
+        )
+    q = q if rotary is None else append_tokens(q, new, positions, rotary, backend=backend)
     gates = gates.sigmoid() if gate_logits else gates
     position = positions.long().unsqueeze(1)
     cache = LayerCache(*_used(cache, positions, config))
@@ -334,6 +337,18 @@ def _ring_tokens(position: Tensor, slots: int) -> Tensor:
 def _check(name: str, x: Tensor, shape: tuple[int, ...]) -> None:
     if x.shape != shape:
         raise ValueError(f"{name} must be {shape} here, got {tuple(x.shape)}")
+
+
+def _check_new(pairs: Sequence[NewTokens], batch_size: int) -> None:
+    for new in pairs:
+        S = new.k_slots.shape[1]
+        _check("k_slots", new.k_slots, (batch_size, S, *new.k.shape[1:]))
+        _check("v_slots", new.v_slots, (batch_size, S, *new.v.shape[1:]))
+        if not new.k.dtype == new.v.dtype == new.k_slots.dtype == new.v_slots.dtype:
+            raise ValueError(
+                f"slots must have the dtype of the keys and values, {new.k.dtype} and {new.v.dtype}, "
+                f"got {new.k_slots.dtype} and {new.v_slots.dtype}"
+            )
 
 
 def _check_pairs(cache: LayerCache, batch_size: int) -> None:

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa_kernels.early_start import await_launch_before, early_start, let_next_begin
+from nsa_kernels.elementwise_triton import turn
 from nsa_kernels.primitives import (
     HIDDEN,
     LOG2_E,
@@ -44,11 +45,20 @@ def visible_run(position, BLOCK_SIZE: tl.constexpr, STRIDE: tl.constexpr, WINDOW
 
 
 @triton.jit
-def load_queries(q_ptr, sequence, kv_head, H_KV: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
-                  D: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
-    """The queries of one KV head, and the rows [B * H] they stand in; rows past the group repeat its last."""
-    rows = (wide(sequence) * H_KV + kv_head) * GROUP + tl.minimum(tl.arange(0, ROWS), GROUP - 1)
-    return load_rows(q_ptr, rows, D, BLOCK_D), rows
+def load_queries(
+    q_ptr, q_stride, cos_ptr, sin_ptr, sequence, kv_head,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """The queries of one KV head, rotated if HALF is not 0; rows past the group repeat its last."""
+    head, column = kv_head * GROUP + tl.minimum(tl.arange(0, ROWS), GROUP - 1), tl.arange(0, BLOCK_D)[None, :]
+    rows, mask = q_ptr + wide(sequence) * q_stride + head[:, None] * D, column < D
+    q = tl.load(rows + column, mask=mask, other=0.0)
+    if HALF > 0:
+        other = tl.where(column < HALF, column + HALF, column - HALF)
+        partner = tl.load(rows + other, mask=mask & (column < 2 * HALF), other=0.0).to(tl.float32)
+        angles = wide(sequence) * HALF
+        q = turn(q.to(tl.float32), partner, column, cos_ptr + angles, sin_ptr + angles, HALF).to(q.dtype)
+    return q
 
 
 @triton.jit
@@ -134,32 +144,28 @@ def attend_part(
 
 
 @triton.jit
-def parts_kernel(
+def _parts_kernel(
     q_ptr,  # [B, H, D_QK]
     k_ptr, v_ptr,  # [B, slots, H_KV, D]
     positions_ptr,  # [B]
     o_ptr,  # float32 [B, H_KV, P, GROUP, D_V]
     stats_ptr,  # float32 [B, H_KV, P, 2, GROUP]
-    planes_ptr,  # float32 [B, H_KV, PLANES, GROUP, J]
-    slots, J, scale_log2,
-    BLOCK_SIZE: tl.constexpr, STRIDE: tl.constexpr, WINDOW: tl.constexpr,
+    slots, scale_log2, WINDOW: tl.constexpr,
     H_KV: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, D_QK: tl.constexpr, D_V: tl.constexpr,
-    BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr, KEYS: tl.constexpr, R: tl.constexpr, SPAN: tl.constexpr,
-    PLANES: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr,
+    BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One program attends the queries of one KV head to its share of the keys that they see."""
     await_launch_before(EARLY)
-    let_next_begin(EARLY)  # which reads queries and gates, and may attend a window, at once
+    let_next_begin(EARLY)
     part, kv_head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    first, end = visible_run(tl.load(positions_ptr + sequence), BLOCK_SIZE, STRIDE, WINDOW)
+    first, end = visible_run(tl.load(positions_ptr + sequence), 1, 1, WINDOW)
     share = tl.cdiv(tl.cdiv(end - first, KEYS), tl.num_programs(0)) * KEYS
     lo = first + part * share
-    q, _ = load_queries(q_ptr, sequence, kv_head, H_KV, GROUP, ROWS, D_QK, BLOCK_QK)
+    q = load_queries(q_ptr, H_KV * GROUP * D_QK, None, None, sequence, kv_head, GROUP, ROWS, D_QK, BLOCK_QK, 0)
     row = wide(sequence) * H_KV + kv_head
     row_max, row_sum, acc = attend_part(
-        q, k_ptr, v_ptr, sequence, lo, tl.minimum(lo + share, end), slots, kv_head, scale_log2,
-        planes_ptr, row, J,
-        H_KV, GROUP, ROWS, D_QK, D_V, BLOCK_QK, BLOCK_V, KEYS, R, SPAN, PLANES, PRECISION)  # fmt: skip
+        q, k_ptr, v_ptr, sequence, lo, tl.minimum(lo + share, end), slots, kv_head, scale_log2, None, row, 0,
+        H_KV, GROUP, ROWS, D_QK, D_V, BLOCK_QK, BLOCK_V, KEYS, 1, 1, 0, PRECISION)  # fmt: skip
     out = row * tl.num_programs(0) + part
     store_part(o_ptr, stats_ptr, out, row_max, row_sum, acc, GROUP, ROWS, D_V, BLOCK_V)
 
@@ -242,9 +248,9 @@ def dense_attention(
     sizes, slots = sizes_of(q, k, v), k.shape[1]
     parts, (early, overlap) = sizes.num_parts(window_size or slots, READING, q.device), early_start(q.device)
     o, stats = sizes.parts(parts, q)
-    parts_kernel[(parts, sizes.H_KV, sizes.B)](
-        q, k, v, positions, o, stats, None, slots, 0, scale * LOG2_E.value, 1, 1, window_size or 0, *sizes.heads,
-        sizes.keys, 1, 1, 0, dot_precision(q.dtype), early, **READING.options, **overlap,
+    _parts_kernel[(parts, sizes.H_KV, sizes.B)](
+        q, k, v, positions, o, stats, slots, scale * LOG2_E.value, window_size or 0, *sizes.heads,
+        sizes.keys, dot_precision(q.dtype), early, **READING.options, **overlap,
     )  # fmt: skip
     out = q.new_empty(*q.shape[:2], sizes.D_V)
     columns = padded(sizes.D_V) // MERGERS

@@ -309,15 +309,18 @@ class NSAttention(DenseAttention):
         new.append(cache.pending.new_tokens(k, v, rotate=config.compress_rope == "before"))
         gate = next(mapped, None)
         logits = (self._gate_logits(x) if gate is None else gate).unflatten(-1, (self.num_heads, 3))
-        q = append_tokens(q, new, step.positions, step.rotary, backend=config.backend)
-        if step.block is not None:
+        rotary: Rotary | None = step.rotary
+        if step.block is not None:  # the attention reads the summaries
+            q = append_tokens(q, new, step.positions, step.rotary, backend=config.backend)
             summarise_blocks(
                 cache.pending, cache.summaries, step.block, config.compress_stride, self._summary_weights(),
                 step.block_rotary, backend=config.backend,
             )  # fmt: skip
+            new, rotary = [], None
         result = decode_attention(
-            q, logits, cache.operands(), step.positions, config, gate_logits=True, backend=config.backend
-        )
+            q, logits, cache.operands(), step.positions, config,
+            new=new, rotary=rotary, gate_logits=True, backend=config.backend,
+        )  # fmt: skip
         return self.o_proj(result.out.flatten(1))
 
     def _summaries(self, blocks: Iterable[Tensor], rotary: Rotary | None) -> tuple[Tensor, Tensor]:
