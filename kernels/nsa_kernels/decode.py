@@ -43,6 +43,29 @@ class NewTokens(NamedTuple):
     rotate: bool  # whether the key takes its position before
 
 
+class StartedBlocks(NamedTuple):
+    """Sums over the tokens so far of the compression blocks that have started and not ended; block i in slot i % S.
+
+    There are S = l / d slots. What a slot holds counts for nothing before a block starts in it.
+    """
+
+    k_sum: Tensor  # float32 [B, S, H_kv, D_qk]
+    v_sum: Tensor  # float32 [B, S, H_kv, D_v]
+    k_mapped: Tensor  # float32 [B, S, H_kv, M], what the learned map's input layer gives; M is 0 for the mean
+    v_mapped: Tensor  # float32 [B, S, H_kv, M]
+
+
+class NewToken(NamedTuple):
+    """One new token of each sequence on its way into the cache of an NSA layer."""
+
+    branches: Sequence[NewTokens]  # of the selected branch, and of the sliding one where it has its own
+    compressed: NewTokens  # of the compressed branch, into rings of the last l tokens
+    started: StartedBlocks  # carried on
+    weights: tuple[CompressionWeights, CompressionWeights] | None  # of summaries of keys and values; None: the mean
+    rotary: tuple[Tensor, Tensor]  # cosines and sines of the token's position, [B, R/2]
+    block_rotary: tuple[Tensor, Tensor] | None  # what the key summary of a block that ends with it is rotated by
+
+
 @torch.no_grad()
 def append_tokens(
     q: Tensor,
@@ -82,46 +105,6 @@ def append_tokens(
 
 
 @torch.no_grad()
-def summarise_blocks(
-    pending: tuple[Tensor, Tensor],
-    summaries: tuple[Tensor, Tensor],
-    blocks: Tensor,
-    compress_stride: int,
-    weights: tuple[CompressionWeights, CompressionWeights] | None = None,
-    rotary: tuple[Tensor, Tensor] | None = None,
-    *,
-    backend: Backend = "auto",
-) -> None:
-    """Summarise the compression block that the last token of each sequence completes, where it completes one.
-
-    Args:
-        pending: keys and values of the last l tokens, [B, l, H_kv, D], token t in slot t % l.
-        summaries: rows of keys and values that are written, [B, C, H_kv, D], block i in row i; in pending's dtype.
-        blocks: the block that each sequence completes, int64 [B]; -1 for none, which writes nothing.
-        compress_stride: tokens from the start of a block to the next.
-        weights: learned parts of the summaries of keys and of values; the mean alone if not given.
-        rotary: cosines and sines that the keys' summaries turn by, [B, R/2] each; they are not turned if not given.
-        backend: as in `native_sparse_attention`.
-
-    Raises:
-        ValueError: shapes or dtypes that disagree.
-    """
-    (B, l, H_KV, _), C = pending[0].shape, summaries[0].shape[1]  # noqa: E741
-    for name, x, row in zip(("keys", "values"), pending, summaries, strict=True):
-        _check(f"pending {name}", x, (B, l, H_KV, x.shape[3]))
-        _check(f"summaries of {name}", row, (B, C, H_KV, x.shape[3]))
-        if not x.dtype == row.dtype == pending[0].dtype:
-            raise ValueError(f"summaries must have the dtype of the pending {name}, {x.dtype}, got {row.dtype}")
-    _check("blocks", blocks, (B,))
-    if _on_triton(backend, pending[0][:, 0], pending[1][:, 0], NSAConfig()):
-        from nsa_kernels import summarise_triton
-
-        summarise_triton.summarise_blocks(pending, summaries, blocks, compress_stride, weights, rotary)
-    else:
-        decode_eager.summarise_blocks(pending, summaries, blocks, compress_stride, weights, rotary)
-
-
-@torch.no_grad()
 def decode_attention(
     q: Tensor,
     gates: Tensor,
@@ -129,8 +112,7 @@ def decode_attention(
     positions: Tensor,
     config: NSAConfig,
     *,
-    new: Sequence[NewTokens] = (),
-    rotary: tuple[Tensor, Tensor] | None = None,
+    new: NewToken | None = None,
     scale: float | None = None,
     gate_logits: bool = False,
     backend: Backend = "auto",
@@ -140,14 +122,13 @@ def decode_attention(
     No value is read back to the host and shapes do not depend on the positions: fit for a CUDA graph.
 
     Args:
-        q: queries, [B, H, D_qk], with their position applied where there is no `rotary`; may be part of a wider tensor.
+        q: queries, [B, H, D_qk], with their position applied unless `new` is given; may be part of a wider tensor.
         gates: branch weights, [B, H, 3]: compressed, selected, sliding; may be part of a wider tensor.
         cache: keys, values and every summary that is complete with the new token.
         positions: position of the new token in its sequence, int32 [B].
         config: block sizes, counts and window.
-        new: the token's keys and values, written to the cache first, as `append_tokens` does in a launch of its own.
-            The token may complete no compression block then.
-        rotary: cosines and sines that queries and new keys are rotated by, [B, R/2] each; given if `new` is.
+        new: the token's keys and values before rotation, which are written to the cache first, with the summary of the
+            compression block that it completes. The cache has to hold them already if not given.
         scale: multiplies the scores, positive; D_qk ** -0.5 if not given.
         gate_logits: whether `gates` holds logits, whose sigmoid is the weight.
         backend: as in `native_sparse_attention`; `reference` runs the eager one.
@@ -164,9 +145,8 @@ def decode_attention(
     _check("gates", gates, (*q.shape[:2], 3))
     _check("positions", positions, (B,))
     _check_pairs(cache, B)
-    _check_new(new, B)
-    if bool(new) != (rotary is not None):
-        raise ValueError(f"rotary must be given where there are new tokens, and only there, got {len(new)} pairs of them")
+    if new is not None:
+        _check_new_token(new, cache, config)
     if cache.sliding_k.shape[1] < config.window_size and cache.sliding_k.shape[1] < cache.k.shape[1]:
         raise ValueError(
             f"sliding_k must have at least window_size slots, {config.window_size}, got {cache.sliding_k.shape[1]}"
@@ -184,10 +164,10 @@ def decode_attention(
         from nsa_kernels import decode_triton
 
         contiguous = [x.contiguous() for x in cache]
-        return decode_triton.sparse_attention(
-            q, gates, gate_logits, contiguous, positions, config, scale, new, rotary
-        )
-    q = q if rotary is None else append_tokens(q, new, positions, rotary, backend=backend)
+        return decode_triton.sparse_attention(q, gates, gate_logits, contiguous, positions, config, scale, new)
+    if new is not None:
+        q = append_tokens(q, [*new.branches, new.compressed], positions, new.rotary, backend=backend)
+        decode_eager.advance_blocks(new, (cache.summary_k, cache.summary_v), positions, config)
     gates = gates.sigmoid() if gate_logits else gates
     position = positions.long().unsqueeze(1)
     cache = LayerCache(*_used(cache, positions, config))
@@ -342,6 +322,8 @@ def _check(name: str, x: Tensor, shape: tuple[int, ...]) -> None:
 def _check_new(pairs: Sequence[NewTokens], batch_size: int) -> None:
     for new in pairs:
         S = new.k_slots.shape[1]
+        _check("k", new.k, (batch_size, *new.k.shape[1:]))
+        _check("v", new.v, (batch_size, *new.v.shape[1:]))
         _check("k_slots", new.k_slots, (batch_size, S, *new.k.shape[1:]))
         _check("v_slots", new.v_slots, (batch_size, S, *new.v.shape[1:]))
         if not new.k.dtype == new.v.dtype == new.k_slots.dtype == new.v_slots.dtype:
@@ -349,6 +331,16 @@ def _check_new(pairs: Sequence[NewTokens], batch_size: int) -> None:
                 f"slots must have the dtype of the keys and values, {new.k.dtype} and {new.v.dtype}, "
                 f"got {new.k_slots.dtype} and {new.v_slots.dtype}"
             )
+
+
+def _check_new_token(new: NewToken, cache: LayerCache, config: NSAConfig) -> None:
+    (B, _, H_KV, D_QK), D_V, l = cache.k.shape, cache.v.shape[3], config.compress_block_size  # noqa: E741
+    _check_new([*new.branches, new.compressed], B)
+    for name, x, D in (("k_slots", new.compressed.k_slots, D_QK), ("v_slots", new.compressed.v_slots, D_V)):
+        _check(f"{name} of the compressed branch", x, (B, l, H_KV, D))
+    M = (0, 0) if new.weights is None else [side.in_weight.shape[2] for side in new.weights]
+    for (name, x), size in zip(new.started._asdict().items(), (D_QK, D_V, *M), strict=True):
+        _check(name, x, (B, l // config.compress_stride, H_KV, size))
 
 
 def _check_pairs(cache: LayerCache, batch_size: int) -> None:

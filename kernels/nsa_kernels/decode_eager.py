@@ -4,7 +4,7 @@ Sequences are independent: query t of sequence s stands at a position of its own
 sums are computed in float32 (float64 for float64 inputs), a chunk of queries at a time.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,23 +29,46 @@ class Keys(NamedTuple):
     tokens: Tensor  # int64 [B, S], negative where there is none
 
 
-def summarise_blocks(
-    pending: tuple[Tensor, Tensor],
-    summaries: tuple[Tensor, Tensor],
-    blocks: Tensor,
-    compress_stride: int,
+def advance_blocks(new: Any, summaries: tuple[Tensor, Tensor], positions: Tensor, config: NSAConfig) -> None:
+    """Summarise the block that a `decode.NewToken` completes, the token being in its ring, and carry the others on."""
+    l, d, position = config.compress_block_size, config.compress_stride, positions.long()  # noqa: E741
+    first = position + 1 - l
+    block, ends = first.clamp(min=0) // d, (first >= 0) & (first % d == 0)
+    (B, *_), device, ring = positions.shape, positions.device, (new.compressed.k_slots, new.compressed.v_slots)
+    sequence, slots = torch.arange(B, device=device), (block[:, None] * d + torch.arange(l, device=device)) % l
+    k, v = map(summarise, (x[sequence[:, None], slots] for x in ring), new.weights or (None, None))
+    k = k if new.block_rotary is None else apply_rotary(k, *new.block_rotary)
+    for target, summary in zip(summaries, (k, v), strict=True):
+        target[sequence, block] = summary.where(ends[:, None, None], target[sequence, block])
+    for target, sums in zip(new.started, started_blocks(ring, position, config, new.weights), strict=True):
+        target.copy_(sums)
+
+
+def started_blocks(
+    ring: tuple[Tensor, Tensor],
+    position: Tensor,
+    config: NSAConfig,
     weights: tuple[CompressionWeights, CompressionWeights] | None,
-    rotary: tuple[Tensor, Tensor] | None,
-) -> None:
-    """`decode.summarise_blocks`; a sequence that completes no block writes the row that it has."""
-    (B, l), device = pending[0].shape[:2], blocks.device  # noqa: E741
-    sequence, row = torch.arange(B, device=device), blocks.clamp(min=0)
-    slots = (blocks[:, None] * compress_stride + torch.arange(l, device=device)) % l  # [B, l]
-    ordered = (x[sequence[:, None], slots] for x in pending)
-    k, v = map(summarise, ordered, weights or (None, None))
-    new = k if rotary is None else apply_rotary(k, *rotary), v
-    for target, summary in zip(summaries, new, strict=True):
-        target[sequence, row] = summary.where((blocks >= 0)[:, None, None], target[sequence, row])
+) -> tuple[Tensor, ...]:
+    """What a `decode.StartedBlocks` holds after the tokens up to `position`, int64 [B]; of rings [B, l, H_kv, D]."""
+    l, d, device = config.compress_block_size, config.compress_stride, position.device  # noqa: E741
+    slot = torch.arange(l // d, device=device)
+    block = position[:, None] // d - (position[:, None] // d - slot) % (l // d)  # [B, S], the last one of each slot
+    token = block[:, :, None] * d + torch.arange(l, device=device)  # [B, S, l]
+    seen = ((block[:, :, None] >= 0) & (token <= position[:, None, None]))[..., None, None]
+    sequence = torch.arange(len(position), device=device)[:, None, None]
+    sums, maps = [], []
+    for x, learned in zip(ring, weights or (None, None), strict=True):
+        tokens = x[sequence, token % l]  # [B, S, l, H_kv, D]
+        sums.append(tokens.where(seen, 0.0).sum(2, dtype=torch.float32))
+        if learned is None:
+            maps.append(sums[-1][..., :0])
+        else:
+            inputs = (tokens + learned.position_embedding.transpose(0, 1)).where(seen, 0.0)
+            inputs = inputs.transpose(2, 3).flatten(3).flatten(0, 1).transpose(0, 1)  # [H_kv, B * S, l * D]
+            mapped = torch.bmm(inputs, learned.in_weight).transpose(0, 1)
+            maps.append(mapped.float().contiguous().unflatten(0, block.shape))
+    return *sums, *maps
 
 
 def sparse_attention(

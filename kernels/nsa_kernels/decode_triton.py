@@ -1,7 +1,7 @@
 """Attention of one new token of each sequence to its cache: four launches, or three where the cache is short.
 
     1. attend the summaries, divided over programs; keep what the importance of each block needs. Other programs append
-       the new token, where that is still to be done
+       the new token, where that is still to be done, and attend the summary that it completes: a part of its own
     2. choose the blocks; meanwhile merge the compressed branch and attend the window
     3. attend the chosen blocks, divided over programs
     4. merge them and the window, and sum the branches by their gates
@@ -16,8 +16,8 @@ The importance of a block is a sum of exp(score - lse) over the heads of a group
 Launch 1 therefore writes, a tile of keys at a time, the logarithms of the planes of `block_selection.py`, each where
 the block stands that it counts for: launch 2 subtracts lse and sums the powers.
 
-From Hopper on every launch starts early; the programs of launches 2 to 4 read their inputs before they wait, or attend a
-window that holds the new token already.
+From Hopper on every launch starts early; the programs of launches 2 to 4 read their inputs before they wait, or attend
+a window that holds the new token already.
 """
 
 from collections.abc import Sequence
@@ -54,19 +54,29 @@ from nsa_kernels.primitives import (
     dot_precision,
     padded,
     softmax_step,
+    store_rows,
     wide,
 )
+from nsa_kernels.summarise_triton import TILE_NUMBERS, advance_blocks, weight_arguments
 
 # B sequences, S, W or C slots of a cache, H query heads, H_kv KV heads, G = H / H_kv (GROUP), D head dim, n slots of
 # chosen blocks, J selection blocks, P parts that a run of keys is divided in, R = l' / d, ROWS >= G rows of a tile.
 
 
 @triton.jit
+def _plane_weight(r, plane, R: tl.constexpr, SPAN: tl.constexpr):
+    """Chunks of block j + plane that compression block j * R + r covers, float32."""
+    return tl.maximum(tl.minimum(r + SPAN, (plane + 1) * R) - tl.maximum(r, plane * R), 0).to(tl.float32)
+
+
+@triton.jit
 def _importance(planes_ptr, stats_ptr, j, visible, J, num_parts, GROUP: tl.constexpr, R: tl.constexpr,
-                PLANES: tl.constexpr, PARTS: tl.constexpr, BLOCKS: tl.constexpr, HEADS: tl.constexpr):  # fmt: skip
+                SPAN: tl.constexpr, PLANES: tl.constexpr, PARTS: tl.constexpr, BLOCKS: tl.constexpr,
+                HEADS: tl.constexpr, APPENDS: tl.constexpr):  # fmt: skip
     """Σ over the planes and heads of exp(log plane - lse), of blocks j; HEADS at a time.
 
-    Planes are loaded after the statistics: Triton gives later loads their way, and a thread sums all heads of a block.
+    With APPENDS the last part is summary `visible` alone, or nothing, and in no plane. Planes are loaded after the
+    statistics: Triton gives later loads their way, and a thread sums all heads of a block.
     """
     importance, part = tl.zeros([BLOCKS], tl.float32), tl.arange(0, PARTS)
     for first in tl.static_range(0, GROUP, HEADS):
@@ -83,20 +93,66 @@ def _importance(planes_ptr, stats_ptr, j, visible, J, num_parts, GROUP: tl.const
             rows = (plane * GROUP + head).to(tl.int64)[:, None] * J
             log = tl.load(planes_ptr + rows + j[None, :])  # whole rows, also what is not written
             importance += tl.sum(tl.exp2(tl.where(written, log - lse[:, None], LOWEST)), 0)
+        if APPENDS:
+            latest = tl.load(stats_ptr + (num_parts - 1) * (2 * GROUP) + head)
+            p = tl.sum(tl.where(exists, tl.exp2(latest - lse), 0.0), 0)
+            for plane in tl.static_range(PLANES):
+                weight = _plane_weight(visible % R, plane, R, SPAN)
+                importance += tl.where(j == visible // R + plane, weight * p, 0.0)
     return importance
+
+
+@triton.jit
+def _completes_block(position, COMPRESS_SIZE: tl.constexpr, STRIDE: tl.constexpr):
+    """Whether the token is the last of a compression block."""
+    return (position + 1 >= COMPRESS_SIZE) & ((position + 1 - COMPRESS_SIZE) % STRIDE == 0)
+
+
+@triton.jit
+def _older_summaries(position, COMPRESS_SIZE: tl.constexpr, STRIDE: tl.constexpr, APPENDS: tl.constexpr):
+    """Summaries that a token sees; with APPENDS without the one that it completes."""
+    _, visible = visible_run(position, COMPRESS_SIZE, STRIDE, 0)
+    return visible - _completes_block(position, COMPRESS_SIZE, STRIDE).to(tl.int32) if APPENDS else visible
+
+
+@triton.jit
+def _advance_side(
+    side: tl.constexpr, new, started, weights, cos_ptr, sin_ptr, block_cos_ptr, block_sin_ptr, position, sequence,
+    kv_head, LAST: tl.constexpr, ROTATE: tl.constexpr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr,
+    L: tl.constexpr, STRIDE: tl.constexpr, H_KV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    M: tl.constexpr, BLOCK_M: tl.constexpr, COMPRESSION: tl.constexpr, NUMBERS: tl.constexpr,
+):  # fmt: skip
+    """`advance_blocks` of the keys (side 0) or values (side 1) of one KV head, pair LAST of the new ones."""
+    slot = (sequence * new[4][LAST] + position % new[4][LAST]) * H_KV + kv_head
+    state, rows = sequence * (L // STRIDE * H_KV) + kv_head, wide(kv_head) * (L * D)
+    own = (None, None, None, None, None)
+    if COMPRESSION == "linear":
+        own = (weights[0][side] + rows, weights[1][side] + rows * M, weights[2][side] + kv_head * M, None, None)
+    if COMPRESSION == "mlp":
+        own = (weights[0][side] + rows, weights[1][side] + rows * M, weights[2][side] + kv_head * M,
+               weights[3][side] + kv_head * (M * D), weights[4][side] + kv_head * D)  # fmt: skip
+    return advance_blocks(
+        new[side][LAST] + sequence * new[5 + side][LAST] + kv_head * D, new[2 + side][LAST] + slot * D,
+        started[side] + state * D, started[2 + side] + state * M, own, cos_ptr, sin_ptr, block_cos_ptr, block_sin_ptr,
+        position, ROTATE, HALF, BLOCK_HALF, L, STRIDE, H_KV, D, BLOCK_D, M, BLOCK_M, COMPRESSION,
+        NUMBERS)  # fmt: skip
 
 
 @triton.jit
 def _summaries_kernel(
     q_ptr,  # [B, H, D_QK], sequences being `q_stride` apart
     cos_ptr, sin_ptr,  # [B, HALF]
+    block_cos_ptr, block_sin_ptr,  # [B, BLOCK_HALF]
     k_ptr, v_ptr,  # [B, slots, H_KV, D], summaries
     positions_ptr,  # [B]
     o_ptr, stats_ptr,  # float32 [B, H_KV, P, GROUP, D_V] and [B, H_KV, P, 2, GROUP]
     planes_ptr,  # float32 [B, H_KV, PLANES, GROUP, J]
-    new_k_ptrs, new_v_ptrs, k_slots_ptrs, v_slots_ptrs, new_slots, k_strides, v_strides,  # as `_append_kernel` takes them
+    new,  # as `append_triton.pair_arguments` gives them, the compressed branch last
+    started,  # tuple of a StartedBlocks, float32 [B, S, H_KV, D or M]
+    weights,  # five pairs as `weight_arguments` gives them
     q_stride, slots, num_parts, J, scale_log2,
-    ROTATE: tl.constexpr, HALF: tl.constexpr, COMPRESS_SIZE: tl.constexpr, STRIDE: tl.constexpr,
+    ROTATE: tl.constexpr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr, M: tl.constexpr, BLOCK_M: tl.constexpr,
+    COMPRESSION: tl.constexpr, NUMBERS: tl.constexpr, COMPRESS_SIZE: tl.constexpr, STRIDE: tl.constexpr,
     H_KV: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, D_QK: tl.constexpr, D_V: tl.constexpr,
     BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr, KEYS: tl.constexpr, R: tl.constexpr, SPAN: tl.constexpr,
     PLANES: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr,
@@ -106,20 +162,50 @@ def _summaries_kernel(
     let_next_begin(EARLY)  # which reads queries and gates at once
     role, kv_head, sequence = tl.program_id(0), tl.program_id(1), wide(tl.program_id(2))
     position, row = tl.load(positions_ptr + sequence), sequence * H_KV + kv_head
-    if role < num_parts:
-        _, end = visible_run(position, COMPRESS_SIZE, STRIDE, 0)
-        share = tl.cdiv(tl.cdiv(end, KEYS), num_parts) * KEYS
+    APPENDS: tl.constexpr = len(ROTATE) > 0
+    LAST: tl.constexpr = len(ROTATE) - 1
+    old_parts = num_parts - 1 if APPENDS else num_parts
+    if role < old_parts:
+        end = _older_summaries(position, COMPRESS_SIZE, STRIDE, APPENDS)
+        share = tl.cdiv(tl.cdiv(end, KEYS), old_parts) * KEYS
         q = load_queries(q_ptr, q_stride, cos_ptr, sin_ptr, sequence, kv_head, GROUP, ROWS, D_QK, BLOCK_QK, HALF)
         row_max, row_sum, acc = attend_part(
             q, k_ptr, v_ptr, sequence, role * share, tl.minimum(role * share + share, end), slots, kv_head, scale_log2,
             planes_ptr, row, J, H_KV, GROUP, ROWS, D_QK, D_V, BLOCK_QK, BLOCK_V, KEYS, R, SPAN, PLANES,
             PRECISION)  # fmt: skip
         store_part(o_ptr, stats_ptr, row * num_parts + role, row_max, row_sum, acc, GROUP, ROWS, D_V, BLOCK_V)
-    for i in tl.static_range(len(ROTATE)):
-        if role == num_parts + i:
-            append_head(new_k_ptrs[i], new_v_ptrs[i], k_slots_ptrs[i], v_slots_ptrs[i], new_slots[i], k_strides[i],
-                        v_strides[i], cos_ptr + sequence * HALF, sin_ptr + sequence * HALF, position, sequence, kv_head,
-                        ROTATE[i], H_KV, HALF, D_QK, D_V, BLOCK_QK, BLOCK_V)  # fmt: skip
+    if APPENDS:
+        ended, head = _completes_block(position, COMPRESS_SIZE, STRIDE), tl.arange(0, ROWS)
+        target = (sequence * slots + tl.maximum(position + 1 - COMPRESS_SIZE, 0) // STRIDE) * H_KV + kv_head
+        own_cos_ptr, own_sin_ptr = cos_ptr + sequence * HALF, sin_ptr + sequence * HALF
+        newest = row * num_parts + old_parts
+        if BLOCK_HALF > 0:
+            block_cos_ptr += sequence * BLOCK_HALF
+            block_sin_ptr += sequence * BLOCK_HALF
+        if role == old_parts:
+            column = tl.arange(0, BLOCK_QK)
+            k = _advance_side(0, new, started, weights, own_cos_ptr, own_sin_ptr, block_cos_ptr, block_sin_ptr,
+                              position, sequence, kv_head, LAST, ROTATE[LAST], HALF, BLOCK_HALF, COMPRESS_SIZE, STRIDE,
+                              H_KV, D_QK, BLOCK_QK, M[0], BLOCK_M[0], COMPRESSION, NUMBERS)  # fmt: skip
+            tl.store(k_ptr + target * D_QK + column, k, mask=ended & (column < D_QK))
+            q = load_queries(q_ptr, q_stride, cos_ptr, sin_ptr, sequence, kv_head, GROUP, ROWS, D_QK, BLOCK_QK, HALF)
+            score = tl.sum(q.to(tl.float32) * k.to(tl.float32)[None, :], 1) * scale_log2
+            stats = stats_ptr + newest * 2 * GROUP + head
+            tl.store(stats, tl.where(ended, score, LOWEST), mask=head < GROUP)
+            tl.store(stats + GROUP, tl.where(ended & (head >= 0), 1.0, 0.0), mask=head < GROUP)
+        if role == num_parts:
+            column = tl.arange(0, BLOCK_V)
+            v = _advance_side(1, new, started, weights, own_cos_ptr, own_sin_ptr, None, None, position, sequence,
+                              kv_head, LAST, False, 0, 0, COMPRESS_SIZE, STRIDE, H_KV, D_V, BLOCK_V, M[1], BLOCK_M[1],
+                              COMPRESSION, NUMBERS)  # fmt: skip
+            tl.store(v_ptr + target * D_V + column, v, mask=ended & (column < D_V))
+            o = tl.where(ended & (head >= 0)[:, None], v.to(tl.float32)[None, :], 0.0)
+            store_rows(o_ptr, newest * GROUP + head, head < GROUP, o, D_V, BLOCK_V)
+        for i in tl.static_range(len(ROTATE) - 1):
+            if role == num_parts + 1 + i:
+                append_head(new[0][i], new[1][i], new[2][i], new[3][i], new[4][i], new[5][i], new[6][i],
+                            own_cos_ptr, own_sin_ptr, position, sequence, kv_head, ROTATE[i], H_KV, HALF, D_QK, D_V,
+                            BLOCK_QK, BLOCK_V)  # fmt: skip
 
 
 @triton.jit
@@ -127,7 +213,7 @@ def _choose(
     planes_ptr, stats_ptr, bits_ptr, blocks_ptr, indices_ptr, row, segment, num_segments, position, J, num_parts,
     GROUP: tl.constexpr, COMPRESS_SIZE: tl.constexpr, STRIDE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     SLOTS: tl.constexpr, BLOCK_SLOTS: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr, PLANES: tl.constexpr,
-    PARTS: tl.constexpr, BLOCKS: tl.constexpr, HEADS: tl.constexpr, PROBES: tl.constexpr,
+    PARTS: tl.constexpr, BLOCKS: tl.constexpr, HEADS: tl.constexpr, PROBES: tl.constexpr, APPENDS: tl.constexpr,
 ):  # fmt: skip
     """Choose among the blocks of a segment of one sequence and KV head; where it is the only one, for good."""
     own, slot = position // BLOCK_SIZE, tl.arange(0, BLOCK_SLOTS)
@@ -135,10 +221,10 @@ def _choose(
         chosen_all = tl.where(slot <= own, slot, -1)
         tl.store(indices_ptr + row * SLOTS + slot, chosen_all, mask=(slot < SLOTS) & (segment == 0))
     else:
-        _, visible = visible_run(position, COMPRESS_SIZE, STRIDE, 0)
+        visible = _older_summaries(position, COMPRESS_SIZE, STRIDE, APPENDS)
         j = segment * BLOCKS + tl.arange(0, BLOCKS)
         importance = _importance(planes_ptr, stats_ptr, j, visible, J, num_parts, GROUP, BLOCK_SIZE // STRIDE,
-                                 PLANES, PARTS, BLOCKS, HEADS)  # fmt: skip
+                                 COMPRESS_SIZE // STRIDE, PLANES, PARTS, BLOCKS, HEADS, APPENDS)  # fmt: skip
         forced = (j < INIT) | (j > own - LOCAL)
         bits = tl.minimum(tl.maximum(importance.to(tl.int32, bitcast=True), 0), FORCED - 1)
         bits = tl.where(j <= own, tl.where(forced, FORCED, bits), -1)
@@ -200,7 +286,8 @@ def _choose_kernel(
         await_launch_before(EARLY)
         _choose(planes_ptr + row * (PLANES * GROUP) * J, stats_ptr + row * num_parts * (2 * GROUP), bits_ptr,
                 blocks_ptr, indices_ptr, row, role, num_segments, position, J, num_parts, GROUP, COMPRESS_SIZE, STRIDE,
-                BLOCK_SIZE, SLOTS, BLOCK_SLOTS, INIT, LOCAL, PLANES, PARTS, BLOCKS, HEADS, PROBES)  # fmt: skip
+                BLOCK_SIZE, SLOTS, BLOCK_SLOTS, INIT, LOCAL, PLANES, PARTS, BLOCKS, HEADS, PROBES,
+                APPENDS)  # fmt: skip
     elif role < num_segments + MERGERS:
         await_launch_before(EARLY)
         first_column = (role - num_segments) * (BLOCK_V // MERGERS)
@@ -312,7 +399,8 @@ def _choose_and_attend_kernel(
         own = row * selected_parts + role
         _choose(planes_ptr + row * (PLANES * GROUP) * BLOCKS, stats_ptr + row * num_parts * (2 * GROUP), None, None,
                 indices_ptr, own, 0, 1, position, BLOCKS, num_parts, GROUP, COMPRESS_SIZE, STRIDE,
-                BLOCK_SIZE, SLOTS, BLOCK_SLOTS, INIT, LOCAL, PLANES, PARTS, BLOCKS, HEADS, PROBES)  # fmt: skip
+                BLOCK_SIZE, SLOTS, BLOCK_SLOTS, INIT, LOCAL, PLANES, PARTS, BLOCKS, HEADS, PROBES,
+                APPENDS)  # fmt: skip
         tl.debug_barrier()
         _attend_chosen(q, k_ptr, v_ptr, indices_ptr + own * SLOTS, o_ptr, part_stats_ptr, role, selected_parts,
                        position, sequence, kv_head, slots, scale_log2, SLOTS, BLOCK_SIZE, H_KV, GROUP, ROWS,
@@ -334,13 +422,13 @@ def _gate(pointers, LOGITS: tl.constexpr):
 @triton.jit
 def _gated_sum_kernel(
     gates_ptr,  # [B, H, 3], sequences being `gates_stride` apart
-    compressed_o_ptr, compressed_stats_ptr,  # float32 [B, H, D_V] and None, or the same as the next of P_summaries parts
+    compressed_o_ptr, compressed_stats_ptr,  # float32 [B, H, D_V] and None, or the same as the next
     selected_o_ptr, selected_stats_ptr,  # float32 [B, H_KV, P, GROUP, D_V] and [B, H_KV, P, 2, GROUP]
     window_o_ptr, window_stats_ptr,  # the same of P_window parts
     out_ptr,  # [B, H, D_V]
-    gates_stride, summary_parts, selected_parts, window_parts, H_KV: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
-    D_V: tl.constexpr, COLUMNS: tl.constexpr, AT_ONCE: tl.constexpr, MERGED: tl.constexpr, LOGITS: tl.constexpr,
-    EARLY: tl.constexpr,
+    gates_stride, summary_parts, selected_parts, window_parts,
+    H_KV: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, D_V: tl.constexpr, COLUMNS: tl.constexpr,
+    AT_ONCE: tl.constexpr, MERGED: tl.constexpr, LOGITS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One program merges some columns of the parts of one KV head and sums the branches by their gates.
 
@@ -428,24 +516,24 @@ def sparse_attention(
     positions: Tensor,
     config: NSAConfig,
     scale: float,
-    new: Sequence[Any],
-    rotary: tuple[Tensor, Tensor] | None,
+    new: Any,
 ) -> NSAOutput:
     """`decode.decode_attention` of contiguous tensors, `q` and `gates` aside; `cache` as a LayerCache."""
     q, gates = whole_rows(q), whole_rows(gates)
     sizes = sizes_of(q, cache[0], cache[1])
-    cos, sin = (None, None) if rotary is None else (x.contiguous() for x in rotary)
+    cos, sin = (None, None) if new is None else (x.contiguous() for x in new.rotary)
     J = cache[0].shape[1] // config.select_block_size
     call = _Call(
         (q, cos, sin), cache, positions, config, sizes, 0 if cos is None else cos.shape[1],
-        min(_SEGMENT, padded(J)), scale * LOG2_E.value, dot_precision(q.dtype), bool(new),
+        min(_SEGMENT, padded(J)), scale * LOG2_E.value, dot_precision(q.dtype), new is not None,
     )  # fmt: skip
     summaries, plane_logs = _attend_summaries(call, new)
     attend = _attend_at_once if call.blocks >= J and call.blocks <= _SHORT else _attend_in_turn
     compressed, selected, window, indices = attend(call, summaries, plane_logs)
 
     B, H_KV, GROUP, _, D_V, _ = sizes
-    out, rows, (early, overlap) = q.new_empty(B, H_KV * GROUP, D_V), triton.next_power_of_2(GROUP), early_start(q.device)
+    (early, overlap), rows = early_start(q.device), triton.next_power_of_2(GROUP)
+    out = q.new_empty(B, H_KV * GROUP, D_V)
     num_parts = tuple(1 if x.stats is None else x.o.shape[2] for x in (compressed, selected, window))
     at_once = min(triton.next_power_of_2(num_parts[1]), max(1, _MERGED_ROWS // rows))
     _gated_sum_kernel[(padded(D_V) // _COLUMNS, H_KV, B)](
@@ -462,18 +550,27 @@ class _Branch(NamedTuple):
     stats: Tensor | None  # float32 [B, H_kv, P, 2, G]
 
 
-def _attend_summaries(call: _Call, new: Sequence[Any]) -> tuple[_Branch, Tensor]:
-    """Launch 1: the compressed branch in parts, and its planes."""
+def _attend_summaries(call: _Call, new: Any) -> tuple[_Branch, Tensor]:
+    """Launch 1: the compressed branch in parts, the last of them the summary that a new token completes; its planes."""
     (q, cos, sin), summary_k, summary_v, config = call.queries, *call.cache[4:], call.config
-    sizes, (early, overlap), (*arguments, rotates) = call.sizes, early_start(q.device), pair_arguments(new)
+    sizes, (early, overlap) = call.sizes, early_start(q.device)
     R, SPAN = config.select_block_size // config.compress_stride, config.compress_block_size // config.compress_stride
     J = call.cache[0].shape[1] // config.select_block_size
     parts, row = sizes.num_parts(J * R, call.reading, q.device), triton.cdiv(J, call.blocks) * call.blocks
+    programs, started, block_cos, block_sin = parts, (), None, None
+    (*tokens, rotates), (weights, *learned) = pair_arguments(()), weight_arguments(None)
+    if new is not None:
+        *tokens, rotates = pair_arguments([*new.branches, new.compressed])
+        weights, *learned = weight_arguments(new.weights)
+        parts, programs, started = parts + 1, parts + 2 + len(new.branches), tuple(new.started)
+        if new.block_rotary is not None:
+            block_cos, block_sin = (x.contiguous() for x in new.block_rotary)
     plane_logs = q.new_empty(sizes.B, sizes.H_KV, call.planes, sizes.GROUP, row, dtype=torch.float32)
     branch = _Branch(*sizes.parts(parts, q))
-    _summaries_kernel[(parts + len(new), sizes.H_KV, sizes.B)](
-        q, cos, sin, summary_k, summary_v, call.positions, *branch, plane_logs, *arguments,
-        q.stride(0), summary_k.shape[1], parts, row, call.scale_log2, rotates, call.half,
+    _summaries_kernel[(programs, sizes.H_KV, sizes.B)](
+        q, cos, sin, block_cos, block_sin, summary_k, summary_v, call.positions, *branch, plane_logs,
+        tuple(tokens), started, weights, q.stride(0), summary_k.shape[1], parts, row, call.scale_log2,
+        rotates, call.half, 0 if block_cos is None else block_cos.shape[1], *learned, TILE_NUMBERS,
         config.compress_block_size, config.compress_stride, *sizes.heads, max(sizes.keys, R), R, SPAN, call.planes,
         call.precision, early, **call.reading.options, **overlap,
     )  # fmt: skip

@@ -72,7 +72,7 @@ class NSACache(Cache):
         """
         first, self._seen = self._seen == 0, self._seen + input_ids.shape[1]
         if input_ids.shape[1] == 1 and not first:
-            return model.decode(input_ids[:, 0], self.kept, self.kept.completes_block)
+            return model.decode(input_ids[:, 0], self.kept)
         rows = zip(input_ids, real, strict=True)
         return torch.stack([model.prefill(ids[mask], self.kept, row) for row, (ids, mask) in enumerate(rows)])
 

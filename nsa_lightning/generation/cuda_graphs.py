@@ -1,7 +1,7 @@
 """CUDA graphs: the launches of a call are recorded once and replayed as one."""
 
 from collections.abc import Callable
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 
@@ -23,15 +23,12 @@ class CapturedCall(NamedTuple, Generic[_Result]):
 
 
 @torch.inference_mode()
-def capture(
-    call: Callable[[], _Result], forget: Callable[[], object] = lambda: None, pool: Any = None
-) -> CapturedCall[_Result]:
+def capture(call: Callable[[], _Result], forget: Callable[[], object] = lambda: None) -> CapturedCall[_Result]:
     """Record a call on the current GPU.
 
     Args:
         call: reads and writes tensors that keep their addresses; runs a few times before.
         forget: takes back what a call leaves behind.
-        pool: of `torch.cuda.graph_pool_handle`: memory beside those tensors, which graphs that take turns may share.
     """
     current, stream = torch.cuda.current_stream(), torch.cuda.Stream()
     stream.wait_stream(current)
@@ -41,7 +38,7 @@ def capture(
             forget()
     current.wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
+    with torch.cuda.graph(graph):
         result = call()
     forget()
     return CapturedCall(graph, result)

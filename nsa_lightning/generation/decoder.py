@@ -1,11 +1,9 @@
 """A model and the cache of a batch of sequences: prompts go in, logits of the next token of each sequence come out."""
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
-from nsa_lightning.generation.cuda_graphs import CapturedCall, capture
+from nsa_lightning.generation.cuda_graphs import capture
 from nsa_lightning.model.cache import Cache
 from nsa_lightning.model.transformer import Transformer
 
@@ -28,7 +26,7 @@ class Decoder:
         self._idle = set(range(batch_size))
         self.cache = Cache.allocate(model.config, batch_size, capacity, weight.device, weight.dtype)
         self._tokens = torch.zeros(batch_size, dtype=torch.int64, device=weight.device)
-        self._graphs = self._capture() if cuda_graphs and weight.is_cuda else None
+        self._graph = capture(self._run, self._forget) if cuda_graphs and weight.is_cuda else None
 
     @torch.inference_mode()
     def begin(self, row: int, prompt: Tensor) -> Tensor:
@@ -44,11 +42,10 @@ class Decoder:
             if self.cache.host_lengths[row] == self.cache.capacity:
                 self.cache.reset(row)
         self._tokens.copy_(torch.tensor(tokens), non_blocking=True)
-        completes_block = self.cache.completes_block
-        if self._graphs is None:
-            return self._run(completes_block)
+        if self._graph is None:
+            return self._run()
         self.cache.count_step()
-        return self._graphs[completes_block].replay()
+        return self._graph.replay()
 
     @torch.inference_mode()
     def end(self, row: int) -> None:
@@ -56,13 +53,8 @@ class Decoder:
         self._idle.add(row)
         self.cache.reset(row)
 
-    def _capture(self) -> dict[bool, CapturedCall[Tensor]]:
-        """The step twice: where no sequence completes a compression block, and where one may."""
-        pool = torch.cuda.graph_pool_handle()
-        return {completes: capture(partial(self._run, completes), self._forget, pool) for completes in (False, True)}
-
-    def _run(self, completes_block: bool) -> Tensor:
-        return self._logits(self.model.decode(self._tokens, self.cache, completes_block))
+    def _run(self) -> Tensor:
+        return self._logits(self.model.decode(self._tokens, self.cache))
 
     def _logits(self, hidden: Tensor) -> Tensor:
         return hidden @ self.model.output_embedding.T

@@ -7,12 +7,13 @@ from typing import Any, Literal, NamedTuple
 import torch
 from nsa_kernels import CompressionWeights, NSAConfig, NSAOutput, native_sparse_attention
 from nsa_kernels.decode import (
+    NewToken,
     append_tokens,
     chunk_attention,
     decode_attention,
     decode_dense_attention,
-    summarise_blocks,
 )
+from nsa_kernels.decode_eager import started_blocks
 from nsa_kernels.eager import summarise
 from nsa_kernels.elementwise import rotate
 from nsa_kernels.packing import BatchLayout
@@ -281,12 +282,17 @@ class NSAttention(DenseAttention):
         """Append T tokens to one sequence of the cache and attend them to it, [T, hidden_size] in and out."""
         assert cache.pending is not None
         assert cache.summaries is not None
+        assert cache.started is not None
         new, row, start, config = self.projections(x, chunk.rotary), chunk.row, chunk.start, self.config
         l, d, first = config.compress_block_size, config.compress_stride, chunk.blocks.start  # noqa: E741
         pending = cache.pending.extend(row, start, *_summarised(new), reach=start - first * d)
         if chunk.blocks:
             blocks = (tokens.unfold(0, l, d).movedim(-1, 1) for tokens in pending)  # 2 × [C, l, H_kv, D]
             cache.summaries.extend(row, first, *self._summaries(blocks, chunk.block_rotary), reach=0)
+        ring, last = (slots[row : row + 1] for slots in cache.pending), chunk.last.unsqueeze(0)
+        started = started_blocks(tuple(ring), last, config, self._summary_weights())
+        for target, sums in zip(cache.started, started, strict=True):
+            target[row] = sums[0]
         selected = sliding = cache.tokens.extend(row, start, new["k"], new["v"], reach=start)
         if cache.sliding is not None:
             sliding = cache.sliding.extend(row, start, new["sliding_k"], new["sliding_v"], config.window_size - 1)
@@ -298,29 +304,22 @@ class NSAttention(DenseAttention):
         """Append one token to each sequence of the cache and attend it to its own, [B, hidden_size] in and out."""
         assert cache.pending is not None
         assert cache.summaries is not None
+        assert cache.started is not None
         mapped, config = self.mapped(x), self.config
         q, (k, v) = self.query_heads(next(mapped)), self.as_heads(next(mapped), next(mapped))
-        new = [cache.tokens.new_tokens(k, v)]
+        branches = [cache.tokens.new_tokens(k, v)]
         if self.sliding is not None:
             assert cache.sliding is not None
-            new.append(cache.sliding.new_tokens(*self.sliding.as_heads(next(mapped), next(mapped))))
+            branches.append(cache.sliding.new_tokens(*self.sliding.as_heads(next(mapped), next(mapped))))
         if self.compressed is not None:
             k, v = self.compressed.as_heads(next(mapped), next(mapped))
-        new.append(cache.pending.new_tokens(k, v, rotate=config.compress_rope == "before"))
+        compressed = cache.pending.new_tokens(k, v, rotate=config.compress_rope == "before")
         gate = next(mapped, None)
         logits = (self._gate_logits(x) if gate is None else gate).unflatten(-1, (self.num_heads, 3))
-        rotary: Rotary | None = step.rotary
-        if step.block is not None:  # the attention reads the summaries
-            q = append_tokens(q, new, step.positions, step.rotary, backend=config.backend)
-            summarise_blocks(
-                cache.pending, cache.summaries, step.block, config.compress_stride, self._summary_weights(),
-                step.block_rotary, backend=config.backend,
-            )  # fmt: skip
-            new, rotary = [], None
+        new = NewToken(branches, compressed, cache.started, self._summary_weights(), step.rotary, step.block_rotary)
         result = decode_attention(
-            q, logits, cache.operands(), step.positions, config,
-            new=new, rotary=rotary, gate_logits=True, backend=config.backend,
-        )  # fmt: skip
+            q, logits, cache.operands(), step.positions, config, new=new, gate_logits=True, backend=config.backend
+        )
         return self.o_proj(result.out.flatten(1))
 
     def _summaries(self, blocks: Iterable[Tensor], rotary: Rotary | None) -> tuple[Tensor, Tensor]:

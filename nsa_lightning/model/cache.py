@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from nsa_kernels import NSAConfig
-from nsa_kernels.decode import LayerCache, NewTokens
+from nsa_kernels.decode import LayerCache, NewTokens, StartedBlocks
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ class Chunk(NamedTuple):
 
     row: int
     start: int  # position of the first new token
+    last: Tensor  # position of the last one, int64 []
     rotary: "Rotary"  # of the tokens, [T, R/2] each
     blocks: range  # the compression blocks that they complete
     block_rotary: "Rotary | None"  # of the blocks' centres, where summaries are rotated
@@ -36,8 +37,7 @@ class Step(NamedTuple):
 
     positions: Tensor  # int32 [B]
     rotary: "Rotary"  # of the tokens, [B, R/2] each
-    block: Tensor | None  # int64 [B], the compression block that the token completes, -1 for none; None: none ends
-    block_rotary: "Rotary | None"  # of the blocks' centres, where summaries are rotated
+    block_rotary: "Rotary | None"  # of the centres of the blocks that the tokens may complete, if summaries are rotated
 
 
 class TokenSlots(NamedTuple):
@@ -76,12 +76,13 @@ class TokenSlots(NamedTuple):
 
 
 class LayerTokens(NamedTuple):
-    """What one layer keeps; the last three are an NSA layer's own."""
+    """What one layer keeps; all but the first are an NSA layer's own."""
 
     tokens: TokenSlots  # rotated keys; of NSA's selected branch
     sliding: TokenSlots | None = None  # rotated keys of the sliding branch; None where it shares those above
     pending: TokenSlots | None = None  # the last l tokens that the compressed branch has yet to summarise
     summaries: TokenSlots | None = None  # compression block i in slot i
+    started: StartedBlocks | None = None
 
     def operands(self) -> LayerCache:
         """The same as `decode_attention` takes it."""
@@ -149,12 +150,6 @@ class Cache:
         """Memory of all layers."""
         return self.lengths.nbytes + sum(x.nbytes for x in self._tensors())
 
-    @property
-    def completes_block(self) -> bool:
-        """Whether the next token of any sequence completes a compression block."""
-        lengths = self.host_lengths if "nsa" in self.config.attention else []
-        return any(len(_completed_blocks(self.config.nsa, length, length + 1)) for length in lengths)
-
     def reset(self, row: int) -> None:
         """Forget a sequence: one that has ended idles at little cost, and its row takes another."""
         used = self.host_lengths[row] + 1  # one more where a step was interrupted
@@ -196,26 +191,23 @@ class Cache:
             index = torch.arange(blocks.start, blocks.stop, device=device)
             block_rotary = rotary(index * nsa.compress_stride + nsa.compress_block_size // 2)
         positions = torch.arange(start, start + num_tokens, device=device)
-        return Chunk(row, start, rotary(positions), blocks, block_rotary)
+        return Chunk(row, start, positions[-1], rotary(positions), blocks, block_rotary)
 
     def count_chunk(self, row: int, num_tokens: int) -> None:
         """Count new tokens of one sequence."""
         self.host_lengths[row] += num_tokens
         self.lengths[row].fill_(self.host_lengths[row])
 
-    def step(self, completes_block: bool, rotary: Callable[[Tensor], "Rotary"]) -> Step:
+    def step(self, rotary: Callable[[Tensor], "Rotary"]) -> Step:
         """The next token of every sequence, as numbers on the device; a full sequence writes over its last one."""
         nsa = self.config.nsa
         positions = self.lengths.clamp(max=self.capacity - 1)
         index = positions.long()
-        block, block_rotary = None, None
-        if completes_block and "nsa" in self.config.attention:
-            first = index + (1 - nsa.compress_block_size)  # token of a block that would end here
-            completes = (first >= 0) & (first % nsa.compress_stride == 0)
-            block = torch.where(completes, first // nsa.compress_stride, -1)
-            if self._rotates_summaries:
-                block_rotary = rotary(first + nsa.compress_block_size // 2)
-        return Step(positions, rotary(index), block, block_rotary)
+        if not self._rotates_summaries:
+            return Step(positions, rotary(index), None)
+        centres = (index + (1 + nsa.compress_block_size // 2 - nsa.compress_block_size)).clamp(min=0)
+        (cos, block_cos), (sin, block_sin) = (x.chunk(2) for x in rotary(torch.cat([index, centres])))
+        return Step(positions, (cos, sin), (block_cos, block_sin))
 
     def _tensors(self) -> Iterator[Tensor]:
         for layer in self.layers:
@@ -239,7 +231,16 @@ def _allocate_layer(
         sliding=slots(min(nsa.window_size, size)) if nsa.kv_sharing == "separate" else None,
         pending=slots(nsa.compress_block_size),
         summaries=slots(size // nsa.compress_stride),
+        started=_started(config, slots(nsa.compress_block_size // nsa.compress_stride)),
     )
+
+
+def _started(config: "TransformerConfig", like: TokenSlots) -> StartedBlocks:
+    """Empty sums, of keys and values as in `like`."""
+    k, v = (torch.zeros_like(x, dtype=torch.float32) for x in like)
+    kind, hidden = config.nsa.compression, config.nsa.compression_hidden_size
+    widths = [{"mean": 0, "linear": x.shape[3], "mlp": hidden or x.shape[3]}[kind] for x in like]
+    return StartedBlocks(k, v, *(k.new_zeros(*k.shape[:3], width) for width in widths))
 
 
 def _completed_blocks(config: NSAConfig, start: int, end: int) -> range:

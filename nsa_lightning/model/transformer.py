@@ -336,7 +336,7 @@ class Transformer(nn.Module):
         return stream.last_token.normed(self.norm)[1][0]
 
     @torch.no_grad()
-    def decode(self, tokens: Tensor, cache: Cache, completes_block: bool = True) -> Tensor:
+    def decode(self, tokens: Tensor, cache: Cache) -> Tensor:
         """Append one token to each sequence of the cache.
 
         Nothing is read back to the host, and shapes and addresses stay as they are: fit for a CUDA graph, captured
@@ -345,7 +345,6 @@ class Transformer(nn.Module):
         Args:
             tokens: int64 [B].
             cache: of this model's config.
-            completes_block: `cache.completes_block`; where False no summaries are computed.
 
         Returns:
             Final hidden states, [B, hidden_size].
@@ -356,7 +355,7 @@ class Transformer(nn.Module):
         if tokens.shape != cache.lengths.shape:
             raise ValueError(f"tokens must be [B], {tuple(cache.lengths.shape)} here, got {tuple(tokens.shape)}")
         cache.check_step()
-        step = cache.step(completes_block, self.rotary)
+        step = cache.step(self.rotary)
         stream = Residual(self.embed_tokens(tokens))
         for layer, kept in self._layers_with(cache):
             stream = layer.decode(stream, kept, step)

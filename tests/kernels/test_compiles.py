@@ -27,8 +27,6 @@ KERNELS = {
     "_merge_segments_kernel",
     "_selected_kernel",
     "_append_kernel",
-    "_map_kernel",
-    "_finish_kernel",
     "_rotate_kernel",
     "_silu_product_kernel",
     "_add_norm_kernel",

@@ -290,42 +290,6 @@ def test_new_tokens_are_rotated_and_stored_in_their_slots(backend):
             assert not new.v_slots[b, others].any()
 
 
-@pytest.mark.parametrize("short", [0, 128])
-@pytest.mark.parametrize("backend", ["eager", "triton"])
-def test_attention_may_append_the_new_token_itself(backend, short, monkeypatch):
-    if backend == "triton":
-        if torch.cuda.is_available():
-            pytest.skip("Triton's interpreter is for machines without a GPU")
-        decode_triton = pytest.importorskip("nsa_kernels.decode_triton", exc_type=ImportError)
-        monkeypatch.setattr(decode_triton, "_SHORT", short)
-    B, S, H, H_KV, D_QK, D_V, HALF = 3, 64, 6, 2, 24, 16, 5
-    positions = torch.tensor([0, 13, 62]).int()
-    rings = S, S, SMALL.window_size + 1, SMALL.window_size + 1, *2 * [S // SMALL.compress_stride]
-    cache = LayerCache(*(torch.randn(B, slots, H_KV, (D_QK, D_V)[i % 2]) for i, slots in enumerate(rings)))
-    q, gates, rotary = torch.randn(B, H + 1, D_QK)[:, 1:], torch.rand(B, H, 3), tuple(torch.rand(2, B, HALF))
-
-    def appended(to, pending):
-        generator = torch.Generator().manual_seed(1)
-        slots = to[:2], to[2:4], pending
-        return [
-            NewTokens(*(torch.randn(B, H_KV, D, generator=generator) for D in (D_QK, D_V)), *pair, rotate)
-            for pair, rotate in zip(slots, (True, True, False), strict=True)
-        ]
-
-    caches = [LayerCache(*(x.clone() for x in cache)) for _ in range(2)]
-    pendings = [(torch.zeros(B, 4, H_KV, D_QK), torch.zeros(B, 4, H_KV, D_V)) for _ in range(2)]
-    turned = append_tokens(q, appended(caches[0], pendings[0]), positions, rotary, backend="eager")
-    expected = decode_attention(turned, gates, caches[0], positions, SMALL, backend="eager")
-    new = appended(caches[1], pendings[1])
-    actual = decode_attention(q, gates, caches[1], positions, SMALL, new=new, rotary=rotary, backend=backend)
-    assert torch.equal(actual.block_indices, expected.block_indices)
-    torch.testing.assert_close(actual.out, expected.out, rtol=1e-5, atol=1e-5)
-    for x, right in zip((*caches[1], *pendings[1]), (*caches[0], *pendings[0]), strict=True):
-        torch.testing.assert_close(x, right)
-    with pytest.raises(ValueError, match="rotary must be given where there are new tokens, and only there, got 3"):
-        decode_attention(q, gates, caches[1], positions, SMALL, new=new, backend=backend)
-
-
 def test_a_cache_that_does_not_fit_is_refused_by_name():
     document = Document(20, SMALL)
     cache = cache_of([document], [19], SMALL, 24, 6)

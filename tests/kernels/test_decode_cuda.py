@@ -168,19 +168,6 @@ def test_a_new_token_is_rotated_into_its_slot_and_nothing_else_changes(shape, dt
             torch.testing.assert_close(actual, right, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_attention_may_append_the_new_token_itself(shape):
-    for positions in ([1024], [0, 29, 70_000], 3 * [0, 14, 29, 512, 1000, 1026, 2044, 3000]):  # no block ends there
-        apart, joint = (Step(shape, positions, torch.bfloat16) for _ in range(2))
-        rotary = rotary_of(apart)
-        q = append_tokens(apart.q, new_tokens(apart), apart.positions, rotary, backend="triton")
-        args = apart.positions, CONFIG
-        expected = decode_attention(q, apart.gates, apart.cache, *args)
-        actual = decode_attention(joint.q, joint.gates, joint.cache, *args, new=new_tokens(joint), rotary=rotary)
-        for x, right in zip((*actual, *joint.cache), (*expected, *apart.cache), strict=True):
-            assert torch.equal(x, right)
-
-
 @pytest.mark.parametrize(
     ("shape", "dtype"), [*((shape, "bfloat16") for shape in SHAPES), ("A", "float16"), ("smollm", "float32")]
 )

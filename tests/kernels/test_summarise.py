@@ -1,79 +1,78 @@
-"""Summaries of blocks that new tokens complete, against those of whole documents."""
+"""Steps that append their token and carry the summaries on, against whole summaries of whole documents."""
 
 import pytest
 import torch
-from nsa_kernels import NSAConfig, reference
-from nsa_kernels.decode import summarise_blocks
-from nsa_kernels.rotary import apply_rotary
-from support.measured import assert_strays_at_most_twice_as_far
-from support.packings import SMALL, cu_seqlens
-from support.pending import PendingTokens
+from nsa_kernels import NSAConfig
+from nsa_kernels.decode import decode_attention
+from support.packings import SMALL
+from support.token_by_token import GrowingSequences
 
 UNEVEN = NSAConfig(compress_block_size=12, compress_stride=4, select_block_size=8, num_selected_blocks=4, window_size=6)
-LENGTHS = [1, 3, 4, 5, 6, 11, 12, 13, 16, 20, 22, 24, 36, 37, 40, 8, 28, 48]  # more than one tile of sequences
-NARROW, WIDE = (2, 6, 5), (2, 80, 48)  # H_kv, D_qk, D_v
+APART = NSAConfig(compress_block_size=4, compress_stride=4, select_block_size=4, num_selected_blocks=3, window_size=5)
+CONFIGS = {"small": SMALL, "uneven": UNEVEN, "apart": APART}
+NARROW, WIDE = (4, 2, 16, 8), (6, 2, 24, 48)  # H, H_kv, D_qk, D_v
 
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter is for machines without a GPU")
 
 
+def assert_steps(case, steps, backend, tolerance):
+    ended = 0
+    for _ in range(steps):
+        result, cache, new = case.step(backend)
+        before = [x.clone() for x in case.cache[4:]]
+        expected = case.grow()
+        ended += any(not torch.equal(x, old) for x, old in zip(case.cache[4:], before, strict=True))
+        assert torch.equal(result.block_indices, expected.block_indices)
+        torch.testing.assert_close(result.out, expected.out, rtol=tolerance, atol=tolerance)
+        written = *cache, new.compressed.k_slots, new.compressed.v_slots
+        for actual, right in zip(written, (*case.cache, *case.ring), strict=True):
+            torch.testing.assert_close(actual, right, rtol=tolerance, atol=tolerance)
+        l, d, S = case.config.compress_block_size, case.config.compress_stride, new.started.k_sum.shape[1]  # noqa: E741
+        for b, length in enumerate(case.lengths):
+            for block in range(max(0, -(-(length - l + 1) // d)), -(-length // d)):  # started and not ended
+                for actual, right in zip(new.started, case.started, strict=True):
+                    torch.testing.assert_close(actual[b, block % S], right[b, block % S], rtol=1e-4, atol=1e-4)
+        case.started = new.started
+    assert ended >= steps // case.config.compress_stride
+
+
 @pytest.mark.parametrize("kind", ["mean", "linear", "mlp"])
-@pytest.mark.parametrize("config", [SMALL, UNEVEN], ids=["small", "uneven"])
-def test_a_block_is_summarised_as_in_the_whole_document_and_no_other_row_changes(config, kind):
-    case = PendingTokens(LENGTHS, config, NARROW, kind, hidden_size=9)
-    cos, sin = case.rotary
-    results = case.summarised("eager")
-    for side, result in enumerate(results.values()):
-        expected = case.summaries[side].clone()
-        for b, (length, block) in enumerate(zip(LENGTHS, case.blocks.tolist(), strict=True)):
-            if block >= 0:
-                weights = None if case.weights is None else case.weights[side]
-                document = case.documents[side][b, :length], cu_seqlens([length])
-                row = reference.compress(*document, config, weights)[block : block + 1]
-                expected[b, block] = row[0] if side else apply_rotary(row, cos[b : b + 1], sin[b : b + 1])[0]
-        torch.testing.assert_close(result, expected, rtol=1e-10, atol=1e-10)
-        assert 5 <= (result != case.summaries[side]).flatten(1).any(1).sum() < len(LENGTHS)
+@pytest.mark.parametrize("config", CONFIGS)
+def test_summaries_carried_on_are_those_of_the_whole_document(config, kind):
+    config = CONFIGS[config]
+    assert_steps(GrowingSequences([0, 3, 4, 17, 33], 30, config, NARROW, kind, 9), 30, "eager", 1e-6)
 
 
 @interpreted
-@pytest.mark.parametrize(
-    ("config", "shape", "kind", "hidden_size", "dtype"),
-    [
-        (UNEVEN, WIDE, "mlp", 100, torch.float32),
-        (UNEVEN, WIDE, "linear", None, torch.float32),
-        (UNEVEN, WIDE, "mean", None, torch.float32),
-        (SMALL, (1, 16, 16), "mlp", None, torch.float16),
-    ],
-)
-def test_kernels_summarise_as_eager(config, shape, kind, hidden_size, dtype):
-    case = PendingTokens(LENGTHS, config, shape, kind, hidden_size, dtype)
-    results = case.summarised("triton"), case.summarised("eager"), case.summarised("eager", torch.float64)
-    assert assert_strays_at_most_twice_as_far(*results, torch.finfo(dtype).eps) == {"keys", "values"}
-    case.assert_no_other_row_changed(results[0])
-    for result, before in zip(results[0].values(), case.summaries, strict=True):
-        assert not torch.equal(result, before)
+@pytest.mark.parametrize("kind", ["mean", "linear", "mlp"])
+@pytest.mark.parametrize(("config", "short"), [("small", 128), ("uneven", 0), ("apart", 128)])
+def test_kernels_carry_summaries_on(config, short, kind, monkeypatch):
+    monkeypatch.setattr("nsa_kernels.decode_triton._SHORT", short)
+    monkeypatch.setattr("nsa_kernels.decode_triton.TILE_NUMBERS", 256)  # so that maps take more than one tile
+    config = CONFIGS[config]
+    case = GrowingSequences([0, config.compress_block_size - 1, 41], 14, config, WIDE, kind, 20, torch.float32)
+    assert_steps(case, 14, "triton", 2e-5)
 
 
-@interpreted
-def test_sequences_that_complete_no_block_write_nothing():
-    case = PendingTokens([1, 3, 5, 7], SMALL, (1, 16, 16), dtype=torch.float32)
-    assert case.blocks.tolist() == [-1] * 4
-    for result, before in zip(case.summarised("triton").values(), case.summaries, strict=True):
-        assert torch.equal(result, before)
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+def test_parts_of_a_new_token_that_do_not_fit_are_refused_by_name(backend):
+    if backend == "triton" and torch.cuda.is_available():
+        pytest.skip("Triton's interpreter is for machines without a GPU")
+    case = GrowingSequences([5, 9], 1, SMALL, NARROW, "mlp", 9, torch.float32)
+    q, gates, cache, new = case.new_token()
 
+    def stepped(**parts):
+        decode_attention(q, gates, cache, case.positions + 1, SMALL, new=new._replace(**parts), backend=backend)
 
-def test_summaries_that_do_not_fit_are_refused_by_name():
-    case = PendingTokens(LENGTHS, SMALL, NARROW)
-
-    def summarised(*, pending=case.pending, summaries=case.summaries, blocks=case.blocks):
-        summarise_blocks(pending, summaries, blocks, SMALL.compress_stride, case.weights, case.rotary)
-
-    (k, v), (rows_k, rows_v) = case.pending, case.summaries
+    stepped()
+    branch, started = new.branches[0], new.started
     for broken, message in (
-        ({"blocks": case.blocks[1:]}, r"blocks must be \(18,\) here, got \(17,\)"),
-        ({"pending": (k, v[:, 1:])}, r"pending values must be \(18, 4, 2, 5\) here, got \(18, 3, 2, 5\)"),
-        ({"summaries": (rows_k, rows_v[:, 1:])}, "summaries of values must be"),
-        ({"summaries": (rows_k, rows_v.float())}, "summaries must have the dtype of the pending values, torch.float64"),
+        ({"started": started._replace(v_sum=started.v_sum[:, :1])}, r"v_sum must be \(2, 2, 2, 8\) here"),
+        ({"started": started._replace(k_mapped=started.k_sum)}, r"k_mapped must be \(2, 2, 2, 9\) here"),
+        ({"weights": None}, r"k_mapped must be \(2, 2, 2, 0\) here"),
+        ({"compressed": branch}, r"k_slots of the compressed branch must be \(2, 4, 2, 16\) here"),
+        ({"branches": [branch._replace(k=branch.k[:1])]}, r"k must be \(2, 2, 16\) here, got \(1, 2, 16\)"),
+        ({"branches": [branch._replace(k=branch.k.double())]}, "slots must have the dtype of the keys and values"),
     ):
         with pytest.raises(ValueError, match=message):
-            summarised(**broken)
-    summarised()
+            stepped(**broken)

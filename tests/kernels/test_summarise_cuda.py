@@ -1,68 +1,70 @@
-"""Summaries of completed blocks on a GPU: right numbers in every dtype and shape, the same from a CUDA graph."""
+"""Steps that append their token on a GPU: right numbers in every dtype and shape, the same from a CUDA graph."""
 
 import pytest
 import torch
 from nsa_kernels import NSAConfig
-from nsa_kernels.decode import summarise_blocks
+from nsa_kernels.decode import decode_attention
 from support.gpu import DTYPES, epsilon, refusing_to_wait
 from support.measured import assert_strays_at_most_twice_as_far
-from support.pending import PendingTokens
+from support.token_by_token import GrowingSequences
 
 from nsa_lightning.generation.cuda_graphs import capture
 
-pytest.importorskip("nsa_kernels.summarise_triton", exc_type=ImportError)
+pytest.importorskip("nsa_kernels.decode_triton", exc_type=ImportError)
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(1800)]  # kernels are compiled for each shape
 
-SHAPES = {  # H_kv, D_qk, D_v, hidden units of the mlp
-    "1B": (8, 64, 64, None),
-    "A": (4, 128, 128, None),
-    "paper": (4, 192, 128, 256),
-    "narrow": (2, 80, 80, 100),
-    "wide": (2, 256, 256, 512),
+SHAPES = {  # H, H_kv, D_qk, D_v, hidden units of the mlp
+    "1B": (32, 8, 64, 64, None),
+    "A": (64, 4, 128, 128, None),
+    "paper": (64, 4, 192, 128, 256),
+    "narrow": (14, 2, 80, 80, 100),
+    "wide": (8, 2, 256, 256, 512),
 }
 CONFIG = NSAConfig()
-LENGTHS = [32, 31, 33, 1, 48, 50, 64, 100, 512, 1024]
-BATCHES = {1: [64], 10: LENGTHS, 40: 4 * LENGTHS}
+LENGTHS = [31, 0, 15, 30, 47, 63, 511, 1023, 1100, 1999]
+
+
+def written(cache, new):
+    """Everything that a step writes."""
+    return dict(zip("abcdefgh", (*cache, new.compressed.k_slots, new.compressed.v_slots), strict=True))
 
 
 @pytest.mark.parametrize("kind", ["mean", "linear", "mlp"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_summaries_are_as_right_as_eager_and_no_other_row_changes(shape, dtype, kind):
+def test_a_step_writes_as_rightly_as_eager_and_attends_what_it_wrote(shape, dtype, kind):
     *sizes, hidden_size = SHAPES[shape]
-    for lengths in BATCHES.values():
-        case = PendingTokens(lengths, CONFIG, tuple(sizes), kind, hidden_size, DTYPES[dtype], "cuda")
-        results = case.summarised("triton"), case.summarised("eager"), case.summarised("eager", torch.float64)
-        assert assert_strays_at_most_twice_as_far(*results, epsilon(DTYPES[dtype])) == {"keys", "values"}
-        case.assert_no_other_row_changed(results[0])
+    for lengths in ([1999], LENGTHS, 4 * LENGTHS):
+        case = GrowingSequences(lengths, 1, CONFIG, tuple(sizes), kind, hidden_size, DTYPES[dtype], "cuda")
+        (result, *actual), (_, *right), (_, *exact) = (
+            case.step(backend, cast) for backend, cast in (("triton", None), ("eager", None), ("eager", torch.float64))
+        )
+        results = [written(*parts) for parts in (actual, right, exact)]
+        assert_strays_at_most_twice_as_far(*results, epsilon(DTYPES[dtype]))
+        q, gates, *_ = case.new_token()
+        rotated = case.rotated_queries(q)
+        expected = decode_attention(rotated, gates, actual[0], case.positions + 1, CONFIG, backend="triton")
+        alike = (result.block_indices == expected.block_indices).all(-1)
+        assert alike.float().mean() > 0.9
+        outs = (x.out.unflatten(1, (sizes[1], -1))[alike] for x in (result, expected))
+        torch.testing.assert_close(*outs, rtol=4 * epsilon(DTYPES[dtype]), atol=4 * epsilon(DTYPES[dtype]))
 
 
 @pytest.mark.parametrize("kind", ["mean", "linear", "mlp"])
-def test_a_graph_captured_where_no_block_ends_summarises_any(kind):
-    case = PendingTokens([2000] * 20, CONFIG, (8, 64, 64), kind, dtype=torch.bfloat16, device="cuda")
-    case.set_lengths([5] * 20)
-    summaries = tuple(x.clone() for x in case.summaries)
-    args = case.blocks, CONFIG.compress_stride, case.weights, case.rotary
-    graph = capture(lambda: summarise_blocks(case.pending, summaries, *args, backend="triton"))
-    for lengths in ([31] * 20, [32] * 20, [16 * i for i in range(2, 22)], [2000] + 19 * [77]):
-        case.set_lengths(lengths)
-        expected = [x.clone() for x in summaries]
-        summarise_blocks(case.pending, expected, *args, backend="triton")
-        before = [x.clone() for x in summaries]
-        graph.replay()
-        for actual, right, old in zip(summaries, expected, before, strict=True):
-            assert torch.equal(actual, right)
-            assert torch.equal(actual, old) == (case.blocks < 0).all().item()
-
-
-def test_two_runs_are_equal_and_wait_for_nothing():
-    case = PendingTokens(LENGTHS, CONFIG, (8, 64, 64), dtype=torch.bfloat16, device="cuda")
-    pairs, pending = [tuple(x.clone() for x in case.summaries) for _ in range(2)], case.pending
-    args = case.blocks, CONFIG.compress_stride, case.weights, case.rotary
-    summarise_blocks(pending, pairs[0], *args, backend="triton")  # compiles the kernels
-    torch.cuda.synchronize()
+def test_a_graph_captured_at_one_length_takes_any_and_waits_for_nothing(kind):
+    case = GrowingSequences([5] * 10, 1, CONFIG, (32, 8, 64, 64), kind, dtype=torch.bfloat16, device="cuda")
+    other = GrowingSequences(LENGTHS, 1, CONFIG, (32, 8, 64, 64), kind, dtype=torch.bfloat16, device="cuda")
+    q, gates, cache, new = other.new_token()
+    positions = case.positions + 1
+    before = [x.clone() for x in (*cache, *new.started)]
+    graph = capture(lambda: decode_attention(q, gates, cache, positions, CONFIG, new=new, backend="triton"))
+    for x, old in zip((*cache, *new.started), before, strict=True):
+        x.copy_(old)
+    positions.copy_(other.positions + 1)
     with refusing_to_wait():
-        summarise_blocks(pending, pairs[1], *args, backend="triton")
-    for one, other, before in zip(*pairs, case.summaries, strict=True):
-        assert torch.equal(one, other)
-        assert not torch.equal(one, before)
+        replayed = graph.replay()
+    result, right_cache, right = other.step("triton")
+    for actual, expected in zip((*replayed, *cache), (*result, *right_cache), strict=True):
+        assert torch.equal(actual, expected)
+    for actual, expected in zip(new.started, right.started, strict=True):
+        assert torch.equal(actual, expected)

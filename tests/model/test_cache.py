@@ -58,7 +58,7 @@ def whole(model, tokens):
 
 def decoded(model, cache, tokens):
     """Hidden states of the single sequence's next tokens, one by one."""
-    return torch.stack([model.decode(token[None], cache, cache.completes_block)[0] for token in tokens])
+    return torch.stack([model.decode(token[None], cache)[0] for token in tokens])
 
 
 def assert_close(actual, expected):
@@ -126,7 +126,7 @@ def test_sequences_of_any_lengths_share_a_batch_as_if_alone(data):
         elif action == "decode":
             for _ in range(data.draw(st.integers(1, 5))):
                 tokens = torch.stack([tokens[length] for tokens, length in zip(texts, lengths, strict=True)])
-                hidden = model.decode(tokens, cache, cache.completes_block)
+                hidden = model.decode(tokens, cache)
                 assert_close(hidden, torch.stack([x[length] for x, length in zip(expected, lengths, strict=True)]))
                 lengths = [length + 1 for length in lengths]
         elif action == "reset":

@@ -17,10 +17,9 @@ from nsa_kernels import (
     decode_triton,
     elementwise_triton,
     native_sparse_attention,
-    summarise_triton,
     triton_backend,
 )
-from nsa_kernels.decode import LayerCache, NewTokens
+from nsa_kernels.decode import LayerCache, NewToken, NewTokens, StartedBlocks
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
@@ -76,7 +75,6 @@ def main(capability: int) -> None:
         ).out
         out.backward(torch.zeros_like(out))
     decode(*SHAPES[-1])
-    summarise(*SHAPES[-1][1:])
     q, gate = torch.zeros(2, H, D_qk, dtype=dtype), torch.zeros(2, D_qk, dtype=dtype)
     elementwise_triton.rotate(q, torch.zeros(2, D_qk // 2), torch.zeros(2, D_qk // 2))
     elementwise_triton.silu_product(gate, gate)
@@ -84,38 +82,39 @@ def main(capability: int) -> None:
 
 
 def decode(H: int, H_kv: int, D_qk: int, D_v: int, dtype: torch.dtype) -> None:
-    """A step of decoding with a cache so large that blocks are chosen among segments."""
-    B, S, config = 2, 2**18, NSAConfig()
-    cache = LayerCache(
-        *(
-            torch.zeros(1, 1, 1, 1, dtype=dtype).expand(B, slots, H_kv, D)
-            for slots in (S, config.window_size, S // config.compress_stride)
-            for D in (D_qk, D_v)
-        )
-    )
+    """A step of decoding with a cache so large that blocks are chosen among segments, and with a short one."""
+    B, config = 2, NSAConfig()
+    l, S = config.compress_block_size, config.compress_block_size // config.compress_stride  # noqa: E741
     q, gates, positions = torch.zeros(B, H, D_qk, dtype=dtype), torch.zeros(B, H, 3, dtype=dtype), torch.zeros(B).int()
-    decode_triton.sparse_attention(q, gates, True, cache, positions, config, 1.0)
-    decode_parts.dense_attention(q, *cache[:2], positions, None, 1.0)
     cos = torch.zeros(B, D_qk // 2)
-    pairs = [NewTokens(x[:, 0], y[:, 0], x, y, True) for x, y in (cache[:2], cache[2:4])]
-    append_triton.append_tokens(q, pairs, positions, cos, cos)
+
+    def empty(*sizes: int) -> tuple[torch.Tensor, ...]:
+        return tuple(torch.zeros(1, 1, 1, 1, dtype=dtype).expand(B, n, H_kv, D) for n in sizes for D in (D_qk, D_v))
+
+    for slots, kind in ((2**18, None), (2**18, "mean"), (4096, "linear"), (4096, "mlp")):
+        cache = LayerCache(*empty(slots, config.window_size, slots // config.compress_stride))
+        (k, v, *_), pairs = cache, (*cache[:4], *empty(l))
+        branches = [NewTokens(k[:, 0], v[:, 0], x, y, True) for x, y in zip(pairs[::2], pairs[1::2], strict=True)]
+        weights = learned_parts(kind, H_kv, D_qk, D_v, dtype)
+        widths = (0, 0) if weights is None else [side.in_weight.shape[2] for side in weights]
+        started = StartedBlocks(*(torch.zeros(B, S, H_kv, width) for width in (D_qk, D_v, *widths)))
+        new = NewToken(branches[:2], branches[2], started, weights, (cos, cos), (cos, cos))
+        decode_triton.sparse_attention(q, gates, True, cache, positions, config, 1.0, new if kind else None)
+    decode_parts.dense_attention(q, *cache[:2], positions, None, 1.0)
+    append_triton.append_tokens(q, branches[:2], positions, cos, cos)
 
 
-def summarise(H_kv: int, D_qk: int, D_v: int, dtype: torch.dtype) -> None:
-    """Summaries of every kind of the blocks that new tokens complete."""
-    B, l, M = 2, 32, 512  # noqa: E741
-    pending, summaries = (tuple(torch.zeros(B, n, H_kv, D, dtype=dtype) for D in (D_qk, D_v)) for n in (l, 64))
-    rotary = torch.zeros(B, D_qk // 2), torch.zeros(B, D_qk // 2)
-    linear, mlp = (
-        tuple(
-            CompressionWeights(*(torch.zeros(H_kv, *size, dtype=dtype) for size in sizes))
-            for D in (D_qk, D_v)
-            for sizes in [((l, D), (l * D, M or D), (M or D,), *([(M, D), (D,)] if M else []))]
-        )
-        for M in (None, M)
+def learned_parts(kind: str | None, H_kv: int, D_qk: int, D_v: int, dtype: torch.dtype):
+    """The weights of both summaries of one kind."""
+    if kind not in ("linear", "mlp"):
+        return None
+    l, hidden = NSAConfig().compress_block_size, 512  # noqa: E741
+    return tuple(
+        CompressionWeights(*(torch.zeros(H_kv, *size, dtype=dtype) for size in sizes))
+        for D in (D_qk, D_v)
+        for M in [hidden if kind == "mlp" else D]
+        for sizes in [((l, D), (l * D, M), (M,), *([(M, D), (D,)] if kind == "mlp" else []))]
     )
-    for weights in (None, linear, mlp):
-        summarise_triton.summarise_blocks(pending, summaries, torch.zeros(B).long(), 16, weights, rotary)
 
 
 if __name__ == "__main__":
