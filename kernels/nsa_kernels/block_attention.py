@@ -42,9 +42,9 @@ def _union_part(start_ptr, mask_ptr, i, BLOCK_SIZE: tl.constexpr, KEYS: tl.const
 
 @triton.jit
 def _blocks_before(start_ptr, size, first_key, SLOTS: tl.constexpr, BLOCK_SIZE: tl.constexpr):
-    """How many blocks of a union, its first ones, end with `first_key` or before: each of its queries sees them whole."""
+    """How many blocks of a union, its first, end no later than `first_key`: whoever chose one sees all of it."""
     i = tl.arange(0, triton.next_power_of_2(SLOTS))
-    start = tl.load(start_ptr + i, mask=i < size, other=first_key)
+    start = tl.load(start_ptr + i, mask=i < size, other=first_key + 1)
     return tl.sum((start + BLOCK_SIZE - 1 <= first_key).to(tl.int32), 0)
 
 
@@ -100,14 +100,13 @@ def _forward_kernel(
     acc = tl.zeros([ROWS, BLOCK_V], tl.float32)
     union, size = (tile.to(tl.int64) * H_KV + kv_head) * U, tl.load(size_ptr + tile * H_KV + kv_head)
     start_ptr, mask_ptr = start_ptr + union, mask_ptr + union
+    key, query = past + token, token - tile * QUERIES
     whole = _blocks_before(start_ptr, size, past + tile * QUERIES, QUERIES * SLOTS, BLOCK_SIZE) * (BLOCK_SIZE // KEYS)
-    softmax = (row_max, row_sum, acc)
-    softmax = _add_blocks(softmax, q, k_desc, v_desc, start_ptr, mask_ptr, 0, whole, past + token, token - tile * QUERIES,
+    softmax = _add_blocks((row_max, row_sum, acc), q, k_desc, v_desc, start_ptr, mask_ptr, 0, whole, key, query,
                           kv_head, scale_log2, BLOCK_QK, BLOCK_V, BLOCK_SIZE, KEYS, False, PRECISION)  # fmt: skip
-    softmax = _add_blocks(softmax, q, k_desc, v_desc, start_ptr, mask_ptr, whole, size * (BLOCK_SIZE // KEYS), past + token,
-                          token - tile * QUERIES, kv_head, scale_log2, BLOCK_QK, BLOCK_V, BLOCK_SIZE, KEYS, True,
-                          PRECISION)  # fmt: skip
-    row_max, row_sum, acc = softmax
+    row_max, row_sum, acc = _add_blocks(
+        softmax, q, k_desc, v_desc, start_ptr, mask_ptr, whole, size * (BLOCK_SIZE // KEYS), key, query,
+        kv_head, scale_log2, BLOCK_QK, BLOCK_V, BLOCK_SIZE, KEYS, True, PRECISION)  # fmt: skip
     o, lse = softmax_end(row_max, row_sum, acc)
     store_rows(o_ptr, rows, exists, o, D_V, BLOCK_V)
     tl.store(lse_ptr + rows, lse, mask=exists)
@@ -265,7 +264,7 @@ def forward(
     The keys may begin `past` tokens before the queries; `document_start` counts them.
     """
     (T, H, D_QK), (_, H_KV, D_V) = q.shape, v.shape
-    if tiles_fit_hopper(q, v, block_size) and H // H_KV >= _LEAST_SHARED:
+    if tiles_fit_hopper(q, v, block_size) and D_QK == D_V == _SHARED_HEAD_DIM and H // H_KV >= _LEAST_SHARED:
         from nsa_kernels import block_attention_hopper
 
         return block_attention_hopper.forward(q, k, v, block_indices, document_start, block_size, scale, past)
@@ -348,5 +347,7 @@ that the others wait for it."""
 
 _LEAST_GATHERED = 8
 """Rows that the copy engine gathers at once: what the swizzle of shared memory repeats after."""
-_LEAST_SHARED = 4
-"""Heads a group of which two tiles' queries have a bit each in a mask."""
+
+_SHARED_HEAD_DIM, _LEAST_SHARED = 128, 4
+"""Head dim and smallest group of the forward for Hopper: below this head dim the kernel in Triton is faster, and in
+smaller groups the queries of two times HOPPER_ROWS rows have no bit each in a mask."""

@@ -1,7 +1,7 @@
 """Attention to chosen blocks and the gradients of their keys and values, in Gluon for Hopper: see `block_attention.py`.
 
-Forward, neighbouring tiles share one ring of keys and values: what both chose is read from the L2 cache once, and a
-tile passes over the blocks that none of its own queries chose.
+Forward, a tile has two or three parts of ROWS rows, a multiplying group each. They share one ring of keys and values:
+what several chose is read from the L2 cache once, and a part passes over the blocks that none of its queries chose.
 
 Also how a tile walks the union of its blocks, for `gated_sum_hopper.py`.
 """
@@ -81,18 +81,16 @@ def _load_forward(
     """The loading warp: the keys and values of the unions of all tiles of the program, ROWS of them in a step."""
     k_desc, v_desc = descriptors
     start_ptr, mask_ptr, size_ptr, U = unions
-    q_smem, k_smem, v_smem, full, empty = shared
+    k_smem, v_smem, full, empty = shared[1:]
     step = 0
     for item in range(gl.program_id(0), num_tiles * H_KV, gl.num_programs(0)):
-        kv_head = item // num_tiles
-        starts, masks, size = union_of(
-            item % num_tiles, kv_head, num_tiles, start_ptr, mask_ptr, size_ptr, U, H_KV
-        )
+        tile, kv_head = item % num_tiles, item // num_tiles
+        starts, masks, size = union_of(tile, kv_head, num_tiles, start_ptr, mask_ptr, size_ptr, U, H_KV)
         runs = size * (BLOCK_SIZE // ROWS)
-        start, chosen = union_step(starts, masks, 0, gl.maximum(runs, 1), BLOCK_SIZE)
+        start = union_step(starts, masks, 0, gl.maximum(runs, 1), BLOCK_SIZE)[0]
         for run in range(runs):
             stage, phase = step % STAGES, step // STAGES & 1
-            next_start, chosen = union_step(starts, masks, run + 1, runs, BLOCK_SIZE)
+            next_start = union_step(starts, masks, run + 1, runs, BLOCK_SIZE)[0]
             mbarrier.wait(empty.index(stage), phase ^ 1)
             mbarrier.expect(full.index(stage), k_desc.block_type.nbytes + v_desc.block_type.nbytes)
             tma.async_copy_global_to_shared(k_desc, [start, kv_head * D_QK], full.index(stage), k_smem.index(stage))
@@ -102,12 +100,28 @@ def _load_forward(
 
 
 @gluon.jit
+def _load_own_queries(
+    q_ptr, q, first_token, num_tokens, kv_head,
+    H: gl.constexpr, GROUP: gl.constexpr, D_QK: gl.constexpr,
+):  # fmt: skip
+    """Bring the queries of a part to shared memory."""
+    layout: gl.constexpr = gl.SliceLayout(1, rows_layout(D_QK))
+    _, rows, _ = tile_rows(first_token, num_tokens, kv_head, H, GROUP, layout)
+    q.store(load_tile(q_ptr, rows, D_QK))
+    fence_async_shared()
+    thread_barrier()
+
+
+@gluon.jit
 def _multiply_forward(
     tensors, unions, shared, num_tokens, num_tiles, past, scale_log2,
     PART: gl.constexpr, PARTS: gl.constexpr, H_KV: gl.constexpr, GROUP: gl.constexpr, D_QK: gl.constexpr,
     D_V: gl.constexpr, BLOCK_SIZE: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """A multiplying group: ROWS of the queries of each tile, and of its union the blocks that they chose."""
+    """A multiplying group: one part of each tile, and of the tile's union the blocks that its queries chose.
+
+    Rows that did not choose a block are hidden as in `block_attention.py`.
+    """
     q_ptr, o_ptr, lse_ptr = tensors
     start_ptr, mask_ptr, size_ptr, U = unions
     q_smem, k_smem, v_smem, full, empty = shared
@@ -123,10 +137,7 @@ def _multiply_forward(
         tile, kv_head = item % num_tiles, item // num_tiles
         starts, masks, size = union_of(tile, kv_head, num_tiles, start_ptr, mask_ptr, size_ptr, U, H_KV)
         first_token = (tile * PARTS + PART) * QUERIES
-        token, rows, exists = tile_rows(first_token, num_tokens, kv_head, H, GROUP, gl.SliceLayout(1, rows_layout(D_QK)))
-        q.store(load_tile(q_ptr, rows, D_QK))
-        fence_async_shared()
-        thread_barrier()
+        _load_own_queries(q_ptr, q, first_token, num_tokens, kv_head, H, GROUP, D_QK)
         token, rows, exists = tile_rows(first_token, num_tokens, kv_head, H, GROUP, row)
         query = gl.arange(0, ROWS, row) // GROUP
         row_max, row_sum = gl.full([ROWS], LOWEST, gl.float32, row), gl.zeros([ROWS], gl.float32, row)
@@ -158,9 +169,9 @@ def _multiply_forward(
             step += 1
         o, lse = softmax_end(acc, row_max, row_sum)
         gl.store(lse_ptr + rows, lse, mask=exists)
-        token, out_rows, exists = tile_rows(first_token, num_tokens, kv_head, H, GROUP, gl.SliceLayout(1, o_layout))
+        _, rows, exists = tile_rows(first_token, num_tokens, kv_head, H, GROUP, gl.SliceLayout(1, o_layout))
         column = gl.arange(0, D_V, gl.SliceLayout(0, o_layout))
-        gl.store(o_ptr + out_rows[:, None] * D_V + column[None, :], o.to(o_ptr.dtype.element_ty), mask=exists[:, None])
+        gl.store(o_ptr + rows[:, None] * D_V + column[None, :], o.to(o_ptr.dtype.element_ty), mask=exists[:, None])
 
 
 @gluon.jit
@@ -175,7 +186,7 @@ def _forward_kernel(
     PARTS: gl.constexpr, H_KV: gl.constexpr, GROUP: gl.constexpr, D_QK: gl.constexpr, D_V: gl.constexpr,
     BLOCK_SIZE: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Each program attends the queries of one tile after another, PARTS * ROWS rows each, head by head."""
+    """Each program attends the queries of one tile after another, PARTS * ROWS rows each, KV head by KV head."""
     dtype: gl.constexpr = k_desc.dtype
     q_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, D_QK], dtype)
     q_smem = gl.allocate_shared_memory(dtype, [PARTS, ROWS, D_QK], q_layout)
@@ -215,11 +226,11 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, document_start: Tensor, block_size: int, scale: float,
     past: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """o [T, H, D_v] in q's dtype and lse [T, H]; as `block_attention.forward`."""
+    """`block_attention.forward` for groups of 4 heads and more."""
     (T, H, D_QK), (_, H_KV, D_V) = q.shape, v.shape
     o, lse = q.new_empty(T, H, D_V), q.new_empty(T, H, dtype=torch.float32)
     rows = ROWS.value
-    parts = min(_PARTS, MAX_TILE_QUERIES * (H // H_KV) // rows)
+    parts = min(_PARTS, MAX_TILE_QUERIES * (H // H_KV) // rows)  # 2 in groups of 4
     stages = (_RING_BYTES // (rows * q.element_size()) - parts * D_QK) // (D_QK + D_V)
     unions = unite(block_indices, document_start, block_size, parts * rows * H_KV // H)
     num_tiles = unions.size.shape[0]
@@ -227,7 +238,7 @@ def forward(
     _forward_kernel[(min(processors, num_tiles * H_KV),)](
         q, tiles(k, rows), tiles(v, rows), *unions, o, lse,
         T, num_tiles, past, scale * LOG2_E.value, unions.start.shape[-1],
-        parts, H_KV, H // H_KV, D_QK, D_V, block_size, min(stages, _MOST_STAGES), num_warps=4,
+        parts, H_KV, H // H_KV, D_QK, D_V, block_size, stages, num_warps=4,
     )  # fmt: skip
     return o, lse
 
@@ -387,5 +398,5 @@ def _groups(x: Tensor, group_size: int) -> TensorDescriptor:
 
 
 _STAGES = 2
-_PARTS, _MOST_STAGES, _RING_BYTES = 3, 8, 224 * 2**10
-"""Forward: tiles that share a ring, its stages at most, and shared memory for it and the tiles' queries."""
+_PARTS, _RING_BYTES = 3, 224 * 2**10
+"""Forward: parts of a tile at most, and the shared memory of the ring and the tile's queries."""
