@@ -615,7 +615,7 @@ def _attend_at_once(call: _Call, summaries: _Branch, plane_logs: Tensor) -> tupl
     (q, cos, sin), (k, v, sliding_k, sliding_v, *_), sizes = call.queries, call.cache, call.sizes
     config, positions, (early, overlap) = call.config, call.positions, early_start(q.device)
     n, size, parts = config.num_selected_blocks, config.select_block_size, summaries.o.shape[2]
-    selected = _Branch(*sizes.parts(sizes.num_parts(n * size, _SELECTED, q.device), q))
+    selected = _Branch(*sizes.parts(sizes.num_parts(n * size, _CHOOSING, q.device), q))
     window = _Branch(*sizes.parts(call.window_parts, q))
     selected_parts = selected.o.shape[2]
     indices = positions.new_empty(sizes.B, sizes.H_KV, selected_parts, n, dtype=torch.int32)
@@ -623,8 +623,8 @@ def _attend_at_once(call: _Call, summaries: _Branch, plane_logs: Tensor) -> tupl
         q, cos, sin, k, v, sliding_k, sliding_v, positions, summaries.stats, plane_logs, indices, *selected, *window,
         q.stride(0), k.shape[1], sliding_k.shape[1], parts, selected_parts, call.scale_log2,
         call.half, *call.geometry, *sizes.heads, sizes.keys, min(sizes.keys, size), call.planes, padded(parts),
-        *call.choosing(_SELECTED.num_warps), _PROBES, call.precision, call.appends, early,
-        **_SELECTED.options, **overlap,
+        *call.choosing(_CHOOSING.num_warps), _PROBES, call.precision, call.appends, early,
+        **_CHOOSING.options, **overlap,
     )  # fmt: skip
     return summaries, selected, window, indices[:, :, 0]
 
@@ -633,6 +633,8 @@ _NARROW_BYTES, _READING_WIDE = 256, Launch(num_stages=2, programs=3)
 """Summaries of more bytes, key and value together, are read by as many programs as a multiprocessor has room for."""
 _SELECTED = Launch()
 """Of the kernel that reads the chosen blocks."""
+_CHOOSING = Launch(programs=2)
+"""Of the kernel that chooses them too: what every program does alone is done less often."""
 _BLOCKS_A_WARP = 128
 """Blocks that each warp ranks, if they are many."""
 _PROBES = 4

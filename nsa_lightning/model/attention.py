@@ -289,8 +289,8 @@ class NSAttention(DenseAttention):
         if chunk.blocks:
             blocks = (tokens.unfold(0, l, d).movedim(-1, 1) for tokens in pending)  # 2 × [C, l, H_kv, D]
             cache.summaries.extend(row, first, *self._summaries(blocks, chunk.block_rotary), reach=0)
-        ring, last = (slots[row : row + 1] for slots in cache.pending), chunk.last.unsqueeze(0)
-        started = started_blocks(tuple(ring), last, config, self._summary_weights())
+        ring = cache.pending.k[row : row + 1], cache.pending.v[row : row + 1]
+        started = started_blocks(ring, chunk.last.unsqueeze(0), config, self._summary_weights())
         for target, sums in zip(cache.started, started, strict=True):
             target[row] = sums[0]
         selected = sliding = cache.tokens.extend(row, start, new["k"], new["v"], reach=start)
