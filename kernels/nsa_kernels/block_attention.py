@@ -24,7 +24,6 @@ from nsa_kernels.primitives import (
     padded,
     row_addresses,
     softmax_end,
-    softmax_step,
     store_rows,
     tile_rows,
     wide,
@@ -42,6 +41,41 @@ def _union_part(start_ptr, mask_ptr, i, BLOCK_SIZE: tl.constexpr, KEYS: tl.const
 
 
 @triton.jit
+def _blocks_before(start_ptr, size, first_key, SLOTS: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    """How many blocks of a union, its first, end no later than `first_key`: whoever chose one sees all of it."""
+    i = tl.arange(0, triton.next_power_of_2(SLOTS))
+    start = tl.load(start_ptr + i, mask=i < size, other=first_key + 1)
+    return tl.sum((start + BLOCK_SIZE - 1 <= first_key).to(tl.int32), 0)
+
+
+@triton.jit
+def _add_blocks(
+    softmax, q, k_desc, v_desc, start_ptr, mask_ptr, begin, stop, key, query, kv_head, scale_log2,
+    BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_SIZE: tl.constexpr, KEYS: tl.constexpr, EDGE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Steps [begin, stop) of a union; the queries stand at `key`. Only at the EDGE has a block keys after one of them.
+
+    A row that did not choose a block keeps its maximum, and what is subtracted from its scores leaves weights of 0.
+    """
+    row_max, row_sum, acc = softmax
+    for i in tl.range(begin, stop):
+        start, mask = _union_part(start_ptr, mask_ptr, i, BLOCK_SIZE, KEYS)
+        k = load_block(k_desc, start, kv_head, KEYS, BLOCK_QK)
+        v = load_block(v_desc, start, kv_head, KEYS, BLOCK_V)
+        chose = (mask >> query) & 1 != 0
+        products = tl.dot(q, k.T, input_precision=PRECISION)
+        if EDGE:
+            products = tl.where((start + tl.arange(0, KEYS))[None, :] <= key[:, None], products, HIDDEN)
+        new_max = tl.where(chose, tl.maximum(row_max, tl.max(products, 1) * scale_log2), row_max)
+        p = tl.exp2(products * scale_log2 - tl.where(chose, new_max, -LOWEST)[:, None])
+        shrink = tl.exp2(row_max - new_max)
+        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+        row_max, row_sum = new_max, row_sum * shrink + tl.sum(p, 1)
+    return row_max, row_sum, acc
+
+
+@triton.jit
 def _forward_kernel(
     q_ptr,  # [T, H, D_QK]
     k_desc, v_desc,  # [T, H_KV, D]
@@ -52,7 +86,7 @@ def _forward_kernel(
     num_tokens, past, scale_log2, U,
     H_KV: tl.constexpr, GROUP: tl.constexpr, D_QK: tl.constexpr, D_V: tl.constexpr,
     BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    KEYS: tl.constexpr, PRECISION: tl.constexpr,
+    KEYS: tl.constexpr, SLOTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program attends the queries of one tile and one KV head to the union of their blocks.
 
@@ -64,16 +98,15 @@ def _forward_kernel(
     q = load_rows(q_ptr, rows, D_QK, BLOCK_QK)
     row_max, row_sum = tl.full([ROWS], LOWEST, tl.float32), tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, BLOCK_V], tl.float32)
-    union = (tile.to(tl.int64) * H_KV + kv_head) * U
-    for i in tl.range(0, tl.load(size_ptr + tile * H_KV + kv_head) * (BLOCK_SIZE // KEYS)):
-        start, mask = _union_part(start_ptr + union, mask_ptr + union, i, BLOCK_SIZE, KEYS)
-        k = load_block(k_desc, start, kv_head, KEYS, BLOCK_QK)
-        v = load_block(v_desc, start, kv_head, KEYS, BLOCK_V)
-        last = tl.where((mask >> (token - tile * QUERIES)) & 1 != 0, past + token, -1)
-        s = start + tl.arange(0, KEYS)
-        products = tl.dot(q, k.T, input_precision=PRECISION)
-        products = tl.where(s[None, :] <= last[:, None], products, HIDDEN)
-        row_max, row_sum, acc = softmax_step(products, v, scale_log2, row_max, row_sum, acc, PRECISION)
+    union, size = (tile.to(tl.int64) * H_KV + kv_head) * U, tl.load(size_ptr + tile * H_KV + kv_head)
+    start_ptr, mask_ptr = start_ptr + union, mask_ptr + union
+    key, query = past + token, token - tile * QUERIES
+    whole = _blocks_before(start_ptr, size, past + tile * QUERIES, QUERIES * SLOTS, BLOCK_SIZE) * (BLOCK_SIZE // KEYS)
+    softmax = _add_blocks((row_max, row_sum, acc), q, k_desc, v_desc, start_ptr, mask_ptr, 0, whole, key, query,
+                          kv_head, scale_log2, BLOCK_QK, BLOCK_V, BLOCK_SIZE, KEYS, False, PRECISION)  # fmt: skip
+    row_max, row_sum, acc = _add_blocks(
+        softmax, q, k_desc, v_desc, start_ptr, mask_ptr, whole, size * (BLOCK_SIZE // KEYS), key, query,
+        kv_head, scale_log2, BLOCK_QK, BLOCK_V, BLOCK_SIZE, KEYS, True, PRECISION)  # fmt: skip
     o, lse = softmax_end(row_max, row_sum, acc)
     store_rows(o_ptr, rows, exists, o, D_V, BLOCK_V)
     tl.store(lse_ptr + rows, lse, mask=exists)
@@ -231,6 +264,10 @@ def forward(
     The keys may begin `past` tokens before the queries; `document_start` counts them.
     """
     (T, H, D_QK), (_, H_KV, D_V) = q.shape, v.shape
+    if tiles_fit_hopper(q, v, block_size) and D_QK == D_V == _SHARED_HEAD_DIM and H // H_KV >= _LEAST_SHARED:
+        from nsa_kernels import block_attention_hopper
+
+        return block_attention_hopper.forward(q, k, v, block_indices, document_start, block_size, scale, past)
     o, lse = q.new_empty(T, H, D_V), q.new_empty(T, H, dtype=torch.float32)
     tile = union_tile("selected_forward", q, v, block_size)
     unions = unite(block_indices, document_start, block_size, tile.queries)
@@ -238,7 +275,7 @@ def forward(
         q, block_descriptor(k, tile.keys), block_descriptor(v, tile.keys), *unions, o, lse,
         T, past, scale * LOG2_E.value, unions.start.shape[-1],
         H_KV, H // H_KV, D_QK, D_V, padded(D_QK), padded(D_V), tile.queries, tile.rows, block_size, tile.keys,
-        dot_precision(q.dtype), num_warps=tile.num_warps, num_stages=tile.num_stages,
+        block_indices.shape[2], dot_precision(q.dtype), num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     return o, lse
 
@@ -310,3 +347,7 @@ that the others wait for it."""
 
 _LEAST_GATHERED = 8
 """Rows that the copy engine gathers at once: what the swizzle of shared memory repeats after."""
+
+_SHARED_HEAD_DIM, _LEAST_SHARED = 128, 4
+"""Head dim and smallest group of the forward for Hopper: below this head dim the kernel in Triton is faster, and in
+smaller groups the queries of two times HOPPER_ROWS rows have no bit each in a mask."""

@@ -1,8 +1,12 @@
-"""Gradients of the keys and values of chosen blocks, written in Gluon for Hopper: see `block_attention.py`.
+"""Attention to chosen blocks and the gradients of their keys and values, in Gluon for Hopper: see `block_attention.py`.
+
+Forward, a tile has two or three parts of ROWS rows, a multiplying group each. They share one ring of keys and values:
+what several chose is read from the L2 cache once, and a part passes over the blocks that none of its queries chose.
 
 Also how a tile walks the union of its blocks, for `gated_sum_hopper.py`.
 """
 
+import torch
 import triton
 from torch import Tensor
 from triton.experimental import gluon
@@ -11,22 +15,29 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
     tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from nsa_kernels.block_lists import InverseList
+from nsa_kernels.block_lists import MAX_TILE_QUERIES, InverseList, unite
 from nsa_kernels.hopper import (
     HIDDEN,
     LOG2_E,
+    LOWEST,
     ROWS,
     add_queries_to_dkv,
     barriers,
     load_keys,
+    load_tile,
     ring,
+    rows_layout,
+    softmax_end,
     start_dkv,
     store_keys,
     thread_barrier,
     tile_layout,
+    tile_rows,
     tiles,
 )
 
@@ -60,6 +71,176 @@ def union_of(tile, kv_head, num_tiles, start_ptr, mask_ptr, size_ptr, U, H_KV: g
     """Where the union of a tile lies, and its size: 0 past the last tile."""
     row = gl.minimum(tile, num_tiles - 1).to(gl.int64) * H_KV + kv_head
     return start_ptr + row * U, mask_ptr + row * U, gl.where(tile < num_tiles, gl.load(size_ptr + row), 0)
+
+
+@gluon.jit
+def _load_forward(
+    descriptors, unions, shared, num_tiles,
+    H_KV: gl.constexpr, D_QK: gl.constexpr, D_V: gl.constexpr, BLOCK_SIZE: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """The loading warp: the keys and values of the unions of all tiles of the program, ROWS of them in a step."""
+    k_desc, v_desc = descriptors
+    start_ptr, mask_ptr, size_ptr, U = unions
+    k_smem, v_smem, full, empty = shared[1:]
+    step = 0
+    for item in range(gl.program_id(0), num_tiles * H_KV, gl.num_programs(0)):
+        tile, kv_head = item % num_tiles, item // num_tiles
+        starts, masks, size = union_of(tile, kv_head, num_tiles, start_ptr, mask_ptr, size_ptr, U, H_KV)
+        runs = size * (BLOCK_SIZE // ROWS)
+        start = union_step(starts, masks, 0, gl.maximum(runs, 1), BLOCK_SIZE)[0]
+        for run in range(runs):
+            stage, phase = step % STAGES, step // STAGES & 1
+            next_start = union_step(starts, masks, run + 1, runs, BLOCK_SIZE)[0]
+            mbarrier.wait(empty.index(stage), phase ^ 1)
+            mbarrier.expect(full.index(stage), k_desc.block_type.nbytes + v_desc.block_type.nbytes)
+            tma.async_copy_global_to_shared(k_desc, [start, kv_head * D_QK], full.index(stage), k_smem.index(stage))
+            tma.async_copy_global_to_shared(v_desc, [start, kv_head * D_V], full.index(stage), v_smem.index(stage))
+            start = next_start
+            step += 1
+
+
+@gluon.jit
+def _load_own_queries(
+    q_ptr, q, first_token, num_tokens, kv_head,
+    H: gl.constexpr, GROUP: gl.constexpr, D_QK: gl.constexpr,
+):  # fmt: skip
+    """Bring the queries of a part to shared memory."""
+    layout: gl.constexpr = gl.SliceLayout(1, rows_layout(D_QK))
+    _, rows, _ = tile_rows(first_token, num_tokens, kv_head, H, GROUP, layout)
+    q.store(load_tile(q_ptr, rows, D_QK))
+    fence_async_shared()
+    thread_barrier()
+
+
+@gluon.jit
+def _multiply_forward(
+    tensors, unions, shared, num_tokens, num_tiles, past, scale_log2,
+    PART: gl.constexpr, PARTS: gl.constexpr, H_KV: gl.constexpr, GROUP: gl.constexpr, D_QK: gl.constexpr,
+    D_V: gl.constexpr, BLOCK_SIZE: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """A multiplying group: one part of each tile, and of the tile's union the blocks that its queries chose.
+
+    Rows that did not choose a block are hidden as in `block_attention.py`.
+    """
+    q_ptr, o_ptr, lse_ptr = tensors
+    start_ptr, mask_ptr, size_ptr, U = unions
+    q_smem, k_smem, v_smem, full, empty = shared
+    QUERIES: gl.constexpr = ROWS // GROUP
+    H: gl.constexpr = H_KV * GROUP
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D_V, 16])
+    row: gl.constexpr = gl.SliceLayout(1, s_layout)
+    none = gl.zeros([ROWS, ROWS], gl.float32, s_layout)
+    q = q_smem.index(PART)
+    step = 0
+    for item in range(gl.program_id(0), num_tiles * H_KV, gl.num_programs(0)):
+        tile, kv_head = item % num_tiles, item // num_tiles
+        starts, masks, size = union_of(tile, kv_head, num_tiles, start_ptr, mask_ptr, size_ptr, U, H_KV)
+        first_token = (tile * PARTS + PART) * QUERIES
+        _load_own_queries(q_ptr, q, first_token, num_tokens, kv_head, H, GROUP, D_QK)
+        token, rows, exists = tile_rows(first_token, num_tokens, kv_head, H, GROUP, row)
+        query = gl.arange(0, ROWS, row) // GROUP
+        row_max, row_sum = gl.full([ROWS], LOWEST, gl.float32, row), gl.zeros([ROWS], gl.float32, row)
+        acc = gl.zeros([ROWS, D_V], gl.float32, o_layout)
+        runs = size * (BLOCK_SIZE // ROWS)
+        start, chosen = union_step(starts, masks, 0, gl.maximum(runs, 1), BLOCK_SIZE)
+        for run in range(runs):
+            stage = step % STAGES
+            next_start, next_chosen = union_step(starts, masks, run + 1, runs, BLOCK_SIZE)
+            chosen = chosen >> (PART * QUERIES)
+            mbarrier.wait(full.index(stage), step // STAGES & 1)
+            if (chosen & ((1 << QUERIES) - 1)) != 0:
+                k, v = k_smem.index(stage).permute((1, 0)), v_smem.index(stage)
+                products = warpgroup_mma(q, k, none, use_acc=False, is_async=True)
+                chose = (chosen >> query) & 1 != 0
+                products = warpgroup_mma_wait(0, deps=[products])
+                if start + ROWS > past + first_token + 1:  # only then has it keys after one of the queries
+                    s = start + gl.arange(0, ROWS, gl.SliceLayout(0, s_layout))
+                    products = gl.where(s[None, :] <= (past + token)[:, None], products, HIDDEN)
+                new_max = gl.where(chose, gl.maximum(row_max, gl.max(products, 1) * scale_log2), row_max)
+                p = gl.exp2(products * scale_log2 - gl.where(chose, new_max, -LOWEST)[:, None])
+                shrink = gl.exp2(row_max - new_max)
+                row_max, row_sum = new_max, row_sum * shrink + gl.sum(p, 1)
+                acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, o_layout))[:, None]
+                p = gl.convert_layout(p.to(q_smem.dtype), gl.DotOperandLayout(0, o_layout, 2))
+                acc = warpgroup_mma_wait(0, deps=[warpgroup_mma(p, v, acc, is_async=True)])
+            mbarrier.arrive(empty.index(stage), count=1)
+            start, chosen = next_start, next_chosen
+            step += 1
+        o, lse = softmax_end(acc, row_max, row_sum)
+        gl.store(lse_ptr + rows, lse, mask=exists)
+        _, rows, exists = tile_rows(first_token, num_tokens, kv_head, H, GROUP, gl.SliceLayout(1, o_layout))
+        column = gl.arange(0, D_V, gl.SliceLayout(0, o_layout))
+        gl.store(o_ptr + rows[:, None] * D_V + column[None, :], o.to(o_ptr.dtype.element_ty), mask=exists[:, None])
+
+
+@gluon.jit
+def _forward_kernel(
+    q_ptr,  # [T, H, D_QK]
+    k_desc, v_desc,  # [S, H_KV * D]
+    start_ptr, mask_ptr,  # [tiles, H_KV, U]
+    size_ptr,  # [tiles, H_KV]
+    o_ptr,  # [T, H, D_V]
+    lse_ptr,  # [T, H]
+    num_tokens, num_tiles, past, scale_log2, U,
+    PARTS: gl.constexpr, H_KV: gl.constexpr, GROUP: gl.constexpr, D_QK: gl.constexpr, D_V: gl.constexpr,
+    BLOCK_SIZE: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Each program attends the queries of one tile after another, PARTS * ROWS rows each, KV head by KV head."""
+    dtype: gl.constexpr = k_desc.dtype
+    q_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, D_QK], dtype)
+    q_smem = gl.allocate_shared_memory(dtype, [PARTS, ROWS, D_QK], q_layout)
+    k_smem = gl.allocate_shared_memory(dtype, [STAGES, ROWS, D_QK], k_desc.layout)
+    v_smem = gl.allocate_shared_memory(dtype, [STAGES, ROWS, D_V], v_desc.layout)
+    full, empty = barriers(STAGES, 1), barriers(STAGES, PARTS)
+    fence_async_shared()
+    tensors, unions = (q_ptr, o_ptr, lse_ptr), (start_ptr, mask_ptr, size_ptr, U)
+    shared = (q_smem, k_smem, v_smem, full, empty)
+    if PARTS == 2:
+        gl.warp_specialize(
+            [
+                (_multiply_forward, (tensors, unions, shared, num_tokens, num_tiles, past, scale_log2,
+                                     0, 2, H_KV, GROUP, D_QK, D_V, BLOCK_SIZE, STAGES)),
+                (_multiply_forward, (tensors, unions, shared, num_tokens, num_tiles, past, scale_log2,
+                                     1, 2, H_KV, GROUP, D_QK, D_V, BLOCK_SIZE, STAGES)),
+                (_load_forward, ((k_desc, v_desc), unions, shared, num_tiles, H_KV, D_QK, D_V, BLOCK_SIZE, STAGES)),
+            ],
+            [4, 1], [240, 24],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (_multiply_forward, (tensors, unions, shared, num_tokens, num_tiles, past, scale_log2,
+                                     0, 3, H_KV, GROUP, D_QK, D_V, BLOCK_SIZE, STAGES)),
+                (_multiply_forward, (tensors, unions, shared, num_tokens, num_tiles, past, scale_log2,
+                                     1, 3, H_KV, GROUP, D_QK, D_V, BLOCK_SIZE, STAGES)),
+                (_multiply_forward, (tensors, unions, shared, num_tokens, num_tiles, past, scale_log2,
+                                     2, 3, H_KV, GROUP, D_QK, D_V, BLOCK_SIZE, STAGES)),
+                (_load_forward, ((k_desc, v_desc), unions, shared, num_tiles, H_KV, D_QK, D_V, BLOCK_SIZE, STAGES)),
+            ],
+            [4, 4, 1], [160, 160, 24],
+        )  # fmt: skip
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, document_start: Tensor, block_size: int, scale: float,
+    past: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`block_attention.forward` for groups of 4 heads and more."""
+    (T, H, D_QK), (_, H_KV, D_V) = q.shape, v.shape
+    o, lse = q.new_empty(T, H, D_V), q.new_empty(T, H, dtype=torch.float32)
+    rows = ROWS.value
+    parts = min(_PARTS, MAX_TILE_QUERIES * (H // H_KV) // rows)  # 2 in groups of 4
+    stages = (_RING_BYTES // (rows * q.element_size()) - parts * D_QK) // (D_QK + D_V)
+    unions = unite(block_indices, document_start, block_size, parts * rows * H_KV // H)
+    num_tiles = unions.size.shape[0]
+    processors = torch.cuda.get_device_properties(q.device).multi_processor_count
+    _forward_kernel[(min(processors, num_tiles * H_KV),)](
+        q, tiles(k, rows), tiles(v, rows), *unions, o, lse,
+        T, num_tiles, past, scale * LOG2_E.value, unions.start.shape[-1],
+        parts, H_KV, H // H_KV, D_QK, D_V, block_size, stages, num_warps=4,
+    )  # fmt: skip
+    return o, lse
 
 
 @gluon.jit
@@ -217,3 +398,5 @@ def _groups(x: Tensor, group_size: int) -> TensorDescriptor:
 
 
 _STAGES = 2
+_PARTS, _RING_BYTES = 3, 224 * 2**10
+"""Forward: parts of a tile at most, and the shared memory of the ring and the tile's queries."""

@@ -100,9 +100,23 @@ def _importance_kernel(
 def best(bits, N: tl.constexpr):
     """Which N of a row of candidates are the largest, ties to the first, and the place of each among them.
 
-    `bits` [M], -1 for none; FORCED comes first. Not negative floats order as their bits do, so a bisection of the bits
-    finds a bound that N candidates reach, or the smallest interval [low, high) at whose value they tie.
+    `bits` [M], -1 for none; FORCED comes first. Not negative floats order as their bits do. The N-th largest of the
+    maxima of strided groups is reached by N candidates and, for small N, few more: from there the bound rises from one
+    candidate to the next until fewer than N are above it.
     """
+    M: tl.constexpr = bits.shape[0]
+    GROUPS: tl.constexpr = M if (M < 128) | (N > 64) else 128  # neighbours, often alike, are in groups of their own
+    low = _bound(tl.max(tl.reshape(bits, [M // GROUPS, GROUPS]), 0), N)
+    above, following = _next(bits, low)
+    while above >= N:
+        low = following
+        above, following = _next(bits, low)
+    return _places(bits, low, low + 1, N)
+
+
+@triton.jit
+def _bound(bits, N: tl.constexpr):
+    """By bisection a bound that N of the candidates reach, and no more if there is one so; 0 if they are fewer."""
     top = tl.max(tl.where(bits < FORCED, bits, -1), 0)
     low, high = top * 0, top + 1
     probe = tl.maximum(top - (1 << 23), 0)  # half of the largest: most often below the bound already
@@ -111,7 +125,14 @@ def best(bits, N: tl.constexpr):
         low = tl.where(count >= N, probe, low)
         high = tl.where(count <= N, probe, high)
         probe = low + (high - low) // 2
-    return _places(bits, low, high, N)
+    return low
+
+
+@triton.jit
+def _next(bits, low):
+    """How many candidates are above a bound, and the lowest of them."""
+    higher = bits > low
+    return tl.sum(higher.to(tl.int32), 0), tl.min(tl.where(higher, bits, FORCED), 0)
 
 
 @triton.jit

@@ -16,6 +16,7 @@ from nsa_kernels.block_lists import Unions
 from nsa_kernels.hopper import (
     HIDDEN,
     LOG2_E,
+    LOWEST,
     ROWS,
     barriers,
     cut,
@@ -96,7 +97,7 @@ def _add_run(
 
 @gluon.jit
 def _add_union(
-    state, union, first_step, total, lse, delta, token, query, shared, scale_log2,
+    state, union, first_step, total, lse, delta, token, first_token, query, shared, scale_log2,
     BLOCK_SIZE: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The blocks of a tile's union add ds · k to dq."""
@@ -108,10 +109,10 @@ def _add_union(
     for i in range(runs):
         dp, stage = _start_step(first_step + i, s_layout, shared, STAGES)
         next_start, next_chosen = union_step(start_ptr, mask_ptr, i + 1, runs, BLOCK_SIZE)
-        p = gl.exp2(products * scale_log2 - lse[:, None])
-        last = gl.where((chosen >> query) & 1 != 0, token, -1)
-        s = start + gl.arange(0, ROWS, gl.SliceLayout(0, s_layout))
-        p = gl.where(s[None, :] <= last[:, None], p, 0.0)
+        p = gl.exp2(products * scale_log2 - gl.where((chosen >> query) & 1 != 0, lse, -LOWEST)[:, None])
+        if start + ROWS > first_token + 1:  # only then has the block keys after one of the queries
+            s = start + gl.arange(0, ROWS, gl.SliceLayout(0, s_layout))
+            p = gl.where(s[None, :] <= token[:, None], p, 0.0)
         products, dq = _end_step(first_step + i, total, p, dp, delta, dq, stage, s_layout, shared, STAGES)
         start, chosen = next_start, next_chosen
     return products, dq
@@ -197,8 +198,8 @@ def _multiply(
     state = _add_run(state, sliding.num_edges, sliding.total, compressed.total, total, sliding_lse, sliding_delta,
                      first, end, sliding, shared, scale_log2, False, STAGES)  # fmt: skip
     query = gl.arange(0, ROWS, row) // GROUP
-    _, dq = _add_union(state, union, before_union, total, selected_lse, selected_delta, token, query, shared,
-                       scale_log2, BLOCK_SIZE, STAGES)  # fmt: skip
+    _, dq = _add_union(state, union, before_union, total, selected_lse, selected_delta, token, first_token,
+                       query, shared, scale_log2, BLOCK_SIZE, STAGES)  # fmt: skip
     _, rows, exists = tile_rows(first_token, num_tokens, kv_head, H, GROUP, gl.SliceLayout(1, dq_layout))
     column = gl.arange(0, D_QK, gl.SliceLayout(0, dq_layout))
     dq = (dq * scale).to(dq_ptr.dtype.element_ty)

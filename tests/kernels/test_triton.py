@@ -49,6 +49,10 @@ GEOMETRIES = {
         compress_block_size=1, compress_stride=1, select_block_size=8, num_selected_blocks=2, num_init_blocks=0,
         num_local_blocks=1, window_size=3,
     ),
+    "l' = l = d = 1": NSAConfig(
+        compress_block_size=1, compress_stride=1, select_block_size=1, num_selected_blocks=5, num_init_blocks=1,
+        num_local_blocks=1, window_size=3,
+    ),
 }  # fmt: skip
 
 

@@ -6,6 +6,7 @@ it replaces Triton's driver and launches nothing.
 
 import json
 import sys
+from types import SimpleNamespace
 
 import torch
 import triton
@@ -53,7 +54,7 @@ class AbsentGPU:
 def main(capability: int) -> None:
     triton.runtime.driver.set_active(AbsentGPU(capability))
     torch.cuda.get_device_capability = lambda device=None: divmod(capability, 10)
-    decode_parts._processors = lambda device: 132
+    torch.cuda.get_device_properties = lambda device=None: SimpleNamespace(multi_processor_count=132)
     triton_backend.reason_against = lambda q, v, config: None
     run = JITFunction.run
 
@@ -75,6 +76,8 @@ def main(capability: int) -> None:
             q, k, v, gates, cu_seqlens, NSAConfig(), backend="triton", block_indices=blocks
         ).out
         out.backward(torch.zeros_like(out))
+    q, k, v = (torch.zeros(T, heads, 128, dtype=dtype) for heads in (H, H_kv, H_kv))  # two parts a tile on Hopper
+    triton_backend.selected_attention(q, k, v, blocks, cu_seqlens, NSAConfig())
     decode(*SHAPES[-1])
     summarise(*SHAPES[-1][1:])
     q, gate = torch.zeros(2, H, D_qk, dtype=dtype), torch.zeros(2, D_qk, dtype=dtype)
