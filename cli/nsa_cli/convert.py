@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from nsa_cli.function_command import run_function
-from nsa_lightning.checkpoint.convert import OPEN, Conversion, RopeChange, convert
+from nsa_lightning.checkpoint.convert import CONVERTED, OPEN, Conversion, RopeChange, convert
 from nsa_lightning.model.attention import AttentionKind, NSALayerConfig
 
 
@@ -12,7 +12,7 @@ def convert_model(
     source: str,
     output: str,
     attention: list[AttentionKind] = ["nsa"],  # noqa: B006 (not changed)
-    nsa: NSALayerConfig = NSALayerConfig(),  # noqa: B008 (frozen)
+    nsa: NSALayerConfig = CONVERTED,
     rope: RopeChange = RopeChange(),  # noqa: B008 (frozen)
     seq_len: int = 16384,
     sample: str | None = None,

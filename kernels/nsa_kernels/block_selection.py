@@ -101,11 +101,11 @@ def best(bits, N: tl.constexpr):
     """Which N of a row of candidates are the largest, ties to the first, and the place of each among them.
 
     `bits` [M], -1 for none; FORCED comes first. Not negative floats order as their bits do. The N-th largest of the
-    maxima of strided groups is reached by N candidates and few more: from there the bound rises from one candidate to
-    the next until fewer than N are above it.
+    maxima of strided groups is reached by N candidates and, for small N, few more: from there the bound rises from one
+    candidate to the next until fewer than N are above it.
     """
     M: tl.constexpr = bits.shape[0]
-    GROUPS: tl.constexpr = M if M < 128 else 128  # neighbours, often alike, are in groups of their own
+    GROUPS: tl.constexpr = M if (M < 128) | (N > 64) else 128  # neighbours, often alike, are in groups of their own
     low = _bound(tl.max(tl.reshape(bits, [M // GROUPS, GROUPS]), 0), N)
     above, following = _next(bits, low)
     while above >= N:
@@ -116,7 +116,7 @@ def best(bits, N: tl.constexpr):
 
 @triton.jit
 def _bound(bits, N: tl.constexpr):
-    """What N of the candidates reach, and if there is a bound between N and the next, no more; by bisection."""
+    """By bisection a bound that N of the candidates reach, and no more if there is one so; 0 if they are fewer."""
     top = tl.max(tl.where(bits < FORCED, bits, -1), 0)
     low, high = top * 0, top + 1
     probe = tl.maximum(top - (1 << 23), 0)  # half of the largest: most often below the bound already

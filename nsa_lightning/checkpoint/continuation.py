@@ -10,6 +10,9 @@ from nsa_lightning.model.transformer import TransformerConfig
 
 FILE = "continue.yaml"
 
+_GATES_LR_FACTOR = 10.0
+"""Of the learning rate where gates alone are new; it did harm to the maps of learned summaries."""
+
 _HEAD = """\
 # Train the converted model on: nsa fit --config {path} --data.sources '["/path/to/texts/**/*.jsonl.gz"]'
 # Its weights start from model.init_from. Gates and block summaries (model.new_parts) can have a learning rate of their
@@ -25,6 +28,7 @@ def write_continuation(directory: Path, final: Path, source: Path, config: Trans
     transformer = asdict(config)
     for linked in ("vocab_size", "max_seq_len"):  # nsa fit takes them from the tokenizer and data.seq_len
         del transformer[linked]
+    lr_factor = _GATES_LR_FACTOR if config.nsa.compression == "mean" else 1.0
     settings: dict[str, Any] = {
         "seed_everything": 0,
         "trainer": {
@@ -51,7 +55,7 @@ def write_continuation(directory: Path, final: Path, source: Path, config: Trans
                 "init_args": {"lr": 1e-4, "betas": [0.9, 0.95], "weight_decay": 0.1, "fused": True},
             },
             "schedule": {"class_path": "WarmupCosine", "init_args": {"warmup_steps": 50}},
-            "new_parts": {"lr_factor": 1.0, "freeze_others_steps": 0},
+            "new_parts": {"lr_factor": lr_factor, "freeze_others_steps": 0},
         },
         "data": {
             "sources": ["data/**/*.jsonl.gz"],

@@ -25,6 +25,9 @@ from nsa_lightning.model.transformer import Transformer, TransformerConfig
 OPEN = 4.0
 """Bias of an open gate before its sigmoid, where nothing else is asked for; a shut one has its negative."""
 
+CONVERTED = NSALayerConfig(num_selected_blocks=32, kv_sharing="shared", compression="mean")
+"""The geometry and learned parts that did best of those tried (`docs/continued-training.md`)."""
+
 _BRANCHES = (".self_attn.compressed.", ".self_attn.sliding.")
 
 
