@@ -1,13 +1,11 @@
-"""Attention of one new token of each sequence to its cache: four launches, or three where the cache is short.
+"""Attention of one new token of each sequence to its cache: four launches, whatever the lengths.
 
     1. attend the summaries, divided over programs; keep what the importance of each block needs. Other programs append
-       the new token, where that is still to be done, and attend the summary that it completes: a part of its own
+       the new token, where that is still to be done, carry the summaries on (`summarise_triton.py`), and attend the one
+       that the token completes: a part of its own
     2. choose the blocks; meanwhile merge the compressed branch and attend the window
     3. attend the chosen blocks, divided over programs
     4. merge them and the window, and sum the branches by their gates
-
-Of a short cache, where a launch costs more than what it does, every program of launch 3 chooses the blocks for itself,
-others attend the window meanwhile, and launch 4 merges the compressed branch too.
 
 A tile is the G query heads of one KV head: every key is read once for all of them. What a program computes depends on
 the positions, which it reads itself; the grids depend on the cache's size alone, so a CUDA graph can replay them.
@@ -21,7 +19,7 @@ a window that holds the new token already.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -57,7 +55,7 @@ from nsa_kernels.primitives import (
     store_rows,
     wide,
 )
-from nsa_kernels.summarise_triton import TILE_NUMBERS, advance_blocks, weight_arguments
+from nsa_kernels.summarise_triton import TILE_NUMBERS, advance_block, weight_arguments
 
 # B sequences, S, W or C slots of a cache, H query heads, H_kv KV heads, G = H / H_kv (GROUP), D head dim, n slots of
 # chosen blocks, J selection blocks, P parts that a run of keys is divided in, R = l' / d, ROWS >= G rows of a tile.
@@ -117,12 +115,12 @@ def _older_summaries(position, COMPRESS_SIZE: tl.constexpr, STRIDE: tl.constexpr
 
 @triton.jit
 def _advance_side(
-    side: tl.constexpr, new, started, weights, cos_ptr, sin_ptr, block_cos_ptr, block_sin_ptr, position, sequence,
-    kv_head, LAST: tl.constexpr, ROTATE: tl.constexpr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr,
-    L: tl.constexpr, STRIDE: tl.constexpr, H_KV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    M: tl.constexpr, BLOCK_M: tl.constexpr, COMPRESSION: tl.constexpr, NUMBERS: tl.constexpr,
+    side: tl.constexpr, s, new, started, weights, cos_ptr, sin_ptr, block_cos_ptr, block_sin_ptr, position, sequence,
+    kv_head, LAST: tl.constexpr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr, L: tl.constexpr, STRIDE: tl.constexpr,
+    H_KV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, M: tl.constexpr, BLOCK_M: tl.constexpr,
+    COMPRESSION: tl.constexpr, NUMBERS: tl.constexpr,
 ):  # fmt: skip
-    """`advance_blocks` of the keys (side 0) or values (side 1) of one KV head, pair LAST of the new ones."""
+    """`advance_block` of the keys (side 0) or values (side 1) of one KV head, pair LAST of the new ones."""
     slot = (sequence * new[4][LAST] + position % new[4][LAST]) * H_KV + kv_head
     state, rows = sequence * (L // STRIDE * H_KV) + kv_head, wide(kv_head) * (L * D)
     own = (None, None, None, None, None)
@@ -131,11 +129,10 @@ def _advance_side(
     if COMPRESSION == "mlp":
         own = (weights[0][side] + rows, weights[1][side] + rows * M, weights[2][side] + kv_head * M,
                weights[3][side] + kv_head * (M * D), weights[4][side] + kv_head * D)  # fmt: skip
-    return advance_blocks(
-        new[side][LAST] + sequence * new[5 + side][LAST] + kv_head * D, new[2 + side][LAST] + slot * D,
+    return advance_block(
+        s, new[side][LAST] + sequence * new[5 + side][LAST] + kv_head * D, new[2 + side][LAST] + slot * D,
         started[side] + state * D, started[2 + side] + state * M, own, cos_ptr, sin_ptr, block_cos_ptr, block_sin_ptr,
-        position, ROTATE, HALF, BLOCK_HALF, L, STRIDE, H_KV, D, BLOCK_D, M, BLOCK_M, COMPRESSION,
-        NUMBERS)  # fmt: skip
+        position, HALF, BLOCK_HALF, L, STRIDE, H_KV, D, BLOCK_D, M, BLOCK_M, COMPRESSION, NUMBERS)  # fmt: skip
 
 
 @triton.jit
@@ -150,7 +147,7 @@ def _summaries_kernel(
     new,  # as `append_triton.pair_arguments` gives them, the compressed branch last
     started,  # tuple of a StartedBlocks, float32 [B, S, H_KV, D or M]
     weights,  # five pairs as `weight_arguments` gives them
-    q_stride, slots, num_parts, J, scale_log2,
+    q_stride, slots, old_parts, J, scale_log2,
     ROTATE: tl.constexpr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr, M: tl.constexpr, BLOCK_M: tl.constexpr,
     COMPRESSION: tl.constexpr, NUMBERS: tl.constexpr, COMPRESS_SIZE: tl.constexpr, STRIDE: tl.constexpr,
     H_KV: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, D_QK: tl.constexpr, D_V: tl.constexpr,
@@ -164,7 +161,7 @@ def _summaries_kernel(
     position, row = tl.load(positions_ptr + sequence), sequence * H_KV + kv_head
     APPENDS: tl.constexpr = len(ROTATE) > 0
     LAST: tl.constexpr = len(ROTATE) - 1
-    old_parts = num_parts - 1 if APPENDS else num_parts
+    num_parts = old_parts + 1 if APPENDS else old_parts
     if role < old_parts:
         end = _older_summaries(position, COMPRESS_SIZE, STRIDE, APPENDS)
         share = tl.cdiv(tl.cdiv(end, KEYS), old_parts) * KEYS
@@ -182,27 +179,30 @@ def _summaries_kernel(
         if BLOCK_HALF > 0:
             block_cos_ptr += sequence * BLOCK_HALF
             block_sin_ptr += sequence * BLOCK_HALF
-        if role == old_parts:
+        side, s = (role - old_parts) // SPAN, (role - old_parts) % SPAN
+        if (role >= old_parts) & (side == 0):
             column = tl.arange(0, BLOCK_QK)
-            k = _advance_side(0, new, started, weights, own_cos_ptr, own_sin_ptr, block_cos_ptr, block_sin_ptr,
-                              position, sequence, kv_head, LAST, ROTATE[LAST], HALF, BLOCK_HALF, COMPRESS_SIZE, STRIDE,
-                              H_KV, D_QK, BLOCK_QK, M[0], BLOCK_M[0], COMPRESSION, NUMBERS)  # fmt: skip
-            tl.store(k_ptr + target * D_QK + column, k, mask=ended & (column < D_QK))
             q = load_queries(q_ptr, q_stride, cos_ptr, sin_ptr, sequence, kv_head, GROUP, ROWS, D_QK, BLOCK_QK, HALF)
-            score = tl.sum(q.to(tl.float32) * k.to(tl.float32)[None, :], 1) * scale_log2
-            stats = stats_ptr + newest * 2 * GROUP + head
-            tl.store(stats, tl.where(ended, score, LOWEST), mask=head < GROUP)
-            tl.store(stats + GROUP, tl.where(ended & (head >= 0), 1.0, 0.0), mask=head < GROUP)
-        if role == num_parts:
+            k = _advance_side(0, s, new, started, weights, own_cos_ptr, own_sin_ptr, block_cos_ptr, block_sin_ptr,
+                              position, sequence, kv_head, LAST, HALF if ROTATE[LAST] else 0, BLOCK_HALF, COMPRESS_SIZE,
+                              STRIDE, H_KV, D_QK, BLOCK_QK, M[0], BLOCK_M[0], COMPRESSION, NUMBERS)  # fmt: skip
+            if s == SPAN - 1:
+                tl.store(k_ptr + target * D_QK + column, k, mask=ended & (column < D_QK))
+                score = tl.sum(q.to(tl.float32) * k.to(tl.float32)[None, :], 1) * scale_log2
+                stats = stats_ptr + newest * 2 * GROUP + head
+                tl.store(stats, tl.where(ended, score, LOWEST), mask=head < GROUP)
+                tl.store(stats + GROUP, tl.where(ended & (head >= 0), 1.0, 0.0), mask=head < GROUP)
+        if side == 1:
             column = tl.arange(0, BLOCK_V)
-            v = _advance_side(1, new, started, weights, own_cos_ptr, own_sin_ptr, None, None, position, sequence,
-                              kv_head, LAST, False, 0, 0, COMPRESS_SIZE, STRIDE, H_KV, D_V, BLOCK_V, M[1], BLOCK_M[1],
+            v = _advance_side(1, s, new, started, weights, own_cos_ptr, own_sin_ptr, None, None, position, sequence,
+                              kv_head, LAST, 0, 0, COMPRESS_SIZE, STRIDE, H_KV, D_V, BLOCK_V, M[1], BLOCK_M[1],
                               COMPRESSION, NUMBERS)  # fmt: skip
-            tl.store(v_ptr + target * D_V + column, v, mask=ended & (column < D_V))
-            o = tl.where(ended & (head >= 0)[:, None], v.to(tl.float32)[None, :], 0.0)
-            store_rows(o_ptr, newest * GROUP + head, head < GROUP, o, D_V, BLOCK_V)
+            if s == SPAN - 1:
+                tl.store(v_ptr + target * D_V + column, v, mask=ended & (column < D_V))
+                o = tl.where(ended & (head >= 0)[:, None], v.to(tl.float32)[None, :], 0.0)
+                store_rows(o_ptr, newest * GROUP + head, head < GROUP, o, D_V, BLOCK_V)
         for i in tl.static_range(len(ROTATE) - 1):
-            if role == num_parts + 1 + i:
+            if role == old_parts + 2 * SPAN + i:
                 append_head(new[0][i], new[1][i], new[2][i], new[3][i], new[4][i], new[5][i], new[6][i],
                             own_cos_ptr, own_sin_ptr, position, sequence, kv_head, ROTATE[i], H_KV, HALF, D_QK, D_V,
                             BLOCK_QK, BLOCK_V)  # fmt: skip
@@ -237,25 +237,6 @@ def _choose(
             tl.debug_barrier()
             tl.store(bits_ptr + out + place, bits, mask=chosen)
             tl.store(blocks_ptr + out + place, j, mask=chosen)
-
-
-@triton.jit
-def _attend_window(
-    q_ptr, cos_ptr, sin_ptr, k_ptr, v_ptr, o_ptr, stats_ptr, part, num_parts, position, sequence, kv_head,
-    q_stride, slots, scale_log2, WINDOW: tl.constexpr, HALF: tl.constexpr,
-    H_KV: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, D_QK: tl.constexpr, D_V: tl.constexpr,
-    BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr, WAIT: tl.constexpr,
-):  # fmt: skip
-    """Attend one part of the window of one KV head, after the launch before if WAIT."""
-    first, end = visible_run(position, 1, 1, WINDOW)
-    share = tl.cdiv(tl.cdiv(end - first, KEYS), num_parts) * KEYS
-    lo, row = first + part * share, wide(sequence) * H_KV + kv_head
-    q = load_queries(q_ptr, q_stride, cos_ptr, sin_ptr, sequence, kv_head, GROUP, ROWS, D_QK, BLOCK_QK, HALF)
-    await_launch_before(WAIT)
-    row_max, row_sum, acc = attend_part(
-        q, k_ptr, v_ptr, sequence, lo, tl.minimum(lo + share, end), slots, kv_head, scale_log2, None, row, 0,
-        H_KV, GROUP, ROWS, D_QK, D_V, BLOCK_QK, BLOCK_V, KEYS, 1, 1, 0, PRECISION)  # fmt: skip
-    store_part(o_ptr, stats_ptr, row * num_parts + part, row_max, row_sum, acc, GROUP, ROWS, D_V, BLOCK_V)
 
 
 @triton.jit
@@ -296,9 +277,16 @@ def _choose_kernel(
                       GROUP, ROWS, D_V, BLOCK_V // MERGERS, AT_ONCE)  # fmt: skip
     else:
         part, window_parts = role - num_segments - MERGERS, tl.num_programs(0) - num_segments - MERGERS
-        _attend_window(q_ptr, cos_ptr, sin_ptr, k_ptr, v_ptr, window_o_ptr, window_stats_ptr, part, window_parts,
-                       position, sequence, kv_head, q_stride, slots, scale_log2, WINDOW, HALF, H_KV, GROUP, ROWS,
-                       D_QK, D_V, BLOCK_QK, BLOCK_V, KEYS, PRECISION, EARLY and APPENDS)  # fmt: skip
+        first, end = visible_run(position, 1, 1, WINDOW)
+        share = tl.cdiv(tl.cdiv(end - first, KEYS), window_parts) * KEYS
+        lo = first + part * share
+        q = load_queries(q_ptr, q_stride, cos_ptr, sin_ptr, sequence, kv_head, GROUP, ROWS, D_QK, BLOCK_QK, HALF)
+        await_launch_before(EARLY and APPENDS)
+        row_max, row_sum, acc = attend_part(
+            q, k_ptr, v_ptr, sequence, lo, tl.minimum(lo + share, end), slots, kv_head, scale_log2, None, row, 0,
+            H_KV, GROUP, ROWS, D_QK, D_V, BLOCK_QK, BLOCK_V, KEYS, 1, 1, 0, PRECISION)  # fmt: skip
+        out = row * window_parts + part
+        store_part(window_o_ptr, window_stats_ptr, out, row_max, row_sum, acc, GROUP, ROWS, D_V, BLOCK_V)
 
 
 @triton.jit
@@ -322,29 +310,6 @@ def _merge_segments_kernel(
 
 
 @triton.jit
-def _attend_chosen(
-    q, k_ptr, v_ptr, indices_ptr, o_ptr, stats_ptr, part, num_parts, position, sequence, kv_head, slots, scale_log2,
-    SLOTS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    H_KV: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, D_QK: tl.constexpr, D_V: tl.constexpr,
-    BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Attend one part of the chosen blocks of one KV head."""
-    STEPS: tl.constexpr = BLOCK_SIZE // KEYS  # for each block
-    steps = tl.minimum(position // BLOCK_SIZE + 1, SLOTS) * STEPS
-    share = tl.cdiv(steps, num_parts)
-    row_max, row_sum = tl.full([ROWS], LOWEST, tl.float32), tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, BLOCK_V], tl.float32)
-    for step in tl.range(part * share, tl.minimum(part * share + share, steps)):
-        start = tl.load(indices_ptr + step // STEPS) * BLOCK_SIZE
-        token = start + step % STEPS * KEYS + tl.arange(0, KEYS)
-        k, v = load_keys(k_ptr, v_ptr, sequence, token, slots, kv_head, H_KV, D_QK, D_V, BLOCK_QK, BLOCK_V)
-        products = tl.where((token <= position)[None, :], tl.dot(q, k.T, input_precision=PRECISION), HIDDEN)
-        row_max, row_sum, acc = softmax_step(products, v, scale_log2, row_max, row_sum, acc, PRECISION)
-    out = (wide(sequence) * H_KV + kv_head) * num_parts + part
-    store_part(o_ptr, stats_ptr, out, row_max, row_sum, acc, GROUP, ROWS, D_V, BLOCK_V)
-
-
-@triton.jit
 def _selected_kernel(
     q_ptr,  # [B, H, D_QK], sequences being `q_stride` apart
     cos_ptr, sin_ptr,  # [B, HALF]
@@ -361,55 +326,20 @@ def _selected_kernel(
     part, kv_head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     position, row = tl.load(positions_ptr + sequence), wide(sequence) * H_KV + kv_head
     q = load_queries(q_ptr, q_stride, cos_ptr, sin_ptr, sequence, kv_head, GROUP, ROWS, D_QK, BLOCK_QK, HALF)
+    STEPS: tl.constexpr = BLOCK_SIZE // KEYS  # for each block
+    steps = tl.minimum(position // BLOCK_SIZE + 1, SLOTS) * STEPS
+    share = tl.cdiv(steps, tl.num_programs(0))
+    row_max, row_sum = tl.full([ROWS], LOWEST, tl.float32), tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, BLOCK_V], tl.float32)
     await_launch_before(EARLY)
-    _attend_chosen(q, k_ptr, v_ptr, indices_ptr + row * SLOTS, o_ptr, stats_ptr, part, tl.num_programs(0), position,
-                   sequence, kv_head, slots, scale_log2, SLOTS, BLOCK_SIZE, H_KV, GROUP, ROWS, D_QK, D_V,
-                   BLOCK_QK, BLOCK_V, KEYS, PRECISION)  # fmt: skip
-
-
-@triton.jit
-def _choose_and_attend_kernel(
-    q_ptr,  # [B, H, D_QK], sequences being `q_stride` apart
-    cos_ptr, sin_ptr,  # [B, HALF]
-    k_ptr, v_ptr,  # [B, slots, H_KV, D]
-    sliding_k_ptr, sliding_v_ptr,  # [B, sliding_slots, H_KV, D]
-    positions_ptr,  # [B]
-    stats_ptr, planes_ptr,  # float32 [B, H_KV, P, 2, GROUP] and [B, H_KV, PLANES, GROUP, BLOCKS], of the summaries
-    indices_ptr,  # int32 [B, H_KV, P_selected, SLOTS], the same for every part
-    o_ptr, part_stats_ptr,  # float32 [B, H_KV, P_selected, GROUP, D_V] and [B, H_KV, P_selected, 2, GROUP]
-    window_o_ptr, window_stats_ptr,  # the same of P_window parts
-    q_stride, slots, sliding_slots, num_parts, selected_parts, scale_log2, HALF: tl.constexpr,
-    COMPRESS_SIZE: tl.constexpr, STRIDE: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr,
-    SLOTS: tl.constexpr, BLOCK_SLOTS: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr,
-    H_KV: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, D_QK: tl.constexpr, D_V: tl.constexpr,
-    BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr, KEYS: tl.constexpr, CHOSEN: tl.constexpr, PLANES: tl.constexpr,
-    PARTS: tl.constexpr, BLOCKS: tl.constexpr, HEADS: tl.constexpr, PROBES: tl.constexpr,
-    PRECISION: tl.constexpr, APPENDS: tl.constexpr, EARLY: tl.constexpr,
-):  # fmt: skip
-    """For one sequence and KV head programs choose blocks and attend their share of them, or attend the window.
-
-    KEYS tokens of the window are a step, and CHOSEN ones of a block.
-    """
-    let_next_begin(EARLY)
-    role, kv_head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    position, row = tl.load(positions_ptr + sequence), wide(sequence) * H_KV + kv_head
-    if role < selected_parts:
-        q = load_queries(q_ptr, q_stride, cos_ptr, sin_ptr, sequence, kv_head, GROUP, ROWS, D_QK, BLOCK_QK, HALF)
-        await_launch_before(EARLY)
-        own = row * selected_parts + role
-        _choose(planes_ptr + row * (PLANES * GROUP) * BLOCKS, stats_ptr + row * num_parts * (2 * GROUP), None, None,
-                indices_ptr, own, 0, 1, position, BLOCKS, num_parts, GROUP, COMPRESS_SIZE, STRIDE,
-                BLOCK_SIZE, SLOTS, BLOCK_SLOTS, INIT, LOCAL, PLANES, PARTS, BLOCKS, HEADS, PROBES,
-                APPENDS)  # fmt: skip
-        tl.debug_barrier()
-        _attend_chosen(q, k_ptr, v_ptr, indices_ptr + own * SLOTS, o_ptr, part_stats_ptr, role, selected_parts,
-                       position, sequence, kv_head, slots, scale_log2, SLOTS, BLOCK_SIZE, H_KV, GROUP, ROWS,
-                       D_QK, D_V, BLOCK_QK, BLOCK_V, CHOSEN, PRECISION)  # fmt: skip
-    else:
-        _attend_window(q_ptr, cos_ptr, sin_ptr, sliding_k_ptr, sliding_v_ptr, window_o_ptr, window_stats_ptr,
-                       role - selected_parts, tl.num_programs(0) - selected_parts, position, sequence, kv_head,
-                       q_stride, sliding_slots, scale_log2, WINDOW, HALF, H_KV, GROUP, ROWS, D_QK, D_V,
-                       BLOCK_QK, BLOCK_V, KEYS, PRECISION, EARLY and APPENDS)  # fmt: skip
+    for step in tl.range(part * share, tl.minimum(part * share + share, steps)):
+        start = tl.load(indices_ptr + row * SLOTS + step // STEPS) * BLOCK_SIZE
+        token = start + step % STEPS * KEYS + tl.arange(0, KEYS)
+        k, v = load_keys(k_ptr, v_ptr, sequence, token, slots, kv_head, H_KV, D_QK, D_V, BLOCK_QK, BLOCK_V)
+        products = tl.where((token <= position)[None, :], tl.dot(q, k.T, input_precision=PRECISION), HIDDEN)
+        row_max, row_sum, acc = softmax_step(products, v, scale_log2, row_max, row_sum, acc, PRECISION)
+    out = row * tl.num_programs(0) + part
+    store_part(o_ptr, stats_ptr, out, row_max, row_sum, acc, GROUP, ROWS, D_V, BLOCK_V)
 
 
 @triton.jit
@@ -422,18 +352,14 @@ def _gate(pointers, LOGITS: tl.constexpr):
 @triton.jit
 def _gated_sum_kernel(
     gates_ptr,  # [B, H, 3], sequences being `gates_stride` apart
-    compressed_o_ptr, compressed_stats_ptr,  # float32 [B, H, D_V] and None, or the same as the next
+    compressed_o_ptr,  # float32 [B, H, D_V]
     selected_o_ptr, selected_stats_ptr,  # float32 [B, H_KV, P, GROUP, D_V] and [B, H_KV, P, 2, GROUP]
     window_o_ptr, window_stats_ptr,  # the same of P_window parts
     out_ptr,  # [B, H, D_V]
-    gates_stride, summary_parts, selected_parts, window_parts,
-    H_KV: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, D_V: tl.constexpr, COLUMNS: tl.constexpr,
-    AT_ONCE: tl.constexpr, MERGED: tl.constexpr, LOGITS: tl.constexpr, EARLY: tl.constexpr,
+    gates_stride, selected_parts, window_parts, H_KV: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
+    D_V: tl.constexpr, COLUMNS: tl.constexpr, AT_ONCE: tl.constexpr, LOGITS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """One program merges some columns of the parts of one KV head and sums the branches by their gates.
-
-    The compressed branch is MERGED already, or is merged as the others.
-    """
+    """One program merges some columns of the parts of one KV head and sums the branches by their gates."""
     kv_head, sequence = tl.program_id(1), wide(tl.program_id(2))
     first, row = tl.program_id(0) * COLUMNS, sequence * H_KV + kv_head
     head, column = tl.arange(0, ROWS), first + tl.arange(0, COLUMNS)
@@ -442,12 +368,7 @@ def _gated_sum_kernel(
     compressed, selected, sliding = _gate(gates, LOGITS), _gate(gates + 1, LOGITS), _gate(gates + 2, LOGITS)
     await_launch_before(EARLY)
     at, mask = heads[:, None] * D_V + column[None, :], (head < GROUP)[:, None] & (column < D_V)[None, :]
-    if MERGED:
-        out = tl.load(compressed_o_ptr + at, mask=mask, other=0.0) * compressed[:, None]
-    else:
-        out = compressed[:, None] * merge_parts(
-            compressed_o_ptr, compressed_stats_ptr, row * summary_parts, summary_parts,
-            GROUP, ROWS, D_V, first, COLUMNS, AT_ONCE)  # fmt: skip
+    out = tl.load(compressed_o_ptr + at, mask=mask, other=0.0) * compressed[:, None]
     out += selected[:, None] * merge_parts(
         selected_o_ptr, selected_stats_ptr, row * selected_parts, selected_parts,
         GROUP, ROWS, D_V, first, COLUMNS, AT_ONCE)  # fmt: skip
@@ -455,57 +376,6 @@ def _gated_sum_kernel(
         window_o_ptr, window_stats_ptr, row * window_parts, window_parts,
         GROUP, ROWS, D_V, first, COLUMNS, AT_ONCE)  # fmt: skip
     tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=mask)
-
-
-class _Call(NamedTuple):
-    """What the launches of one call share."""
-
-    queries: tuple[Any, ...]
-    """q, and the cosines and sines that it is still to be rotated by, or None."""
-    cache: Sequence[Tensor]
-    positions: Tensor
-    config: NSAConfig
-    sizes: Sizes
-    half: int
-    """Pairs of dimensions of a query that are still to be rotated."""
-    blocks: int
-    """Blocks that a program ranks."""
-    scale_log2: float
-    precision: str
-    appends: bool
-    """Whether the first launch appends the new tokens."""
-
-    @property
-    def reading(self) -> Launch:
-        """How a run of keys is read."""
-        wide_keys = (self.sizes.D_QK + self.sizes.D_V) * self.cache[0].element_size() > _NARROW_BYTES
-        return _READING_WIDE if wide_keys else READING
-
-    @property
-    def geometry(self) -> tuple[int, ...]:
-        """COMPRESS_SIZE to LOCAL of a kernel that chooses."""
-        c = self.config
-        return (
-            c.compress_block_size, c.compress_stride, c.select_block_size, c.window_size, c.num_selected_blocks,
-            padded(c.num_selected_blocks), c.num_init_blocks, c.num_local_blocks,
-        )  # fmt: skip
-
-    @property
-    def planes(self) -> int:
-        """Blocks that a compression block reaches into at most."""
-        c = self.config
-        return 1 + triton.cdiv(c.compress_block_size // c.compress_stride - 1, c.select_block_size // c.compress_stride)
-
-    @property
-    def window_parts(self) -> int:
-        """Programs that share the window of one KV head."""
-        most = self.sizes.num_parts(self.config.window_size, self.reading, self.positions.device)
-        return min(most, _WINDOW_PARTS)
-
-    def choosing(self, warps: int) -> tuple[int, int]:
-        """Blocks that a program ranks, and heads whose planes it sums at a time."""
-        heads = triton.next_power_of_2(self.sizes.GROUP)
-        return self.blocks, min(heads, max(1, _PLANE_NUMBERS * warps // self.blocks))
 
 
 def sparse_attention(
@@ -519,82 +389,37 @@ def sparse_attention(
     new: Any,
 ) -> NSAOutput:
     """`decode.decode_attention` of contiguous tensors, `q` and `gates` aside; `cache` as a LayerCache."""
-    q, gates = whole_rows(q), whole_rows(gates)
-    sizes = sizes_of(q, cache[0], cache[1])
-    cos, sin = (None, None) if new is None else (x.contiguous() for x in new.rotary)
-    J = cache[0].shape[1] // config.select_block_size
-    call = _Call(
-        (q, cos, sin), cache, positions, config, sizes, 0 if cos is None else cos.shape[1],
-        min(_SEGMENT, padded(J)), scale * LOG2_E.value, dot_precision(q.dtype), new is not None,
-    )  # fmt: skip
-    summaries, plane_logs = _attend_summaries(call, new)
-    attend = _attend_at_once if call.blocks >= J and call.blocks <= _SHORT else _attend_in_turn
-    compressed, selected, window, indices = attend(call, summaries, plane_logs)
-
-    B, H_KV, GROUP, _, D_V, _ = sizes
-    (early, overlap), rows = early_start(q.device), triton.next_power_of_2(GROUP)
-    out = q.new_empty(B, H_KV * GROUP, D_V)
-    num_parts = tuple(1 if x.stats is None else x.o.shape[2] for x in (compressed, selected, window))
-    at_once = min(triton.next_power_of_2(num_parts[1]), max(1, _MERGED_ROWS // rows))
-    _gated_sum_kernel[(padded(D_V) // _COLUMNS, H_KV, B)](
-        gates, *compressed, *selected, *window, out, gates.stride(0), *num_parts,
-        H_KV, GROUP, rows, D_V, _COLUMNS, at_once, compressed.stats is None, gate_logits, early, **overlap,
-    )  # fmt: skip
-    return NSAOutput(out, indices)
-
-
-class _Branch(NamedTuple):
-    """What was attended of a branch: in parts, or without statistics merged."""
-
-    o: Tensor  # float32 [B, H_kv, P, G, D_v], or [B, H, D_v]
-    stats: Tensor | None  # float32 [B, H_kv, P, 2, G]
-
-
-def _attend_summaries(call: _Call, new: Any) -> tuple[_Branch, Tensor]:
-    """Launch 1: the compressed branch in parts, the last of them the summary that a new token completes; its planes."""
-    (q, cos, sin), summary_k, summary_v, config = call.queries, *call.cache[4:], call.config
-    sizes, (early, overlap) = call.sizes, early_start(q.device)
-    R, SPAN = config.select_block_size // config.compress_stride, config.compress_block_size // config.compress_stride
-    J = call.cache[0].shape[1] // config.select_block_size
-    parts, row = sizes.num_parts(J * R, call.reading, q.device), triton.cdiv(J, call.blocks) * call.blocks
-    programs, started, block_cos, block_sin = parts, (), None, None
-    (*tokens, rotates), (weights, *learned) = pair_arguments(()), weight_arguments(None)
-    if new is not None:
-        *tokens, rotates = pair_arguments([*new.branches, new.compressed])
-        weights, *learned = weight_arguments(new.weights)
-        parts, programs, started = parts + 1, parts + 2 + len(new.branches), tuple(new.started)
-        if new.block_rotary is not None:
-            block_cos, block_sin = (x.contiguous() for x in new.block_rotary)
-    plane_logs = q.new_empty(sizes.B, sizes.H_KV, call.planes, sizes.GROUP, row, dtype=torch.float32)
-    branch = _Branch(*sizes.parts(parts, q))
-    _summaries_kernel[(programs, sizes.H_KV, sizes.B)](
-        q, cos, sin, block_cos, block_sin, summary_k, summary_v, call.positions, *branch, plane_logs,
-        tuple(tokens), started, weights, q.stride(0), summary_k.shape[1], parts, row, call.scale_log2,
-        rotates, call.half, 0 if block_cos is None else block_cos.shape[1], *learned, TILE_NUMBERS,
-        config.compress_block_size, config.compress_stride, *sizes.heads, max(sizes.keys, R), R, SPAN, call.planes,
-        call.precision, early, **call.reading.options, **overlap,
-    )  # fmt: skip
-    return branch, plane_logs
-
-
-def _attend_in_turn(call: _Call, summaries: _Branch, plane_logs: Tensor) -> tuple[_Branch, _Branch, _Branch, Tensor]:
-    """Launches 2 and 3: the branches, and the chosen blocks."""
-    (q, cos, sin), (k, v, sliding_k, sliding_v, *_), sizes = call.queries, call.cache, call.sizes
+    k, v, sliding_k, sliding_v, *summaries = cache
+    sizes, precision, scale_log2 = sizes_of(q, k, v), dot_precision(q.dtype), scale * LOG2_E.value
+    q, gates, (early, overlap) = whole_rows(q), whole_rows(gates), early_start(q.device)
     B, H_KV, GROUP, _, D_V, keys = sizes
-    config, positions, (early, overlap) = call.config, call.positions, early_start(q.device)
-    n, size = config.num_selected_blocks, config.select_block_size
-    row, parts = plane_logs.shape[-1], summaries.o.shape[2]
-    segments = row // call.blocks
+    size, n = config.select_block_size, config.num_selected_blocks
+    J = k.shape[1] // size
+    blocks = min(_SEGMENT, padded(J))
+    segments = triton.cdiv(J, blocks)
+    reading = _READING_WIDE if (sizes.D_QK + D_V) * q.element_size() > _NARROW_BYTES else READING
+    window_parts = min(sizes.num_parts(config.window_size, reading, q.device), _WINDOW_PARTS)
+    selected_parts = sizes.num_parts(n * size, _SELECTED, q.device)
+
+    planes = 1 + triton.cdiv(config.compress_block_size // config.compress_stride - 1, size // config.compress_stride)
+    row = segments * blocks  # of a plane
+    plane_logs = q.new_empty(B, H_KV, planes, GROUP, row, dtype=torch.float32)
+    queries, o, stats = _attend_summaries(
+        q, summaries, positions, config, sizes, plane_logs, reading, J, scale_log2, precision, new
+    )  # fmt: skip
+
     indices = positions.new_empty(B, H_KV, n, dtype=torch.int32)
     bits, candidates = (indices.new_empty(B, H_KV, segments * n if segments > 1 else 0) for _ in range(2))
     compressed_o = q.new_empty(B, H_KV * GROUP, D_V, dtype=torch.float32)
-    window = _Branch(*sizes.parts(call.window_parts, q))
-    warps = max(4, call.blocks // _BLOCKS_A_WARP)
-    _choose_kernel[(segments + MERGERS + call.window_parts, H_KV, B)](
-        q, cos, sin, sliding_k, sliding_v, positions, *summaries, plane_logs, compressed_o, *window,
-        bits, candidates, indices, q.stride(0), sliding_k.shape[1], row, parts, segments, call.scale_log2,
-        call.half, *call.geometry, *sizes.heads, keys, call.planes, padded(parts), *call.choosing(warps), _PROBES,
-        MERGERS, call.precision, call.appends, early, num_warps=warps, num_stages=3, **overlap,
+    window_o, window_stats = sizes.parts(window_parts, q)
+    warps, parts = max(4, blocks // _BLOCKS_A_WARP), o.shape[2]
+    heads = min(triton.next_power_of_2(GROUP), max(1, _PLANE_NUMBERS * warps // blocks))
+    _choose_kernel[(segments + MERGERS + window_parts, H_KV, B)](
+        *queries, sliding_k, sliding_v, positions, o, stats, plane_logs, compressed_o, window_o, window_stats,
+        bits, candidates, indices, q.stride(0), sliding_k.shape[1], row, parts, segments, scale_log2, _half(queries),
+        config.compress_block_size, config.compress_stride, size, config.window_size, n, padded(n),
+        config.num_init_blocks, config.num_local_blocks, *sizes.heads, keys, planes, padded(parts), blocks, heads,
+        _PROBES, MERGERS, precision, new is not None, early, num_warps=warps, num_stages=3, **overlap,
     )  # fmt: skip
     if segments > 1:
         _merge_segments_kernel[(H_KV, B)](
@@ -602,39 +427,62 @@ def _attend_in_turn(call: _Call, summaries: _Branch, plane_logs: Tensor) -> tupl
             **overlap,
         )  # fmt: skip
 
-    selected = _Branch(*sizes.parts(sizes.num_parts(n * size, _SELECTED, q.device), q))
-    _selected_kernel[(selected.o.shape[2], H_KV, B)](
-        q, cos, sin, k, v, positions, indices, *selected, q.stride(0), k.shape[1], call.scale_log2,
-        call.half, n, size, *sizes.heads, min(keys, size), call.precision, early, **_SELECTED.options, **overlap,
+    selected_o, selected_stats = sizes.parts(selected_parts, q)
+    _selected_kernel[(selected_parts, H_KV, B)](
+        *queries, k, v, positions, indices, selected_o, selected_stats, q.stride(0), k.shape[1], scale_log2,
+        _half(queries), n, size, *sizes.heads, min(keys, size), precision, early, **_SELECTED.options, **overlap,
     )  # fmt: skip
-    return _Branch(compressed_o, None), selected, window, indices
+    out, rows = q.new_empty(B, H_KV * GROUP, D_V), triton.next_power_of_2(GROUP)
+    at_once = min(triton.next_power_of_2(selected_parts), max(1, _MERGED_ROWS // rows))
+    _gated_sum_kernel[(padded(D_V) // _COLUMNS, H_KV, B)](
+        gates, compressed_o, selected_o, selected_stats, window_o, window_stats, out, gates.stride(0),
+        selected_parts, window_parts, H_KV, GROUP, rows, D_V, _COLUMNS, at_once, gate_logits, early, **overlap,
+    )  # fmt: skip
+    return NSAOutput(out, indices)
 
 
-def _attend_at_once(call: _Call, summaries: _Branch, plane_logs: Tensor) -> tuple[_Branch, _Branch, _Branch, Tensor]:
-    """Launches 2 and 3 in one, of a short cache."""
-    (q, cos, sin), (k, v, sliding_k, sliding_v, *_), sizes = call.queries, call.cache, call.sizes
-    config, positions, (early, overlap) = call.config, call.positions, early_start(q.device)
-    n, size, parts = config.num_selected_blocks, config.select_block_size, summaries.o.shape[2]
-    selected = _Branch(*sizes.parts(sizes.num_parts(n * size, _CHOOSING, q.device), q))
-    window = _Branch(*sizes.parts(call.window_parts, q))
-    selected_parts = selected.o.shape[2]
-    indices = positions.new_empty(sizes.B, sizes.H_KV, selected_parts, n, dtype=torch.int32)
-    _choose_and_attend_kernel[(selected_parts + call.window_parts, sizes.H_KV, sizes.B)](
-        q, cos, sin, k, v, sliding_k, sliding_v, positions, summaries.stats, plane_logs, indices, *selected, *window,
-        q.stride(0), k.shape[1], sliding_k.shape[1], parts, selected_parts, call.scale_log2,
-        call.half, *call.geometry, *sizes.heads, sizes.keys, min(sizes.keys, size), call.planes, padded(parts),
-        *call.choosing(_CHOOSING.num_warps), _PROBES, call.precision, call.appends, early,
-        **_CHOOSING.options, **overlap,
+_Queries = tuple[Tensor, Tensor | None, Tensor | None]
+"""Queries, and the cosines and sines that they are still to be rotated by."""
+
+
+def _half(queries: _Queries) -> int:
+    """Pairs of dimensions that are still to be rotated."""
+    return 0 if queries[1] is None else queries[1].shape[1]
+
+
+def _attend_summaries(
+    q: Tensor, summaries: Sequence[Tensor], positions: Tensor, config: NSAConfig, sizes: Sizes, plane_logs: Tensor,
+    reading: Launch, J: int, scale_log2: float, precision: str, new: Any,
+) -> tuple[_Queries, Tensor, Tensor]:  # fmt: skip
+    """Launch 1: the queries, and the compressed branch in parts, the last of them what a new token completes."""
+    (summary_k, summary_v), (early, overlap) = summaries, early_start(q.device)
+    l, d, size = config.compress_block_size, config.compress_stride, config.select_block_size  # noqa: E741
+    R, SPAN, planes, row = size // d, l // d, *plane_logs.shape[2::2]
+    old_parts = sizes.num_parts(J * R, reading, q.device)
+    queries: _Queries = q, None, None
+    parts, programs, started, block_rotary = old_parts, old_parts, (), (None, None)
+    (*tokens, rotates), (weights, *learned) = pair_arguments(()), weight_arguments(None)
+    if new is not None:
+        queries = q, *(x.contiguous() for x in new.rotary)
+        (*tokens, rotates), (weights, *learned) = (
+            pair_arguments([*new.branches, new.compressed]), weight_arguments(new.weights),
+        )  # fmt: skip
+        parts, programs, started = old_parts + 1, old_parts + 2 * SPAN + len(new.branches), tuple(new.started)
+        block_rotary = block_rotary if new.block_rotary is None else tuple(x.contiguous() for x in new.block_rotary)
+    o, stats = sizes.parts(parts, q)
+    _summaries_kernel[(programs, sizes.H_KV, sizes.B)](
+        *queries, *block_rotary, summary_k, summary_v, positions, o, stats, plane_logs, tuple(tokens), started, weights,
+        q.stride(0), summary_k.shape[1], old_parts, row, scale_log2,
+        rotates, _half(queries), 0 if block_rotary[0] is None else block_rotary[0].shape[1], *learned, TILE_NUMBERS,
+        l, d, *sizes.heads, max(sizes.keys, R), R, SPAN, planes, precision, early, **reading.options, **overlap,
     )  # fmt: skip
-    return summaries, selected, window, indices[:, :, 0]
+    return queries, o, stats
 
 
 _NARROW_BYTES, _READING_WIDE = 256, Launch(num_stages=2, programs=3)
 """Summaries of more bytes, key and value together, are read by as many programs as a multiprocessor has room for."""
 _SELECTED = Launch()
 """Of the kernel that reads the chosen blocks."""
-_CHOOSING = Launch(programs=2)
-"""Of the kernel that chooses them too: what every program does alone is done less often."""
 _BLOCKS_A_WARP = 128
 """Blocks that each warp ranks, if they are many."""
 _PROBES = 4
@@ -647,5 +495,3 @@ _WINDOW_PARTS = 4
 """Most parts of the window."""
 _SEGMENT = 1024
 """Blocks that a program ranks."""
-_SHORT = 128
-"""Most blocks that every program of launch 3 chooses from for itself."""

@@ -22,7 +22,6 @@ KERNELS = {
     "_dkv_kernel",
     "_parts_kernel",
     "_summaries_kernel",
-    "_choose_and_attend_kernel",
     "_choose_kernel",
     "_merge_segments_kernel",
     "_selected_kernel",

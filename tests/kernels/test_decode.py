@@ -176,7 +176,6 @@ SHAPES = {
 def test_kernels_decode_as_the_whole_document(geometry, shape, monkeypatch):
     config = GEOMETRIES[geometry]
     monkeypatch.setattr("nsa_kernels.decode_triton._SEGMENT", 4 if geometry == "small" else 1024)
-    monkeypatch.setattr("nsa_kernels.decode_triton._SHORT", 0 if geometry == "no_overlap" else 128)
     config = dataclasses.replace(config, select_block_size=max(config.select_block_size, 4))
     length = 4 * config.select_block_size + config.selected_tokens + 1 + config.compress_stride + 1
     documents = [Document(length, config, dtype=torch.float32, seed=seed, **SHAPES[shape]) for seed in range(3)]

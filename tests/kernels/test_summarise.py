@@ -45,9 +45,8 @@ def test_summaries_carried_on_are_those_of_the_whole_document(config, kind):
 
 @interpreted
 @pytest.mark.parametrize("kind", ["mean", "linear", "mlp"])
-@pytest.mark.parametrize(("config", "short"), [("small", 128), ("uneven", 0), ("apart", 128)])
-def test_kernels_carry_summaries_on(config, short, kind, monkeypatch):
-    monkeypatch.setattr("nsa_kernels.decode_triton._SHORT", short)
+@pytest.mark.parametrize("config", CONFIGS)
+def test_kernels_carry_summaries_on(config, kind, monkeypatch):
     monkeypatch.setattr("nsa_kernels.decode_triton.TILE_NUMBERS", 256)  # so that maps take more than one tile
     config = CONFIGS[config]
     case = GrowingSequences([0, config.compress_block_size - 1, 41], 14, config, WIDE, kind, 20, torch.float32)
