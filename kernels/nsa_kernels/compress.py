@@ -22,21 +22,21 @@ from nsa_kernels.primitives import padded, store_rows
 
 @triton.jit
 def _mean_kernel(
-    x_ptr,  # [T, H, D]
+    x_ptr,  # [T, WIDTH]
     summary_start_ptr,  # [C]
-    out_ptr,  # [C, H, D]
+    out_ptr,  # [C, WIDTH]
     num_tokens,
-    H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_SIZE: tl.constexpr, TOKENS: tl.constexpr,
+    WIDTH: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_SIZE: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """One program averages one block of one head; an unused row gets zeros."""
-    c, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    """One program averages COLUMNS of the H * D columns of one block; an unused row gets zeros."""
+    c = tl.program_id(0).to(tl.int64)
     start = tl.load(summary_start_ptr + c)
-    token, column = tl.arange(0, TOKENS), tl.arange(0, BLOCK_D)
-    mask = (token < BLOCK_SIZE)[:, None] & (start < num_tokens) & (column < D)[None, :]
-    rows = (start + token).to(tl.int64) * H + head
-    x = tl.load(x_ptr + rows[:, None] * D + column[None, :], mask=mask, other=0.0).to(tl.float32)
+    token, column = tl.arange(0, TOKENS), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    mask = (token < BLOCK_SIZE)[:, None] & (start < num_tokens) & (column < WIDTH)[None, :]
+    rows = (start + token).to(tl.int64)
+    x = tl.load(x_ptr + rows[:, None] * WIDTH + column[None, :], mask=mask, other=0.0).to(tl.float32)
     mean = tl.sum(x, 0) / BLOCK_SIZE
-    tl.store(out_ptr + (c * H + head) * D + column, mean.to(out_ptr.dtype.element_ty), mask=column < D)
+    tl.store(out_ptr + c * WIDTH + column, mean.to(out_ptr.dtype.element_ty), mask=column < WIDTH)
 
 
 @triton.jit
@@ -119,7 +119,11 @@ def block_mean(x: Tensor, layout: list[Tensor], block_size: int, stride: int) ->
     T, H, D = x.shape
     start = BatchLayout(*layout).summary_start
     out = x.new_empty(len(start), H, D)
-    _mean_kernel[(len(start), H)](x, start, out, T, H, D, padded(D), block_size, padded(block_size))
+    tokens = padded(block_size)
+    columns = min(padded(H * D), _WARP_BYTES // x.element_size())
+    _mean_kernel[(len(start), triton.cdiv(H * D, columns))](
+        x, start, out, T, H * D, columns, block_size, tokens, num_warps=min(max(1, tokens // _WARP_TOKENS), 8)
+    )
     return out
 
 
@@ -227,3 +231,8 @@ def compress(
         )  # [H_kv, C, D]
     used = (layout.summary_start < len(x))[:, None, None]
     return (summary + mapped.transpose(0, 1)).where(used, 0.0)
+
+
+_WARP_BYTES, _WARP_TOKENS = 512, 32
+"""What a warp of the mean holds: so many tokens, and of each as many bytes as its lanes load at once, for then a lane
+sums columns of its own."""
