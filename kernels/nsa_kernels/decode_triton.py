@@ -412,7 +412,7 @@ def sparse_attention(
     bits, candidates = (indices.new_empty(B, H_KV, segments * n if segments > 1 else 0) for _ in range(2))
     compressed_o = q.new_empty(B, H_KV * GROUP, D_V, dtype=torch.float32)
     window_o, window_stats = sizes.parts(window_parts, q)
-    warps, parts = max(4, blocks // _BLOCKS_A_WARP), o.shape[2]
+    warps, parts = max(_FEWEST_WARPS, blocks // _BLOCKS_A_WARP), o.shape[2]
     heads = min(triton.next_power_of_2(GROUP), max(1, _PLANE_NUMBERS * warps // blocks))
     _choose_kernel[(segments + MERGERS + window_parts, H_KV, B)](
         *queries, sliding_k, sliding_v, positions, o, stats, plane_logs, compressed_o, window_o, window_stats,
@@ -483,8 +483,8 @@ _NARROW_BYTES, _READING_WIDE = 256, Launch(num_stages=2, programs=3)
 """Summaries of more bytes, key and value together, are read by as many programs as a multiprocessor has room for."""
 _SELECTED = Launch()
 """Of the kernel that reads the chosen blocks."""
-_BLOCKS_A_WARP = 128
-"""Blocks that each warp ranks, if they are many."""
+_FEWEST_WARPS, _BLOCKS_A_WARP = 4, 128
+"""Of a program that ranks blocks, and blocks that each warp ranks, if they are many."""
 _PROBES = 4
 """Bounds that are tried at a time."""
 _PLANE_NUMBERS = 2048
