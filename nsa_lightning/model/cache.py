@@ -104,6 +104,8 @@ class Cache:
     """Tokens of each sequence, int32 [B], on the device."""
     host_lengths: list[int]
     """The same on the host."""
+    to_centre: Tensor
+    """From a token to itself and to the centre of the compression block that it would complete, int32 [2, 1]."""
 
     @classmethod
     def allocate(
@@ -138,7 +140,9 @@ class Cache:
 
         layers = [_allocate_layer(config, kind, capacity, slots) for kind in config.layer_attention]
         lengths = torch.zeros(batch_size, dtype=torch.int32, device=device)
-        return cls(config, capacity, layers, lengths, [0] * batch_size)
+        centre = 1 + config.nsa.compress_block_size // 2 - config.nsa.compress_block_size
+        to_centre = torch.tensor([[0], [centre]], dtype=torch.int32, device=device)
+        return cls(config, capacity, layers, lengths, [0] * batch_size, to_centre)
 
     @staticmethod
     def bytes_needed(config: "TransformerConfig", batch_size: int, capacity: int, dtype: torch.dtype) -> int:
@@ -200,14 +204,12 @@ class Cache:
 
     def step(self, rotary: Callable[[Tensor], "Rotary"]) -> Step:
         """The next token of every sequence, as numbers on the device; a full sequence writes over its last one."""
-        nsa = self.config.nsa
-        positions = self.lengths.clamp(max=self.capacity - 1)
-        index = positions.long()
         if not self._rotates_summaries:
-            return Step(positions, rotary(index), None)
-        centres = (index + (1 + nsa.compress_block_size // 2 - nsa.compress_block_size)).clamp(min=0)
-        (cos, block_cos), (sin, block_sin) = (x.chunk(2) for x in rotary(torch.cat([index, centres])))
-        return Step(positions, (cos, sin), (block_cos, block_sin))
+            positions = self.lengths.clamp(max=self.capacity - 1)
+            return Step(positions, rotary(positions), None)
+        both = (self.lengths + self.to_centre).clamp(0, self.capacity - 1)  # [2, B], as many launches as above
+        cosines, sines = (x.unflatten(0, both.shape) for x in rotary(both.flatten()))
+        return Step(both[0], (cosines[0], sines[0]), (cosines[1], sines[1]))
 
     def _tensors(self) -> Iterator[Tensor]:
         for layer in self.layers:

@@ -109,7 +109,7 @@ class RotaryEmbedding(nn.Module):
         self._frequencies: dict[torch.device, Tensor] = {}
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines, float32 [T, R/2] each, of int64 positions [T]."""
+        """Cosines and sines, float32 [T, R/2] each, of integer positions [T]."""
         angles = positions[:, None].float() * self._frequencies_on(positions.device)
         cos, sin = angles.cos(), angles.sin()
         return (cos, sin) if self.factor == 1 else (cos * self.factor, sin * self.factor)

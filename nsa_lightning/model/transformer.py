@@ -359,7 +359,7 @@ class Transformer(nn.Module):
         stream = Residual(self.embed_tokens(tokens))
         for layer, kept in self._layers_with(cache):
             stream = layer.decode(stream, kept, step)
-        cache.lengths.copy_(step.positions + 1)
+        torch.add(step.positions, 1, out=cache.lengths)
         cache.count_step()
         return stream.normed(self.norm)[1]
 
