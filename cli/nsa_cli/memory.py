@@ -1,6 +1,5 @@
 """`nsa memory`: what a step of `nsa fit` with the same settings takes on each GPU, before anything is allocated."""
 
-import sys
 import warnings
 
 from jsonargparse import Namespace
@@ -52,8 +51,6 @@ class MemoryCommandLine(NSACommandLine):
         with warnings.catch_warnings(action="ignore"):  # PyTorch's, of tensors without numbers
             estimate = estimate_memory(module, step)
         print(report(estimate, step, module.activation_checkpointing, module.compile_blocks))
-        if module.distillation.teacher is not None:
-            print("nsa memory: the teacher of model.distillation and its loss are not counted", file=sys.stderr)
 
 
 def run() -> int:

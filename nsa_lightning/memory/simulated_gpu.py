@@ -31,6 +31,7 @@ def simulated_gpu() -> Generator[None, None, None]:
     """
     if find_spec("triton") is None:
         raise ValueError("nsa memory needs the package triton, which is not installed: it has wheels for Linux alone")
+    from nsa_kernels.early_start import early_start
     from triton import knobs
     from triton.runtime.jit import KernelInterface
 
@@ -44,6 +45,7 @@ def simulated_gpu() -> Generator[None, None, None]:
         stack.enter_context(patch.object(F, "rms_norm", _rms_norm))
         stack.enter_context(patch.object(loss, "fused_walk", lambda: _walk))
         stack.enter_context(FakeTensorMode())
+        stack.callback(early_start.cache_clear)  # what it keeps of a device is not the simulated one's
         yield
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -17,10 +18,12 @@ from nsa_lightning.memory.sharded import REDUCTION, ShardedUnits, shard_shape
 from nsa_lightning.memory.simulated_gpu import DEVICE, simulated_gpu
 from nsa_lightning.model.context_parallel import ContextParallel
 from nsa_lightning.model.transformer import Transformer
+from nsa_lightning.training.distillation import Teacher
 from nsa_lightning.training.module import LanguageModel
 from nsa_lightning.training.optimizer import parameter_groups
 
 OPTIMIZER_STATE, GRADIENTS, LIBRARIES = "optimizer state", "gradients", "cuBLAS workspaces"
+TEACHER = "teacher"
 
 _CUBLAS_WORKSPACE = 32 * 2**20
 """What PyTorch gives cuBLAS on Hopper, in forward and in backward each; 8 MiB on other GPUs."""
@@ -54,6 +57,11 @@ class SimulatedStep:
             self.model = Transformer(config, module.activation_checkpointing)
             self.weights = Transformer(config) if settings.strategy == "fsdp2" else self.model  # the optimizer's
         self.model.parallel = ContextParallel(size=settings.context_parallel_size)
+        self.teacher: Teacher | None = None
+        if module.distillation.teacher is not None:
+            directory = Path(module.distillation.teacher)
+            self.teacher = Teacher.without_weights(directory, settings.compute_dtype)
+            self.teacher.model.parallel = self.model.parallel
 
     def run(self) -> StepMemory:
         """The peak at every place of the step.
@@ -84,12 +92,29 @@ class SimulatedStep:
         if settings.strategy != "fsdp2":
             with self.meter, self.meter.counting_as(PARAMETERS):
                 allocate(self.model, settings.parameter_dtype, lambda parameter: parameter.shape)
+            if self.teacher is not None:
+                with self.meter, self.meter.counting_as(TEACHER):
+                    allocate(self.teacher.model, settings.compute_dtype, lambda parameter: parameter.shape)
             return
         with self._state_meter, self._state_meter.counting_as(PARAMETERS):
             allocate(self.weights, settings.parameter_dtype, lambda p: shard_shape(p, settings.world_size))
         allocate(self.model, settings.compute_dtype, lambda parameter: parameter.shape)
         for parameter in self.model.parameters():
             self.meter.ignore(parameter)
+        if self.teacher is not None:
+            self._make_sharded_teacher(self.teacher.model)
+
+    def _make_sharded_teacher(self, model: Transformer) -> None:
+        """Its shards, and what its forward gathers."""
+        settings = replace(self.settings, accumulates=False)  # nothing of it is reduced
+        with torch.device("meta"):
+            shards = Transformer(model.config)
+        with self._state_meter, self._state_meter.counting_as(TEACHER):
+            allocate(shards, settings.compute_dtype, lambda p: shard_shape(p, settings.world_size))
+        allocate(model, settings.compute_dtype, lambda parameter: parameter.shape)
+        for parameter in model.parameters():
+            self.meter.ignore(parameter)
+        self._teacher_units = ShardedUnits(model, shards, settings, self.meter)
 
     @property
     def _state_meter(self) -> MemoryMeter:
@@ -127,6 +152,10 @@ class SimulatedStep:
         with meter.counting_as("residual stream"), self._autocast():
             self.module.model = self.model
             nats, _, output = self.module.summed_loss(batch, settings.watches)
+            if self.teacher is not None:
+                meter.place = Place("loss beside the teacher")
+                with meter.counting_as(TEACHER):
+                    nats = nats + self.teacher.divergence(self.model, output.hidden, batch)[0]
         del output
         if not settings.accumulates:
             for parameter in self.weights.parameters():
@@ -185,7 +214,8 @@ def allocate(model: nn.Module, dtype: torch.dtype, shape_of: Callable[[Tensor], 
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter not in made:
-                made[parameter] = nn.Parameter(torch.empty(shape_of(parameter), dtype=dtype))
+                data = torch.empty(shape_of(parameter), dtype=dtype)
+                made[parameter] = nn.Parameter(data, requires_grad=parameter.requires_grad)
             setattr(module, name, made[parameter])
 
 

@@ -56,31 +56,47 @@ class Teacher:
     """A frozen model in the dtype of computation: no submodule of the one that learns, and in none of its checkpoints.
 
     Args:
-        directory: of its config and weights.
-        strategy: of the run; `fsdp2` shards it as the model that learns.
-        precision: trainer.precision.
-
-    Raises:
-        ValueError: its files are broken, or context_parallel_size does not divide its KV heads.
+        model: the decoder.
+        max_seq_len: tokens of the context that it is made for.
     """
 
-    def __init__(self, directory: Path, strategy: Strategy, precision: str) -> None:
-        config, self.max_seq_len = read_config(directory, _SETTING)
+    def __init__(self, model: Transformer, max_seq_len: int) -> None:
+        self.model, self.max_seq_len = model.requires_grad_(False), max_seq_len
+
+    @classmethod
+    def without_weights(cls, directory: Path, dtype: torch.dtype) -> "Teacher":
+        """On the meta device; its config alone is read."""
+        config, max_seq_len = read_config(directory, _SETTING)
         with torch.device("meta"):
-            model = Transformer(config).to(_COMPUTE_DTYPES.get(precision.partition("-")[0], torch.float32))
-        model.requires_grad_(False)
-        device = strategy.root_device
+            return cls(Transformer(config).to(dtype), max_seq_len)
+
+    @classmethod
+    def read(cls, directory: Path, strategy: Strategy, precision: str) -> "Teacher":
+        """The model of a directory, on the run's device.
+
+        Args:
+            directory: of its config and weights.
+            strategy: of the run; `fsdp2` shards it as the model that learns.
+            precision: trainer.precision.
+
+        Raises:
+            ValueError: its files are broken, or context_parallel_size does not divide its KV heads.
+        """
+        dtype = _COMPUTE_DTYPES.get(precision.partition("-")[0], torch.float32)
+        teacher = cls.without_weights(directory, dtype)
+        model, device = teacher.model, strategy.root_device
         if isinstance(strategy, FSDP2Strategy):
-            if config.num_kv_heads % strategy.context_parallel_size:
+            num_kv_heads = model.config.num_kv_heads
+            if num_kv_heads % strategy.context_parallel_size:
                 raise ValueError(
                     f"context_parallel_size must divide num_kv_heads of {_SETTING}, "
-                    f"got {strategy.context_parallel_size} and {config.num_kv_heads}"
+                    f"got {strategy.context_parallel_size} and {num_kv_heads}"
                 )
             strategy.shard(model)
             device = strategy.parameter_device
         materialise(model, device)
         load_weights(model, WeightFiles(directory, _SETTING))
-        self.model = model
+        return teacher
 
     def divergence(self, learner: Transformer, hidden: Tensor, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         """Summed divergence of a model's predictions from the teacher's, in nats, and the number of tokens compared.

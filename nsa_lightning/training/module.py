@@ -120,7 +120,7 @@ class LanguageModel(LightningModule):
         """Read the teacher, which training alone needs."""
         if self.distillation.teacher is not None:
             directory = Path(self.distillation.teacher)
-            self.teacher = Teacher(directory, self.trainer.strategy, str(self.trainer.precision))
+            self.teacher = Teacher.read(directory, self.trainer.strategy, str(self.trainer.precision))
 
     def on_fit_end(self) -> None:
         """Free the teacher's memory."""

@@ -6,9 +6,11 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.nn.functional as F
+from support.dense import write_source
 from support.packings import cu_seqlens
 from support.training import CONFIG as TINY
 
+from nsa_lightning.checkpoint.directory import read_config
 from nsa_lightning.memory import meter as meters
 from nsa_lightning.memory.estimate import estimate_memory
 from nsa_lightning.memory.meter import PARAMETERS, MemoryMeter, Place
@@ -20,6 +22,7 @@ from nsa_lightning.model import loss
 from nsa_lightning.model.context_parallel import ContextParallel
 from nsa_lightning.model.loss import chunked_cross_entropy, summed_cross_entropy
 from nsa_lightning.model.transformer import Transformer
+from nsa_lightning.training.distillation import Distillation
 from nsa_lightning.training.module import LanguageModel
 from nsa_lightning.training.optimizer import parameter_groups
 from nsa_lightning.training.sharding import shard_dimension
@@ -238,3 +241,21 @@ def test_heads_that_cannot_be_shared_are_refused():
 def test_without_a_world_size_the_trainers_devices_count(devices, expected):
     assert step_settings(TRAINER | {"devices": devices, "num_nodes": 2}, T, 1, None).world_size == expected
     assert isinstance(settings(), StepSettings)
+
+
+@pytest.mark.usefixtures("_every_byte")
+@pytest.mark.parametrize(("strategy", "world_size"), [("auto", 1), ("fsdp2", 2)])
+def test_a_teacher_and_its_loss_are_counted(strategy, world_size, tmp_path):
+    directory = write_source(tmp_path / "teacher", vocab_size=CONFIG.vocab_size)
+    with torch.device("meta"):
+        teacher = Transformer(read_config(directory, "teacher").config)
+    weights = sum(2 * p.numel() for p in teacher.parameters())  # bf16
+    modules = LanguageModel(CONFIG), LanguageModel(CONFIG, distillation=Distillation(teacher=str(directory)))
+    without, with_teacher = (estimate_memory(m, settings(world_size, strategy=strategy)) for m in modules)
+    more = {stage: size - without.by_stage[stage] for stage, size in with_teacher.by_stage.items()}
+    assert more["forward"] == pytest.approx(weights / world_size, rel=0.02)  # shards are padded
+    assert more["optimizer"] >= more["forward"]
+    logits = 4 * T * CONFIG.vocab_size
+    assert more["loss"] > more["forward"] + 2 * logits  # the model's and the teacher's
+    assert more["backward"] > more["forward"] + 2 * logits
+    assert with_teacher.worst[1].kinds["teacher"] > more["forward"]

@@ -66,7 +66,7 @@ def test_a_teacher_is_gone_when_training_ends(folder, teacher):
 
 def test_tokens_beyond_the_teachers_context_are_not_compared(tmp_path):
     short = write_source(tmp_path / "short", max_position_embeddings=20)
-    teacher = Teacher(short, SingleDeviceStrategy("cpu"), "32-true")
+    teacher = Teacher.read(short, SingleDeviceStrategy("cpu"), "32-true")
     module = language_model({"num_kv_heads": 2})
     module.configure_model()
     (batch,) = packed_batches([50, 7, 30], count=1)
@@ -81,7 +81,7 @@ def test_tokens_beyond_the_teachers_context_are_not_compared(tmp_path):
 
 @pytest.mark.parametrize(("precision", "dtype"), [("bf16-mixed", torch.bfloat16), ("32-true", torch.float32)])
 def test_the_teacher_is_frozen_in_the_dtype_of_computation(teacher, precision, dtype):
-    made = Teacher(teacher, SingleDeviceStrategy("cpu"), precision)
+    made = Teacher.read(teacher, SingleDeviceStrategy("cpu"), precision)
     assert {(p.dtype, p.requires_grad) for p in made.model.parameters()} == {(dtype, False)}
     module = language_model()
     module.teacher = made
