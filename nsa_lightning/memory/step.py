@@ -55,13 +55,21 @@ class SimulatedStep:
         config = replace(module.transformer_config, num_layers=num_layers)
         with torch.device("meta"):
             self.model = Transformer(config, module.activation_checkpointing)
-            self.weights = Transformer(config) if settings.strategy == "fsdp2" else self.model  # the optimizer's
+        self.weights = self._kept(self.model)  # the optimizer's
         self.model.parallel = ContextParallel(size=settings.context_parallel_size)
         self.teacher: Teacher | None = None
         if module.distillation.teacher is not None:
             directory = Path(module.distillation.teacher)
             self.teacher = Teacher.without_weights(directory, settings.compute_dtype)
+            self.teacher_weights = self._kept(self.teacher.model)
             self.teacher.model.parallel = self.model.parallel
+
+    def _kept(self, model: Transformer) -> Transformer:
+        """Where the weights of a model on the meta device are kept: a model of shards, or itself."""
+        if self.settings.strategy != "fsdp2":
+            return model
+        with torch.device("meta"):
+            return Transformer(model.config)
 
     def run(self) -> StepMemory:
         """The peak at every place of the step.
@@ -89,32 +97,19 @@ class SimulatedStep:
 
     def _make_weights(self) -> None:
         settings = self.settings
-        if settings.strategy != "fsdp2":
-            with self.meter, self.meter.counting_as(PARAMETERS):
-                allocate(self.model, settings.parameter_dtype, lambda parameter: parameter.shape)
-            if self.teacher is not None:
-                with self.meter, self.meter.counting_as(TEACHER):
-                    allocate(self.teacher.model, settings.compute_dtype, lambda parameter: parameter.shape)
-            return
-        with self._state_meter, self._state_meter.counting_as(PARAMETERS):
-            allocate(self.weights, settings.parameter_dtype, lambda p: shard_shape(p, settings.world_size))
-        allocate(self.model, settings.compute_dtype, lambda parameter: parameter.shape)
-        for parameter in self.model.parameters():
-            self.meter.ignore(parameter)
+        self._allocate(self.model, self.weights, settings.parameter_dtype, PARAMETERS)
         if self.teacher is not None:
-            self._make_sharded_teacher(self.teacher.model)
+            self._allocate(self.teacher.model, self.teacher_weights, settings.compute_dtype, TEACHER)
 
-    def _make_sharded_teacher(self, model: Transformer) -> None:
-        """Its shards, and what its forward gathers."""
-        settings = replace(self.settings, accumulates=False)  # nothing of it is reduced
-        with torch.device("meta"):
-            shards = Transformer(model.config)
-        with self._state_meter, self._state_meter.counting_as(TEACHER):
-            allocate(shards, settings.compute_dtype, lambda p: shard_shape(p, settings.world_size))
-        allocate(model, settings.compute_dtype, lambda parameter: parameter.shape)
-        for parameter in model.parameters():
-            self.meter.ignore(parameter)
-        self._teacher_units = ShardedUnits(model, shards, settings, self.meter)
+    def _allocate(self, model: Transformer, kept: Transformer, dtype: torch.dtype, kind: str) -> None:
+        """Count what is kept; what is gathered of shards is charged as it comes and goes."""
+        settings, sharded = self.settings, kept is not model
+        with self._state_meter, self._state_meter.counting_as(kind):
+            allocate(kept, dtype, lambda p: shard_shape(p, settings.world_size) if sharded else p.shape)
+        if sharded:
+            allocate(model, settings.compute_dtype, lambda parameter: parameter.shape)
+            for parameter in model.parameters():
+                self.meter.ignore(parameter)
 
     @property
     def _state_meter(self) -> MemoryMeter:
@@ -179,7 +174,11 @@ class SimulatedStep:
             parameter.register_post_accumulate_grad_hook(lambda p: meter.label(p.grad, GRADIENTS))
         if settings.strategy == "ddp" and not settings.bucket_view:
             meter.charge(REDUCTION, sum(p.numel() * p.element_size() for p in self.weights.parameters()))
-        return ShardedUnits(self.model, self.weights, settings, meter) if settings.strategy == "fsdp2" else None
+        if settings.strategy != "fsdp2":
+            return None
+        if self.teacher is not None:  # nothing of it is reduced
+            ShardedUnits(self.teacher.model, self.teacher_weights, replace(settings, accumulates=False), meter)
+        return ShardedUnits(self.model, self.weights, settings, meter)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         settings = self.settings
