@@ -41,21 +41,47 @@ from nsa_kernels.packing import KeyRuns
 
 
 @gluon.jit
+def _item_place(item, num_tiles, H: gl.constexpr):
+    """First token and head of an item; the last tiles, which see most keys, come first. Past the end: the last item."""
+    item = gl.minimum(item, num_tiles * H - 1)
+    return (num_tiles - 1 - item // H) * (2 * ROWS), item % H
+
+
+@gluon.jit
+def _item_runs(item, first_ptr, end_ptr, num_tokens, num_tiles, H: gl.constexpr):
+    """First and end of the runs of an item's first token, and of its last one's; both ascend from token to token."""
+    first_token, _ = _item_place(item, num_tiles, H)
+    last_token = gl.minimum(first_token + 2 * ROWS, num_tokens) - 1
+    return (gl.load(first_ptr + first_token), gl.load(end_ptr + first_token),
+            gl.load(first_ptr + last_token), gl.load(end_ptr + last_token))  # fmt: skip
+
+
+@gluon.jit
 def _load_forward(
-    inputs, shared, place,
-    GROUP: gl.constexpr, D_QK: gl.constexpr, D_V: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr,
+    inputs, shared, runs, num_tokens, num_tiles,
+    H: gl.constexpr, GROUP: gl.constexpr, D_QK: gl.constexpr, D_V: gl.constexpr, KEYS: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
-    """The loading warp: the tile of queries once, then keys and values step by step."""
+    """The loading warp: of every item of the program the queries once, then keys and values step by step."""
     q_desc, k_desc, v_desc = inputs
-    q_smem, k_smem, v_smem, q_full, k_full, v_full, k_empty, v_empty, _ = shared
-    steps, first_token, head = place
-    kv_head = head // GROUP
-    mbarrier.expect(q_full.index(0), q_desc.block_type.nbytes)
-    tma.async_copy_global_to_shared(q_desc, [first_token, head * D_QK], q_full.index(0), q_smem)
-    for i in range(steps.total):
-        start = place_of(i, steps, KEYS)[1]
-        load_keys(i, start, k_desc, v_desc, kv_head, k_smem, v_smem, k_full, v_full, k_empty, v_empty,
-                  D_QK, D_V, STAGES)  # fmt: skip
+    q_smem, _, k_smem, v_smem, q_full, q_empty, k_full, v_full, k_empty, v_empty, _ = shared
+    first_ptr, end_ptr = runs
+    done, turn = 0, 1  # steps of the items before, and the phase of q's barriers
+    own, programs = gl.program_id(0), gl.num_programs(0)
+    lo, inner_hi, inner_lo, hi = _item_runs(own, first_ptr, end_ptr, num_tokens, num_tiles, H)
+    for item in range(own, num_tiles * H, programs):
+        first_token, head = _item_place(item, num_tiles, H)
+        steps = cut(lo, inner_lo, inner_hi, hi, 1, KEYS)
+        lo, inner_hi, inner_lo, hi = _item_runs(item + programs, first_ptr, end_ptr, num_tokens, num_tiles, H)
+        mbarrier.wait(q_empty.index(0), turn)
+        mbarrier.expect(q_full.index(0), q_desc.block_type.nbytes)
+        tma.async_copy_global_to_shared(q_desc, [first_token, head * D_QK], q_full.index(0), q_smem)
+        for i in range(steps.total):
+            start = place_of(i, steps, KEYS)[1]
+            load_keys(done + i, start, k_desc, v_desc, head // GROUP, k_smem, v_smem, k_full, v_full, k_empty, v_empty,
+                      D_QK, D_V, STAGES)  # fmt: skip
+        done += steps.total
+        turn ^= 1
 
 
 @gluon.jit
@@ -67,23 +93,25 @@ def _hide(products, start, first, end, KEYS: gl.constexpr):
 
 @gluon.jit
 def _attend(
-    softmax, begin, stop, q, rings, steps, first, end, scale_log2,
+    softmax, begin, stop, q, rings, steps, done, turns, first, end, scale_log2,
     MASKED: gl.constexpr, HALF: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Steps [begin, stop): p · v of the step before runs beside q · k of this one.
+    """Steps [begin, stop) of an item: p · v of the step before runs beside q · k of this one.
 
-    The two groups take turns: one computes exponentials while the products of the other run.
+    The two groups take turns: one computes exponentials while the products of the other run. `done` steps and `turns`
+    turns were those of the items before.
     """
     p, acc, row_max, row_sum = softmax
     k_smem, v_smem, k_full, v_full, k_empty, v_empty, turn = rings
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     none = gl.zeros([ROWS, KEYS], gl.float32, s_layout)
     for i in range(begin, stop):
-        stage, before = i % STAGES, (i - 1) % STAGES
-        mbarrier.wait(k_full.index(stage), i // STAGES & 1)
-        mbarrier.wait(turn.index(HALF), i & 1 ^ HALF)
+        step = done + i
+        stage, before = step % STAGES, (step - 1) % STAGES
+        mbarrier.wait(k_full.index(stage), step // STAGES & 1)
+        mbarrier.wait(turn.index(HALF), turns + i & 1 ^ HALF)
         products = warpgroup_mma(q, k_smem.index(stage).permute((1, 0)), none, use_acc=False, is_async=True)
-        mbarrier.wait(v_full.index(before), (i - 1) // STAGES & 1)
+        mbarrier.wait(v_full.index(before), (step - 1) // STAGES & 1)
         acc = warpgroup_mma(p, v_smem.index(before), acc, is_async=True)
         mbarrier.arrive(turn.index(1 - HALF), count=1)
         products = warpgroup_mma_wait(1, deps=[products])
@@ -101,47 +129,61 @@ def _attend(
 
 @gluon.jit
 def _multiply_forward(
-    inputs, shared, place,
+    outputs, shared, runs, num_tokens, num_tiles, scale_log2,
     HALF: gl.constexpr, H: gl.constexpr, D_V: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """A multiplying group: ROWS of the tile's queries, from scores to stored outputs."""
-    o_desc, lse_ptr, first_ptr, end_ptr, num_tokens, scale_log2 = inputs
-    q_smem, k_smem, v_smem, q_full, k_full, v_full, k_empty, v_empty, turn = shared
-    steps, first_token, head = place
+    """A multiplying group: ROWS of the queries of every item of the program, from scores to stored outputs."""
+    o_desc, lse_ptr = outputs
+    q_smem, o_smem, k_smem, v_smem, q_full, q_empty, k_full, v_full, k_empty, v_empty, turn = shared
+    first_ptr, end_ptr = runs
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D_V, 16])
     row: gl.constexpr = gl.SliceLayout(1, s_layout)
-    token = first_token + HALF * ROWS + gl.arange(0, ROWS, row)
-    exists = token < num_tokens
-    first = gl.load(first_ptr + token, mask=exists, other=0)
-    end = gl.load(end_ptr + token, mask=exists, other=0)
-    q = q_smem.slice(HALF * ROWS, ROWS)
-    mbarrier.wait(q_full.index(0), 0)
-    mbarrier.wait(k_full.index(0), 0)
     none = gl.zeros([ROWS, KEYS], gl.float32, s_layout)
-    products = warpgroup_mma(q, k_smem.index(0).permute((1, 0)), none, use_acc=False, is_async=True)
-    products = warpgroup_mma_wait(0, deps=[products])
-    mbarrier.arrive(k_empty.index(0), count=1)
-    row_max, row_sum = gl.full([ROWS], LOWEST, gl.float32, row), gl.zeros([ROWS], gl.float32, row)
-    start = place_of(0, steps, KEYS)[1]
-    products = _hide(products, start, first, end, KEYS)
-    p, row_max, row_sum, _ = softmax_step(products, row_max, row_sum, scale_log2)
-    p = gl.convert_layout(p.to(q.dtype), gl.DotOperandLayout(0, o_layout, 2))
-    softmax = (p, gl.zeros([ROWS, D_V], gl.float32, o_layout), row_max, row_sum)
-    num_edges = gl.maximum(steps.num_edges, 1)
     rings = (k_smem, v_smem, k_full, v_full, k_empty, v_empty, turn)
-    softmax = _attend(softmax, 1, num_edges, q, rings, steps, first, end, scale_log2, True, HALF, KEYS, STAGES)
-    softmax = _attend(softmax, num_edges, steps.total, q, rings, steps, first, end, scale_log2, False, HALF, KEYS,
-                      STAGES)  # fmt: skip
-    p, acc, row_max, row_sum = softmax
-    last = steps.total - 1
-    mbarrier.wait(v_full.index(last % STAGES), last // STAGES & 1)
-    acc = warpgroup_mma_wait(0, deps=[warpgroup_mma(p, v_smem.index(last % STAGES), acc, is_async=True)])
-    o, lse = softmax_end(acc, row_max, row_sum)
-    gl.store(lse_ptr + token.to(gl.int64) * H + head, lse, mask=exists)
-    o = gl.allocate_shared_memory(q.dtype, [ROWS, D_V], o_desc.layout, o.to(q.dtype))
-    fence_async_shared()
-    tma.async_copy_shared_to_global(o_desc, [first_token + HALF * ROWS, head * D_V], o)
+    q, o_tile = q_smem.slice(HALF * ROWS, ROWS), o_smem.index(HALF)
+    done, turns, phase = 0, 0, 0  # steps and turns of the items before, and the phase of q's barriers
+    own, programs = gl.program_id(0), gl.num_programs(0)
+    lo, inner_hi, inner_lo, hi = _item_runs(own, first_ptr, end_ptr, num_tokens, num_tiles, H)
+    for item in range(own, num_tiles * H, programs):
+        first_token, head = _item_place(item, num_tiles, H)
+        steps = cut(lo, inner_lo, inner_hi, hi, 1, KEYS)
+        lo, inner_hi, inner_lo, hi = _item_runs(item + programs, first_ptr, end_ptr, num_tokens, num_tiles, H)
+        token = first_token + HALF * ROWS + gl.arange(0, ROWS, row)
+        exists = token < num_tokens
+        first = gl.load(first_ptr + token, mask=exists, other=0)
+        end = gl.load(end_ptr + token, mask=exists, other=0)
+        stage = done % STAGES
+        mbarrier.wait(q_full.index(0), phase)
+        mbarrier.wait(k_full.index(stage), done // STAGES & 1)
+        products = warpgroup_mma(q, k_smem.index(stage).permute((1, 0)), none, use_acc=False, is_async=True)
+        products = warpgroup_mma_wait(0, deps=[products])
+        mbarrier.arrive(k_empty.index(stage), count=1)
+        row_max, row_sum = gl.full([ROWS], LOWEST, gl.float32, row), gl.zeros([ROWS], gl.float32, row)
+        products = _hide(products, place_of(0, steps, KEYS)[1], first, end, KEYS)
+        p, row_max, row_sum, _ = softmax_step(products, row_max, row_sum, scale_log2)
+        p = gl.convert_layout(p.to(q.dtype), gl.DotOperandLayout(0, o_layout, 2))
+        softmax = (p, gl.zeros([ROWS, D_V], gl.float32, o_layout), row_max, row_sum)
+        num_edges = gl.maximum(steps.num_edges, 1)
+        softmax = _attend(softmax, 1, num_edges, q, rings, steps, done, turns, first, end, scale_log2, True, HALF, KEYS,
+                          STAGES)  # fmt: skip
+        softmax = _attend(softmax, num_edges, steps.total, q, rings, steps, done, turns, first, end, scale_log2, False,
+                          HALF, KEYS, STAGES)  # fmt: skip
+        mbarrier.arrive(q_empty.index(0), count=1)
+        p, acc, row_max, row_sum = softmax
+        done, turns, phase = done + steps.total, turns + steps.total - 1, phase ^ 1
+        last = (done - 1) % STAGES
+        mbarrier.wait(v_full.index(last), (done - 1) // STAGES & 1)
+        acc = warpgroup_mma_wait(0, deps=[warpgroup_mma(p, v_smem.index(last), acc, is_async=True)])
+        mbarrier.arrive(v_empty.index(last), count=1)
+        o, lse = softmax_end(acc, row_max, row_sum)
+        gl.store(lse_ptr + token.to(gl.int64) * H + head, lse, mask=exists)
+        tma.store_wait(0)  # of the item before
+        thread_barrier()
+        o_tile.store(o.to(q.dtype))
+        fence_async_shared()
+        thread_barrier()
+        tma.async_copy_shared_to_global(o_desc, [first_token + HALF * ROWS, head * D_V], o_tile)
     tma.store_wait(0)
 
 
@@ -152,31 +194,29 @@ def _forward_kernel(
     first_ptr, end_ptr,  # [T]
     o_desc,  # [T, H * D_V]
     lse_ptr,  # [T, H]
-    num_tokens, scale_log2,
+    num_tokens, num_tiles, scale_log2,
     H: gl.constexpr, GROUP: gl.constexpr, D_QK: gl.constexpr, D_V: gl.constexpr, KEYS: gl.constexpr,
-    STAGES: gl.constexpr, num_warps: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
-    """One program attends 2 * ROWS tokens of one head; the last ones, which see most keys, go first."""
-    head = gl.program_id(0)
-    first_token = (gl.num_programs(1) - 1 - gl.program_id(1)) * (2 * ROWS)
-    flat: gl.constexpr = gl.BlockedLayout([1], [32], [num_warps], [0])
-    token = gl.minimum(first_token + gl.arange(0, 2 * ROWS, flat), num_tokens - 1)
-    first, end = gl.load(first_ptr + token), gl.load(end_ptr + token)
-    steps = cut(gl.min(first, 0), gl.max(first, 0), gl.min(end, 0), gl.max(end, 0), 1, KEYS)
+    """Each program attends one item after another: 2 * ROWS tokens of one head.
+
+    The next item's queries and keys are loaded while the last one ends.
+    """
     q_smem = gl.allocate_shared_memory(q_desc.dtype, [2 * ROWS, D_QK], q_desc.layout)
+    o_smem = gl.allocate_shared_memory(q_desc.dtype, [2, ROWS, D_V], o_desc.layout)
     k_smem = gl.allocate_shared_memory(q_desc.dtype, [STAGES, KEYS, D_QK], k_desc.layout)
     v_smem = gl.allocate_shared_memory(q_desc.dtype, [STAGES, KEYS, D_V], v_desc.layout)
     q_full, k_full, v_full = barriers(1, 1), barriers(STAGES, 1), barriers(STAGES, 1)
-    k_empty, v_empty, turn = barriers(STAGES, 2), barriers(STAGES, 2), barriers(2, 1)
+    q_empty, k_empty, v_empty, turn = barriers(1, 2), barriers(STAGES, 2), barriers(STAGES, 2), barriers(2, 1)
     fence_async_shared()
-    shared = (q_smem, k_smem, v_smem, q_full, k_full, v_full, k_empty, v_empty, turn)
-    place = (steps, first_token, head)
-    multiply = (o_desc, lse_ptr, first_ptr, end_ptr, num_tokens, scale_log2)
+    shared = (q_smem, o_smem, k_smem, v_smem, q_full, q_empty, k_full, v_full, k_empty, v_empty, turn)
+    outputs, runs = (o_desc, lse_ptr), (first_ptr, end_ptr)
     gl.warp_specialize(
         [
-            (_multiply_forward, (multiply, shared, place, 0, H, D_V, KEYS, STAGES)),
-            (_multiply_forward, (multiply, shared, place, 1, H, D_V, KEYS, STAGES)),
-            (_load_forward, ((q_desc, k_desc, v_desc), shared, place, GROUP, D_QK, D_V, KEYS, STAGES)),
+            (_multiply_forward, (outputs, shared, runs, num_tokens, num_tiles, scale_log2, 0, H, D_V, KEYS, STAGES)),
+            (_multiply_forward, (outputs, shared, runs, num_tokens, num_tiles, scale_log2, 1, H, D_V, KEYS, STAGES)),
+            (_load_forward, ((q_desc, k_desc, v_desc), shared, runs, num_tokens, num_tiles, H, GROUP, D_QK, D_V, KEYS,
+                             STAGES)),
         ],
         [4, 1], [240, 24],
     )  # fmt: skip
@@ -285,9 +325,11 @@ def forward(q: Tensor, k: Tensor, v: Tensor, runs: KeyRuns, scale: float) -> tup
     """o [T, H, D_v] in q's dtype and lse [T, H]."""
     (T, H, D_QK), (_, H_KV, D_V) = q.shape, v.shape
     o, lse = q.new_empty(T, H, D_V), q.new_empty(T, H, dtype=torch.float32)
-    _forward_kernel[(H, triton.cdiv(T, 2 * ROWS.value))](
-        tiles(q, 2 * ROWS.value), tiles(k, _KEYS), tiles(v, _KEYS), runs.first, runs.end,
-        tiles(o, ROWS.value), lse, T, scale * LOG2_E.value, H, H // H_KV, D_QK, D_V, _KEYS, _STAGES, num_warps=4,
+    num_tiles = triton.cdiv(T, 2 * ROWS.value)
+    processors = torch.cuda.get_device_properties(q.device).multi_processor_count
+    _forward_kernel[(min(processors, num_tiles * H),)](
+        tiles(q, 2 * ROWS.value), tiles(k, _KEYS), tiles(v, _KEYS), runs.first, runs.end, tiles(o, ROWS.value), lse,
+        T, num_tiles, scale * LOG2_E.value, H, H // H_KV, D_QK, D_V, _KEYS, _STAGES, num_warps=4,
     )  # fmt: skip
     return o, lse
 
