@@ -24,6 +24,14 @@ def _one_thread_a_worker():
 
 
 @pytest.fixture(autouse=True)
+def _gpu_memory_is_given_back():
+    """The workers of a run share one GPU."""
+    yield
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+@pytest.fixture(autouse=True)
 def _uninitialised_memory_is_nan(monkeypatch):
     """`torch.empty` and its kin hand out NaN, so that a value nobody wrote is seen."""
 

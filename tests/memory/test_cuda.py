@@ -4,6 +4,7 @@ import pytest
 import torch
 from support.packings import cu_seqlens
 from support.training import make_trainer
+from torch.utils.data import DataLoader
 
 from nsa_lightning.data.batch import PackedBatch
 from nsa_lightning.memory.estimate import estimate_memory
@@ -36,7 +37,7 @@ def test_the_peak_of_training_is_within_a_tenth_of_the_estimate(length, recomput
     trainer = make_trainer(tmp_path, accelerator="gpu", precision="bf16-mixed", max_steps=2)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    trainer.fit(module, [batch(length)] * 2)
+    trainer.fit(module, DataLoader([batch(length)] * 2, batch_size=None))
     measured = torch.cuda.max_memory_allocated()
     print(f"\n{length} tokens, {recompute}: estimated {estimate / 1e9:.3f} GB, measured {measured / 1e9:.3f} GB")
     assert trainer.global_step == 2
