@@ -3,6 +3,7 @@
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -18,6 +19,8 @@ DEVICE = "cpu"
 
 _ASSUMED_CAPABILITY = (9, 0)
 """Compute capability where no GPU is at hand to ask: H100 and H200."""
+_PROPERTIES = SimpleNamespace(multi_processor_count=132)
+"""What the kernels' work is divided by; they are not launched, and allocate the same whatever it is."""
 
 
 @contextmanager
@@ -38,6 +41,7 @@ def simulated_gpu() -> Generator[None, None, None]:
     capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else _ASSUMED_CAPABILITY
     with ExitStack() as stack:
         stack.enter_context(patch("torch.cuda.get_device_capability", return_value=capability))
+        stack.enter_context(patch("torch.cuda.get_device_properties", return_value=_PROPERTIES))
         stack.enter_context(knobs.runtime.scope())
         knobs.runtime.interpret = False
         stack.enter_context(patch.object(KernelInterface, "__getitem__", lambda kernel, grid: _no_launch))

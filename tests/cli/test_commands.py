@@ -294,6 +294,17 @@ def test_a_recipe_fits_its_gpus_and_says_how_much_it_takes(monkeypatch, capsys, 
     assert f"{needed:.0f} GB" in " ".join(config.read_text().split("seed_everything")[0].split("\n# "))
 
 
+@pytest.mark.parametrize("name", ["1b", "8b"])
+def test_memory_takes_the_way_of_the_kernels_written_for_hopper(name):
+    """As a user starts it: not under Triton's interpreter. Head dims of 64 and 128 have kernels of their own."""
+    command = [sys.executable, "-m", "nsa_cli.main", "memory", "--config", str(CONFIGS / f"nsa_{name}.yaml")]
+    settings = ["--world_size", "8", "--model.transformer.num_layers", "1"]
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    result = subprocess.run(command + settings, capture_output=True, text=True, env=environment, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "a GPU needs" in result.stdout
+
+
 def test_an_unknown_command_lists_the_commands(monkeypatch, capsys):
     assert run(monkeypatch, "train") == 2
     assert "no command 'train'; the commands are fit, validate" in capsys.readouterr().err
