@@ -246,15 +246,15 @@ def dense_attention(
 ) -> Tensor:
     """`decode.decode_dense_attention` of contiguous tensors."""
     sizes, slots = sizes_of(q, k, v), k.shape[1]
-    parts, (early, overlap) = sizes.num_parts(window_size or slots, READING, q.device), early_start(q.device)
+    parts, (early, overlap) = sizes.num_parts(window_size or slots, _READING, q.device), early_start(q.device)
     o, stats = sizes.parts(parts, q)
     _parts_kernel[(parts, sizes.H_KV, sizes.B)](
         q, k, v, positions, o, stats, slots, scale * LOG2_E.value, window_size or 0, *sizes.heads,
-        sizes.keys, dot_precision(q.dtype), early, **READING.options, **overlap,
+        sizes.keys, dot_precision(q.dtype), early, **_READING.options, **overlap,
     )  # fmt: skip
     out = q.new_empty(*q.shape[:2], sizes.D_V)
-    columns = padded(sizes.D_V) // MERGERS
-    _merge_kernel[(MERGERS, sizes.H_KV, sizes.B)](
+    columns = padded(sizes.D_V) // _MERGERS
+    _merge_kernel[(_MERGERS, sizes.H_KV, sizes.B)](
         o, stats, out, parts, sizes.H_KV, sizes.GROUP, padded(sizes.GROUP), sizes.D_V, columns, early, **overlap
     )
     return out
@@ -262,9 +262,9 @@ def dense_attention(
 
 _STAGE_BYTES = 2**15
 """Keys and values that a step of a loop loads, three steps ahead: what fits the shared memory of every chip."""
-READING = Launch()
+_READING = Launch()
 """Of the kernel that reads a run of keys."""
 _MAX_PARTS = 64
 """Most parts of a run of keys."""
-MERGERS = 4
+_MERGERS = 4
 """Programs that share the columns of a merge."""

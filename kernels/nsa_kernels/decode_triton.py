@@ -3,8 +3,8 @@
     1. attend the summaries, divided over programs; keep what the importance of each block needs. Other programs append
        the new token, where that is still to be done, carry the summaries on (`summarise_triton.py`), and attend the one
        that the token completes: a part of its own
-    2. choose the blocks; meanwhile merge the compressed branch and attend the window
-    3. attend the chosen blocks, divided over programs
+    2. choose the blocks, and merge the compressed branch: small programs of few warps, which wait for each other least
+    3. attend the window, divided over programs, while the blocks are chosen; then those, divided too
     4. merge them and the window, and sum the branches by their gates
 
 A tile is the G query heads of one KV head: every key is read once for all of them. What a program computes depends on
@@ -14,8 +14,8 @@ The importance of a block is a sum of exp(score - lse) over the heads of a group
 Launch 1 therefore writes, a tile of keys at a time, the logarithms of the planes of `block_selection.py`, each where
 the block stands that it counts for: launch 2 subtracts lse and sums the powers.
 
-From Hopper on every launch starts early; the programs of launches 2 to 4 read their inputs before they wait, or attend
-a window that holds the new token already.
+From Hopper on every launch starts early. Launch 2 lets the third begin only when the first has ended: the window then
+holds the new token. The programs of launches 3 and 4 read their inputs before they wait.
 """
 
 from collections.abc import Sequence
@@ -29,8 +29,6 @@ from torch import Tensor
 from nsa_kernels.append_triton import append_head, pair_arguments
 from nsa_kernels.block_selection import FORCED, best_soon
 from nsa_kernels.decode_parts import (
-    MERGERS,
-    READING,
     Launch,
     Sizes,
     attend_part,
@@ -69,34 +67,35 @@ def _plane_weight(r, plane, R: tl.constexpr, SPAN: tl.constexpr):
 
 @triton.jit
 def _importance(planes_ptr, stats_ptr, j, visible, J, num_parts, GROUP: tl.constexpr, R: tl.constexpr,
-                SPAN: tl.constexpr, PLANES: tl.constexpr, PARTS: tl.constexpr, BLOCKS: tl.constexpr,
-                HEADS: tl.constexpr, APPENDS: tl.constexpr):  # fmt: skip
+                SPAN: tl.constexpr, PLANES: tl.constexpr, BLOCK_PLANES: tl.constexpr, PARTS: tl.constexpr,
+                BLOCKS: tl.constexpr, HEADS: tl.constexpr, APPENDS: tl.constexpr):  # fmt: skip
     """Σ over the planes and heads of exp(log plane - lse), of blocks j; HEADS at a time.
 
-    With APPENDS the last part is summary `visible` alone, or nothing, and in no plane. Planes are loaded after the
-    statistics: Triton gives later loads their way, and a thread sums all heads of a block.
+    With APPENDS the last part is summary `visible` alone, or nothing, and in no plane. All loads come first: none waits
+    for what is computed of another.
     """
-    importance, part = tl.zeros([BLOCKS], tl.float32), tl.arange(0, PARTS)
+    importance, part, plane = tl.zeros([BLOCKS], tl.float32), tl.arange(0, PARTS), tl.arange(0, BLOCK_PLANES)
+    source = j[None, :] - plane[:, None]
+    written = (plane < PLANES)[:, None] & (source >= 0) & (source * R < visible)
     for first in tl.static_range(0, GROUP, HEADS):
         head = first + tl.arange(0, HEADS)
         exists, head = head < GROUP, tl.minimum(head, GROUP - 1)
+        rows = (tl.minimum(plane, PLANES - 1)[:, None] * GROUP + head[None, :]).to(tl.int64) * J
+        log = tl.load(planes_ptr + rows[:, :, None] + j[None, None, :])  # whole rows, also what is not written
+        latest = tl.load(stats_ptr + (num_parts - 1) * (2 * GROUP) + head)
         stats, known = stats_ptr + part[None, :] * 2 * GROUP + head[:, None], (part < num_parts)[None, :]
         part_max = tl.load(stats, mask=known, other=LOWEST)
         part_sum = tl.load(stats + GROUP, mask=known, other=0.0)
+        tl.debug_barrier()  # no load moves past it
         row_max = tl.max(part_max, 1)
         lse = row_max + tl.log2(tl.sum(part_sum * tl.exp2(part_max - row_max[:, None]), 1))
-        for plane in tl.static_range(PLANES):
-            source = j - plane
-            written = exists[:, None] & ((source >= 0) & (source * R < visible))[None, :]
-            rows = (plane * GROUP + head).to(tl.int64)[:, None] * J
-            log = tl.load(planes_ptr + rows + j[None, :])  # whole rows, also what is not written
-            importance += tl.sum(tl.exp2(tl.where(written, log - lse[:, None], LOWEST)), 0)
+        log = tl.where(written[:, None, :] & exists[None, :, None], log - lse[None, :, None], LOWEST)
+        importance += tl.sum(tl.sum(tl.exp2(log), 1), 0)
         if APPENDS:
-            latest = tl.load(stats_ptr + (num_parts - 1) * (2 * GROUP) + head)
             p = tl.sum(tl.where(exists, tl.exp2(latest - lse), 0.0), 0)
-            for plane in tl.static_range(PLANES):
-                weight = _plane_weight(visible % R, plane, R, SPAN)
-                importance += tl.where(j == visible // R + plane, weight * p, 0.0)
+            for m in tl.static_range(PLANES):
+                weight = _plane_weight(visible % R, m, R, SPAN)
+                importance += tl.where(j == visible // R + m, weight * p, 0.0)
     return importance
 
 
@@ -213,7 +212,8 @@ def _choose(
     planes_ptr, stats_ptr, bits_ptr, blocks_ptr, indices_ptr, row, segment, num_segments, position, J, num_parts,
     GROUP: tl.constexpr, COMPRESS_SIZE: tl.constexpr, STRIDE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     SLOTS: tl.constexpr, BLOCK_SLOTS: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr, PLANES: tl.constexpr,
-    PARTS: tl.constexpr, BLOCKS: tl.constexpr, HEADS: tl.constexpr, PROBES: tl.constexpr, APPENDS: tl.constexpr,
+    BLOCK_PLANES: tl.constexpr, PARTS: tl.constexpr, BLOCKS: tl.constexpr, HEADS: tl.constexpr, PROBES: tl.constexpr,
+    APPENDS: tl.constexpr,
 ):  # fmt: skip
     """Choose among the blocks of a segment of one sequence and KV head; where it is the only one, for good."""
     own, slot = position // BLOCK_SIZE, tl.arange(0, BLOCK_SLOTS)
@@ -224,7 +224,8 @@ def _choose(
         visible = _older_summaries(position, COMPRESS_SIZE, STRIDE, APPENDS)
         j = segment * BLOCKS + tl.arange(0, BLOCKS)
         importance = _importance(planes_ptr, stats_ptr, j, visible, J, num_parts, GROUP, BLOCK_SIZE // STRIDE,
-                                 COMPRESS_SIZE // STRIDE, PLANES, PARTS, BLOCKS, HEADS, APPENDS)  # fmt: skip
+                                 COMPRESS_SIZE // STRIDE, PLANES, BLOCK_PLANES, PARTS, BLOCKS, HEADS,
+                                 APPENDS)  # fmt: skip
         forced = (j < INIT) | (j > own - LOCAL)
         bits = tl.minimum(tl.maximum(importance.to(tl.int32, bitcast=True), 0), FORCED - 1)
         bits = tl.where(j <= own, tl.where(forced, FORCED, bits), -1)
@@ -241,52 +242,33 @@ def _choose(
 
 @triton.jit
 def _choose_kernel(
-    q_ptr,  # [B, H, D_QK], sequences being `q_stride` apart
-    cos_ptr, sin_ptr,  # [B, HALF]
-    k_ptr, v_ptr,  # [B, slots, H_KV, D], of the sliding branch
     positions_ptr,  # [B]
     o_ptr, stats_ptr,  # float32 [B, H_KV, P, GROUP, D_V] and [B, H_KV, P, 2, GROUP], of the compressed branch
     planes_ptr,  # float32 [B, H_KV, PLANES, GROUP, J]
     compressed_o_ptr,  # float32 [B, H, D_V]
-    window_o_ptr, window_stats_ptr,  # float32 [B, H_KV, P_window, GROUP, D_V] and [B, H_KV, P_window, 2, GROUP]
     bits_ptr, blocks_ptr,  # int32 [B, H_KV, segments * SLOTS], where there is more than one segment
     indices_ptr,  # int32 [B, H_KV, SLOTS]
-    q_stride, slots, J, num_parts, num_segments, scale_log2, HALF: tl.constexpr,
-    COMPRESS_SIZE: tl.constexpr, STRIDE: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr,
+    J, num_parts, num_segments,
+    COMPRESS_SIZE: tl.constexpr, STRIDE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     SLOTS: tl.constexpr, BLOCK_SLOTS: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr,
-    H_KV: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, D_QK: tl.constexpr, D_V: tl.constexpr,
-    BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr, KEYS: tl.constexpr, PLANES: tl.constexpr, PARTS: tl.constexpr,
-    BLOCKS: tl.constexpr, HEADS: tl.constexpr, PROBES: tl.constexpr, MERGERS: tl.constexpr,
-    PRECISION: tl.constexpr, APPENDS: tl.constexpr, EARLY: tl.constexpr,
+    H_KV: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, D_V: tl.constexpr, COLUMNS: tl.constexpr,
+    PLANES: tl.constexpr, BLOCK_PLANES: tl.constexpr, PARTS: tl.constexpr, BLOCKS: tl.constexpr, HEADS: tl.constexpr,
+    PROBES: tl.constexpr, APPENDS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """For one sequence and KV head programs choose blocks, merge columns of the parts, and attend the window."""
-    let_next_begin(EARLY)
+    """For one sequence and KV head programs choose blocks, or merge columns of the parts."""
     role, kv_head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     position, row = tl.load(positions_ptr + sequence), wide(sequence) * H_KV + kv_head
+    await_launch_before(EARLY)
+    let_next_begin(EARLY)  # which attends the window at once
     if role < num_segments:
-        await_launch_before(EARLY)
         _choose(planes_ptr + row * (PLANES * GROUP) * J, stats_ptr + row * num_parts * (2 * GROUP), bits_ptr,
                 blocks_ptr, indices_ptr, row, role, num_segments, position, J, num_parts, GROUP, COMPRESS_SIZE, STRIDE,
-                BLOCK_SIZE, SLOTS, BLOCK_SLOTS, INIT, LOCAL, PLANES, PARTS, BLOCKS, HEADS, PROBES,
+                BLOCK_SIZE, SLOTS, BLOCK_SLOTS, INIT, LOCAL, PLANES, BLOCK_PLANES, PARTS, BLOCKS, HEADS, PROBES,
                 APPENDS)  # fmt: skip
-    elif role < num_segments + MERGERS:
-        await_launch_before(EARLY)
-        first_column = (role - num_segments) * (BLOCK_V // MERGERS)
-        AT_ONCE: tl.constexpr = 16 if PARTS > 32 else 8  # so many parts are there only if rows are few
-        merge_columns(o_ptr, stats_ptr, compressed_o_ptr, row, num_parts, first_column,
-                      GROUP, ROWS, D_V, BLOCK_V // MERGERS, AT_ONCE)  # fmt: skip
     else:
-        part, window_parts = role - num_segments - MERGERS, tl.num_programs(0) - num_segments - MERGERS
-        first, end = visible_run(position, 1, 1, WINDOW)
-        share = tl.cdiv(tl.cdiv(end - first, KEYS), window_parts) * KEYS
-        lo = first + part * share
-        q = load_queries(q_ptr, q_stride, cos_ptr, sin_ptr, sequence, kv_head, GROUP, ROWS, D_QK, BLOCK_QK, HALF)
-        await_launch_before(EARLY and APPENDS)
-        row_max, row_sum, acc = attend_part(
-            q, k_ptr, v_ptr, sequence, lo, tl.minimum(lo + share, end), slots, kv_head, scale_log2, None, row, 0,
-            H_KV, GROUP, ROWS, D_QK, D_V, BLOCK_QK, BLOCK_V, KEYS, 1, 1, 0, PRECISION)  # fmt: skip
-        out = row * window_parts + part
-        store_part(window_o_ptr, window_stats_ptr, out, row_max, row_sum, acc, GROUP, ROWS, D_V, BLOCK_V)
+        AT_ONCE: tl.constexpr = 16 if PARTS > 32 else 8  # so many parts are there only if rows are few
+        merge_columns(o_ptr, stats_ptr, compressed_o_ptr, row, num_parts, (role - num_segments) * COLUMNS,
+                      GROUP, ROWS, D_V, COLUMNS, AT_ONCE)  # fmt: skip
 
 
 @triton.jit
@@ -310,36 +292,45 @@ def _merge_segments_kernel(
 
 
 @triton.jit
-def _selected_kernel(
+def _tokens_kernel(
     q_ptr,  # [B, H, D_QK], sequences being `q_stride` apart
     cos_ptr, sin_ptr,  # [B, HALF]
     k_ptr, v_ptr,  # [B, slots, H_KV, D]
+    window_k_ptr, window_v_ptr,  # [B, window_slots, H_KV, D]
     positions_ptr,  # [B]
     indices_ptr,  # int32 [B, H_KV, SLOTS]
-    o_ptr, stats_ptr,  # float32 [B, H_KV, P, GROUP, D_V] and [B, H_KV, P, 2, GROUP]
-    q_stride, slots, scale_log2, HALF: tl.constexpr, SLOTS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    o_ptr, stats_ptr,  # float32 [B, H_KV, P, GROUP, D_V] and [B, H_KV, P, 2, GROUP], those of the window first
+    q_stride, slots, window_slots, window_parts, scale_log2, HALF: tl.constexpr, SLOTS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr,
     H_KV: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, D_QK: tl.constexpr, D_V: tl.constexpr,
     BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """One program attends the queries of one KV head to its share of their chosen blocks."""
+    """One program attends the queries of one KV head to its share of the window, or of their chosen blocks."""
     let_next_begin(EARLY)
-    part, kv_head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    role, kv_head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     position, row = tl.load(positions_ptr + sequence), wide(sequence) * H_KV + kv_head
     q = load_queries(q_ptr, q_stride, cos_ptr, sin_ptr, sequence, kv_head, GROUP, ROWS, D_QK, BLOCK_QK, HALF)
     STEPS: tl.constexpr = BLOCK_SIZE // KEYS  # for each block
-    steps = tl.minimum(position // BLOCK_SIZE + 1, SLOTS) * STEPS
-    share = tl.cdiv(steps, tl.num_programs(0))
+    of_window = role < window_parts
+    first, end = visible_run(position, 1, 1, WINDOW)
+    if of_window:
+        part, parts, steps = role, window_parts, tl.cdiv(end - first, KEYS)
+        k_ptr, v_ptr = window_k_ptr, window_v_ptr
+    else:
+        part, parts = role - window_parts, tl.num_programs(0) - window_parts
+        steps = tl.minimum(position // BLOCK_SIZE + 1, SLOTS) * STEPS
+        await_launch_before(EARLY)
+    slots, share = tl.where(of_window, window_slots, slots), tl.cdiv(steps, parts)
     row_max, row_sum = tl.full([ROWS], LOWEST, tl.float32), tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, BLOCK_V], tl.float32)
-    await_launch_before(EARLY)
     for step in tl.range(part * share, tl.minimum(part * share + share, steps)):
-        start = tl.load(indices_ptr + row * SLOTS + step // STEPS) * BLOCK_SIZE
-        token = start + step % STEPS * KEYS + tl.arange(0, KEYS)
+        block = tl.load(indices_ptr + row * SLOTS + step // STEPS, mask=role >= window_parts, other=0)
+        start = tl.where(of_window, first + step * KEYS, block * BLOCK_SIZE + step % STEPS * KEYS)
+        token = start + tl.arange(0, KEYS)
         k, v = load_keys(k_ptr, v_ptr, sequence, token, slots, kv_head, H_KV, D_QK, D_V, BLOCK_QK, BLOCK_V)
         products = tl.where((token <= position)[None, :], tl.dot(q, k.T, input_precision=PRECISION), HIDDEN)
         row_max, row_sum, acc = softmax_step(products, v, scale_log2, row_max, row_sum, acc, PRECISION)
-    out = row * tl.num_programs(0) + part
-    store_part(o_ptr, stats_ptr, out, row_max, row_sum, acc, GROUP, ROWS, D_V, BLOCK_V)
+    store_part(o_ptr, stats_ptr, row * tl.num_programs(0) + role, row_max, row_sum, acc, GROUP, ROWS, D_V, BLOCK_V)
 
 
 @triton.jit
@@ -353,10 +344,9 @@ def _gate(pointers, LOGITS: tl.constexpr):
 def _gated_sum_kernel(
     gates_ptr,  # [B, H, 3], sequences being `gates_stride` apart
     compressed_o_ptr,  # float32 [B, H, D_V]
-    selected_o_ptr, selected_stats_ptr,  # float32 [B, H_KV, P, GROUP, D_V] and [B, H_KV, P, 2, GROUP]
-    window_o_ptr, window_stats_ptr,  # the same of P_window parts
+    o_ptr, stats_ptr,  # float32 [B, H_KV, P, GROUP, D_V] and [B, H_KV, P, 2, GROUP], those of the window first
     out_ptr,  # [B, H, D_V]
-    gates_stride, selected_parts, window_parts, H_KV: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
+    gates_stride, window_parts, num_parts, H_KV: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
     D_V: tl.constexpr, COLUMNS: tl.constexpr, AT_ONCE: tl.constexpr, LOGITS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One program merges some columns of the parts of one KV head and sums the branches by their gates."""
@@ -369,12 +359,11 @@ def _gated_sum_kernel(
     await_launch_before(EARLY)
     at, mask = heads[:, None] * D_V + column[None, :], (head < GROUP)[:, None] & (column < D_V)[None, :]
     out = tl.load(compressed_o_ptr + at, mask=mask, other=0.0) * compressed[:, None]
-    out += selected[:, None] * merge_parts(
-        selected_o_ptr, selected_stats_ptr, row * selected_parts, selected_parts,
-        GROUP, ROWS, D_V, first, COLUMNS, AT_ONCE)  # fmt: skip
     out += sliding[:, None] * merge_parts(
-        window_o_ptr, window_stats_ptr, row * window_parts, window_parts,
-        GROUP, ROWS, D_V, first, COLUMNS, AT_ONCE)  # fmt: skip
+        o_ptr, stats_ptr, row * num_parts, window_parts, GROUP, ROWS, D_V, first, COLUMNS, AT_ONCE)  # fmt: skip
+    out += selected[:, None] * merge_parts(
+        o_ptr, stats_ptr, row * num_parts + window_parts, num_parts - window_parts, GROUP, ROWS, D_V, first, COLUMNS,
+        AT_ONCE)  # fmt: skip
     tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -397,9 +386,9 @@ def sparse_attention(
     J = k.shape[1] // size
     blocks = min(_SEGMENT, padded(J))
     segments = triton.cdiv(J, blocks)
-    reading = _READING_WIDE if (sizes.D_QK + D_V) * q.element_size() > _NARROW_BYTES else READING
+    reading = _READING_WIDE if (sizes.D_QK + D_V) * q.element_size() > _NARROW_BYTES else _READING
     window_parts = min(sizes.num_parts(config.window_size, reading, q.device), _WINDOW_PARTS)
-    selected_parts = sizes.num_parts(n * size, _SELECTED, q.device)
+    tokens_parts = window_parts + sizes.num_parts(n * size, _TOKENS, q.device)
 
     planes = 1 + triton.cdiv(config.compress_block_size // config.compress_stride - 1, size // config.compress_stride)
     row = segments * blocks  # of a plane
@@ -411,15 +400,14 @@ def sparse_attention(
     indices = positions.new_empty(B, H_KV, n, dtype=torch.int32)
     bits, candidates = (indices.new_empty(B, H_KV, segments * n if segments > 1 else 0) for _ in range(2))
     compressed_o = q.new_empty(B, H_KV * GROUP, D_V, dtype=torch.float32)
-    window_o, window_stats = sizes.parts(window_parts, q)
-    warps, parts = max(_FEWEST_WARPS, blocks // _BLOCKS_A_WARP), o.shape[2]
-    heads = min(triton.next_power_of_2(GROUP), max(1, _PLANE_NUMBERS * warps // blocks))
-    _choose_kernel[(segments + MERGERS + window_parts, H_KV, B)](
-        *queries, sliding_k, sliding_v, positions, o, stats, plane_logs, compressed_o, window_o, window_stats,
-        bits, candidates, indices, q.stride(0), sliding_k.shape[1], row, parts, segments, scale_log2, _half(queries),
-        config.compress_block_size, config.compress_stride, size, config.window_size, n, padded(n),
-        config.num_init_blocks, config.num_local_blocks, *sizes.heads, keys, planes, padded(parts), blocks, heads,
-        _PROBES, MERGERS, precision, new is not None, early, num_warps=warps, num_stages=3, **overlap,
+    parts, rows, planes_at_once = o.shape[2], triton.next_power_of_2(GROUP), triton.next_power_of_2(planes)
+    warps = max(1, min(_MOST_WARPS, planes_at_once * rows * blocks // _NUMBERS_A_WARP))
+    heads = min(rows, max(1, _NUMBERS_A_WARP * warps // (planes_at_once * blocks)))
+    _choose_kernel[(segments + padded(D_V) // _COLUMNS, H_KV, B)](
+        positions, o, stats, plane_logs, compressed_o, bits, candidates, indices, row, parts, segments,
+        config.compress_block_size, config.compress_stride, size, n, padded(n),
+        config.num_init_blocks, config.num_local_blocks, H_KV, GROUP, rows, D_V, _COLUMNS, planes, planes_at_once,
+        padded(parts), blocks, heads, _PROBES, new is not None, early, num_warps=warps, **overlap,
     )  # fmt: skip
     if segments > 1:
         _merge_segments_kernel[(H_KV, B)](
@@ -427,16 +415,17 @@ def sparse_attention(
             **overlap,
         )  # fmt: skip
 
-    selected_o, selected_stats = sizes.parts(selected_parts, q)
-    _selected_kernel[(selected_parts, H_KV, B)](
-        *queries, k, v, positions, indices, selected_o, selected_stats, q.stride(0), k.shape[1], scale_log2,
-        _half(queries), n, size, *sizes.heads, min(keys, size), precision, early, **_SELECTED.options, **overlap,
+    tokens_o, tokens_stats = sizes.parts(tokens_parts, q)
+    _tokens_kernel[(tokens_parts, H_KV, B)](
+        *queries, k, v, sliding_k, sliding_v, positions, indices, tokens_o, tokens_stats,
+        q.stride(0), k.shape[1], sliding_k.shape[1], window_parts, scale_log2, _half(queries), n, size,
+        config.window_size, *sizes.heads, min(keys, size), precision, early, **_TOKENS.options, **overlap,
     )  # fmt: skip
-    out, rows = q.new_empty(B, H_KV * GROUP, D_V), triton.next_power_of_2(GROUP)
-    at_once = min(triton.next_power_of_2(selected_parts), max(1, _MERGED_ROWS // rows))
+    out = q.new_empty(B, H_KV * GROUP, D_V)
+    at_once = min(triton.next_power_of_2(tokens_parts - window_parts), max(1, _MERGED_ROWS // rows))
     _gated_sum_kernel[(padded(D_V) // _COLUMNS, H_KV, B)](
-        gates, compressed_o, selected_o, selected_stats, window_o, window_stats, out, gates.stride(0),
-        selected_parts, window_parts, H_KV, GROUP, rows, D_V, _COLUMNS, at_once, gate_logits, early, **overlap,
+        gates, compressed_o, tokens_o, tokens_stats, out, gates.stride(0), window_parts, tokens_parts,
+        H_KV, GROUP, rows, D_V, _COLUMNS, at_once, gate_logits, early, **overlap,
     )  # fmt: skip
     return NSAOutput(out, indices)
 
@@ -479,19 +468,17 @@ def _attend_summaries(
     return queries, o, stats
 
 
-_NARROW_BYTES, _READING_WIDE = 256, Launch(num_stages=2, programs=3)
+_READING, _NARROW_BYTES, _READING_WIDE = Launch(num_stages=2), 256, Launch(num_stages=2, programs=3)
 """Summaries of more bytes, key and value together, are read by as many programs as a multiprocessor has room for."""
-_SELECTED = Launch()
-"""Of the kernel that reads the chosen blocks."""
-_FEWEST_WARPS, _BLOCKS_A_WARP = 4, 128
-"""Of a program that ranks blocks, and blocks that each warp ranks, if they are many."""
+_TOKENS = Launch(num_stages=2)
+"""Of the kernel that reads the window and the chosen blocks."""
+_MOST_WARPS, _NUMBERS_A_WARP = 8, 2048
+"""Of a program that ranks blocks, and numbers of the planes that each warp holds at a time."""
 _PROBES = 4
 """Bounds that are tried at a time."""
-_PLANE_NUMBERS = 2048
-"""Numbers of a plane that each warp holds."""
 _COLUMNS, _MERGED_ROWS = 16, 256
-"""Columns that a program of the last launch merges, and most rows of parts that it loads at a time."""
-_WINDOW_PARTS = 4
+"""Columns that a program merges, and most rows of parts that it loads at a time."""
+_WINDOW_PARTS = 8
 """Most parts of the window."""
 _SEGMENT = 1024
 """Blocks that a program ranks."""

@@ -89,18 +89,21 @@ def advance_block(
     column, unit = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_M)
     block, index = position // STRIDE - s, position % STRIDE + s * STRIDE
     exists, row = block >= 0, tl.maximum(block, 0) % S
-    goes_on, total_ptr, part_ptr = exists & (index > 0), sum_ptr + row * (H_KV * D), mapped_ptr + row * (H_KV * M)
+    goes_on, ends = exists & (index > 0), exists & (index == L - 1)
+    total_ptr, part_ptr = sum_ptr + row * (H_KV * D), mapped_ptr + row * (H_KV * M)
     x = _rotated(x_ptr, column, cos_ptr, sin_ptr, D, HALF)
     total = tl.load(total_ptr + column, mask=goes_on & (column < D), other=0.0) + x.to(tl.float32)
     if COMPRESSION != "mean":
         part = tl.load(part_ptr + unit, mask=goes_on & (unit < M), other=0.0)
         part += _input_layer(x_ptr, embedding_ptr + index * D, in_weight_ptr + index * (D * M), cos_ptr, sin_ptr,
                              D, HALF, M, BLOCK_M, min(BLOCK_D, NUMBERS // BLOCK_M))  # fmt: skip
+    tl.debug_barrier()  # several warps hold the same columns: all have loaded them before one stores
+    if COMPRESSION != "mean":
         tl.store(part_ptr + unit, part, mask=exists & (unit < M))
     tl.store(total_ptr + column, total, mask=exists & (column < D))
     tl.store(slot_ptr + column, x, mask=(s == S - 1) & (column < D))
     summary = tl.zeros([BLOCK_D], tl.float32)
-    if exists & (index == L - 1):
+    if ends:
         summary = total / L
         if COMPRESSION == "linear":
             summary += part + tl.load(in_bias_ptr + unit, mask=unit < M, other=0.0).to(tl.float32)

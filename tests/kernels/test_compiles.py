@@ -24,7 +24,7 @@ KERNELS = {
     "_summaries_kernel",
     "_choose_kernel",
     "_merge_segments_kernel",
-    "_selected_kernel",
+    "_tokens_kernel",
     "_append_kernel",
     "_rotate_kernel",
     "_silu_product_kernel",

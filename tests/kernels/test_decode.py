@@ -188,7 +188,7 @@ def test_kernels_decode_as_the_whole_document(geometry, shape, monkeypatch):
 @pytest.mark.parametrize("programs", [1, 3, 4, 7, 64])
 def test_chosen_blocks_may_be_divided_over_any_number_of_programs(programs, monkeypatch):
     decode_triton = pytest.importorskip("nsa_kernels.decode_triton", exc_type=ImportError)
-    monkeypatch.setattr(decode_triton, "_SELECTED", decode_triton.Launch(programs=programs))
+    monkeypatch.setattr(decode_triton, "_TOKENS", decode_triton.Launch(programs=programs))
     config = dataclasses.replace(SMALL, num_selected_blocks=5)  # ten steps of 4 keys
     document = Document(2 * config.selected_tokens, config, dtype=torch.float32, **SHAPES["one_kv_head"])
     for position in (0, config.select_block_size, config.selected_tokens - 2, document.length - 1):

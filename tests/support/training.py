@@ -78,7 +78,9 @@ def language_model(transformer=None, new_parts=None, distillation=None, **change
 
 
 def whole(tensor):
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    """A copy on the host, of all shards."""
+    tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.detach().to("cpu", copy=True)
 
 
 class Notes(Callback):
@@ -88,7 +90,7 @@ class Notes(Callback):
         self.losses, self.norms, self.gradients, self.divergences = [], [], {}, []
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-        self.gradients = {name: whole(p.grad).clone() for name, p in pl_module.named_parameters()}
+        self.gradients = {name: whole(p.grad) for name, p in pl_module.named_parameters()}
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         if not trainer.fit_loop._should_accumulate():
@@ -154,8 +156,8 @@ class Watch(TokenThroughput):
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         for layer, parts in pl_module.attention_statistics.items():
             sums = torch.cat([part.flatten() for part in parts])
-            self.statistics[layer] = trainer.strategy.reduce(sums, reduce_op="sum").clone()
-        counts = torch.tensor([self.length_fn(batch), pl_module.flops_per_batch])
+            self.statistics[layer] = whole(trainer.strategy.reduce(sums, reduce_op="sum"))
+        counts = torch.tensor([self.length_fn(batch), pl_module.flops_per_batch], device=pl_module.device)
         self.counts = trainer.strategy.reduce(counts, reduce_op="sum").tolist()
 
 
@@ -188,7 +190,7 @@ def fit(
     module = language_model(**(model or {}))
     source = packed_batches(lengths, count=trainer.max_steps) if lengths else data_module(corpus, **(data or {}))
     trainer.fit(module, source, ckpt_path=resume)
-    weights = {name: whole(value).clone() for name, value in module.model.state_dict().items()}
+    weights = {name: whole(value) for name, value in module.model.state_dict().items()}
     metrics = {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
     if scores:
         trainer.predict(module, source, return_predictions=False)
@@ -204,7 +206,7 @@ def fit(
     }
 
 
-def run_job(folder, *runs, ranks=2):
+def run_job(folder, *runs, ranks=2, timeout=120):
     """Results of several `fit` calls in a job of several processes, as rank 0 saw them."""
     result = folder / "results.pt"
     with socket.socket() as free:
@@ -218,9 +220,9 @@ def run_job(folder, *runs, ranks=2):
         "WORLD_SIZE": str(ranks),
     }
     command = [sys.executable, "-m", "support.training", str(result), json.dumps(runs)]
-    done = subprocess.run(command, env=environment, capture_output=True, check=False, timeout=120)
+    done = subprocess.run(command, env=environment, capture_output=True, check=False, timeout=timeout)
     if b"SIGABRT" in done.stderr:  # gloo's threads now and then spoil the heap, those of a bare all_reduce too
-        done = subprocess.run(command, env=environment, capture_output=True, check=False, timeout=120)
+        done = subprocess.run(command, env=environment, capture_output=True, check=False, timeout=timeout)
     assert done.returncode == 0, done.stderr.decode()[-3000:]
     return torch.load(result, weights_only=True)
 
