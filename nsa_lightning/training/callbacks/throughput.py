@@ -1,5 +1,6 @@
 """Tokens a second and model FLOPs utilisation."""
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ThroughputMonitor
 
@@ -10,7 +11,7 @@ from nsa_lightning.training.strategy import ranks_a_batch
 class TokenThroughput(ThroughputMonitor):
     """Lightning's ThroughputMonitor told what a token is: `items_per_sec` counts tokens.
 
-    MFU is logged on devices whose peak Lightning knows, from the FLOPs of the documents' real lengths.
+    MFU is logged on devices whose peak Lightning or `PEAK_FLOPS` knows, from the FLOPs of the documents' real lengths.
 
     Args:
         window_size: batches over which the rates are averaged.
@@ -21,12 +22,27 @@ class TokenThroughput(ThroughputMonitor):
         self._ranks_a_batch = 1
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find out how many ranks share a batch."""
+        """Find out how many ranks share a batch, and the device's peak."""
         super().setup(trainer, pl_module, stage)
         self._ranks_a_batch = ranks_a_batch(trainer)
+        if self.available_flops is None and trainer.strategy.root_device.type == "cuda":
+            name = torch.cuda.get_device_name(trainer.strategy.root_device)
+            self.available_flops = peak_flops(name, str(trainer.precision))
+            for throughput in self._throughputs.values():
+                throughput.available_flops = self.available_flops
 
     def _num_tokens(self, batch: PackedBatch) -> int:
         return len(batch.tokens) // self._ranks_a_batch
+
+
+PEAK_FLOPS = {"H200": 989_400_000_000_000, "B200": 2_250_000_000_000_000}
+"""Dense bf16 and fp16 FLOP/s of GPUs that Lightning does not know by their names, from NVIDIA's data sheets."""
+
+
+def peak_flops(device_name: str, precision: str) -> int | None:
+    """FLOP/s that a GPU of this name has at most in the trainer's precision; None where that is not known."""
+    known = (peak for chip, peak in PEAK_FLOPS.items() if chip in device_name.split())
+    return next(known, None) if precision.startswith(("bf16", "16")) else None
 
 
 def _num_batches(batch: PackedBatch) -> int:
