@@ -66,14 +66,14 @@ def _load_forward(
     q_desc, k_desc, v_desc = inputs
     q_smem, _, k_smem, v_smem, q_full, q_empty, k_full, v_full, k_empty, v_empty, _ = shared
     first_ptr, end_ptr = runs
-    done, turn = 0, 1  # steps of the items before, and the phase of q's barriers
+    done, phase = 0, 0  # steps of the items before, and the phase of q's barriers
     own, programs = gl.program_id(0), gl.num_programs(0)
     lo, inner_hi, inner_lo, hi = _item_runs(own, first_ptr, end_ptr, num_tokens, num_tiles, H)
     for item in range(own, num_tiles * H, programs):
         first_token, head = _item_place(item, num_tiles, H)
         steps = cut(lo, inner_lo, inner_hi, hi, 1, KEYS)
         lo, inner_hi, inner_lo, hi = _item_runs(item + programs, first_ptr, end_ptr, num_tokens, num_tiles, H)
-        mbarrier.wait(q_empty.index(0), turn)
+        mbarrier.wait(q_empty.index(0), phase ^ 1)
         mbarrier.expect(q_full.index(0), q_desc.block_type.nbytes)
         tma.async_copy_global_to_shared(q_desc, [first_token, head * D_QK], q_full.index(0), q_smem)
         for i in range(steps.total):
@@ -81,7 +81,7 @@ def _load_forward(
             load_keys(done + i, start, k_desc, v_desc, head // GROUP, k_smem, v_smem, k_full, v_full, k_empty, v_empty,
                       D_QK, D_V, STAGES)  # fmt: skip
         done += steps.total
-        turn ^= 1
+        phase ^= 1
 
 
 @gluon.jit

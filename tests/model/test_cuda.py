@@ -7,6 +7,7 @@ import torch
 from support.gpu import refusing_to_wait
 from support.packings import cu_seqlens
 
+from nsa_lightning.generation.cuda_graphs import capture
 from nsa_lightning.model import Cache, Transformer, TransformerConfig
 from nsa_lightning.model.attention import NSALayerConfig
 from nsa_lightning.model.fused_attention import packed_causal_attention
@@ -76,19 +77,6 @@ def test_compiled_blocks_equal_the_plain_ones():
     torch.testing.assert_close(model(*packed_batch()).hidden, plain, rtol=1e-4, atol=1e-4)
 
 
-def captured(step):
-    """A CUDA graph of a step, and what it writes to."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()  # compiles the kernels
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        output = step()
-    return graph, output
-
-
 @pytest.mark.parametrize("attention", ["nsa", "full", "sliding"])
 def test_prompts_and_replayed_steps_equal_the_whole_document_and_never_wait_for_the_device(attention):
     torch.manual_seed(0)
@@ -99,7 +87,7 @@ def test_prompts_and_replayed_steps_equal_the_whole_document_and_never_wait_for_
     model.bfloat16()
     cache = Cache.allocate(config, 2, 700, "cuda", torch.bfloat16)
     tokens = torch.zeros(2, dtype=torch.int64, device="cuda")
-    graph, output = captured(lambda: model.decode(tokens, cache))
+    graph = capture(lambda: model.decode(tokens, cache))
     lengths, hidden = [660, 5], []
     with refusing_to_wait():
         for row, length in enumerate(lengths):
@@ -108,8 +96,7 @@ def test_prompts_and_replayed_steps_equal_the_whole_document_and_never_wait_for_
         for step in range(40):
             tokens.copy_(torch.stack([document[length + step] for length in lengths]))
             cache.count_step()
-            graph.replay()
-            hidden.append(output.clone())
+            hidden.append(graph.replay().clone())
     expected = torch.stack([exact[length : length + 40] for length in lengths], dim=1)
     assert (torch.stack(hidden).double() - expected).norm() / expected.norm() < 0.05
     assert cache.lengths.tolist() == cache.host_lengths == [700, 45]
