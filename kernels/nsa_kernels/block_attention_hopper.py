@@ -30,6 +30,7 @@ from nsa_kernels.hopper import (
     barriers,
     load_keys,
     load_tile,
+    resident_programs,
     ring,
     rows_layout,
     softmax_end,
@@ -234,8 +235,7 @@ def forward(
     stages = (_RING_BYTES // (rows * q.element_size()) - parts * D_QK) // (D_QK + D_V)
     unions = unite(block_indices, document_start, block_size, parts * rows * H_KV // H)
     num_tiles = unions.size.shape[0]
-    processors = torch.cuda.get_device_properties(q.device).multi_processor_count
-    _forward_kernel[(min(processors, num_tiles * H_KV),)](
+    _forward_kernel[(resident_programs(num_tiles * H_KV, q.device),)](
         q, tiles(k, rows), tiles(v, rows), *unions, o, lse,
         T, num_tiles, past, scale * LOG2_E.value, unions.start.shape[-1],
         parts, H_KV, H // H_KV, D_QK, D_V, block_size, stages, num_warps=4,

@@ -199,6 +199,11 @@ def store_keys(ptr, value, first_row, row_step, num_keys, D: gl.constexpr):
     gl.store(addresses, value.to(ptr.dtype.element_ty), mask=(key < num_keys)[:, None])
 
 
+def resident_programs(items: int, device: torch.device) -> int:
+    """Programs that attend one item after another: as many as the device runs at a time, or one for each item."""
+    return min(torch.cuda.get_device_properties(device).multi_processor_count, items)
+
+
 def tiles(x: Tensor, rows: int) -> TensorDescriptor:
     """Copies tiles of `rows` rows of one head of a contiguous x [rows, heads, D] to and from shared memory."""
     if x.data_ptr() % 16:  # as the copy engine wants it

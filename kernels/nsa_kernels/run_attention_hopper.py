@@ -27,6 +27,7 @@ from nsa_kernels.hopper import (
     cut,
     load_keys,
     place_of,
+    resident_programs,
     ring,
     softmax_end,
     softmax_step,
@@ -57,6 +58,16 @@ def _item_runs(item, first_ptr, end_ptr, num_tokens, num_tiles, H: gl.constexpr)
 
 
 @gluon.jit
+def _begin_item(item, own_runs, runs, num_tokens, num_tiles, H: gl.constexpr, KEYS: gl.constexpr):
+    """First token, head and steps of an item by its `_item_runs`; and those of the next, loaded ahead."""
+    first_token, head = _item_place(item, num_tiles, H)
+    lo, inner_hi, inner_lo, hi = own_runs
+    steps = cut(lo, inner_lo, inner_hi, hi, 1, KEYS)
+    following = _item_runs(item + gl.num_programs(0), runs[0], runs[1], num_tokens, num_tiles, H)
+    return first_token, head, steps, following
+
+
+@gluon.jit
 def _load_forward(
     inputs, shared, runs, num_tokens, num_tiles,
     H: gl.constexpr, GROUP: gl.constexpr, D_QK: gl.constexpr, D_V: gl.constexpr, KEYS: gl.constexpr,
@@ -65,14 +76,10 @@ def _load_forward(
     """The loading warp: of every item of the program the queries once, then keys and values step by step."""
     q_desc, k_desc, v_desc = inputs
     q_smem, _, k_smem, v_smem, q_full, q_empty, k_full, v_full, k_empty, v_empty, _ = shared
-    first_ptr, end_ptr = runs
     done, phase = 0, 0  # steps of the items before, and the phase of q's barriers
-    own, programs = gl.program_id(0), gl.num_programs(0)
-    lo, inner_hi, inner_lo, hi = _item_runs(own, first_ptr, end_ptr, num_tokens, num_tiles, H)
-    for item in range(own, num_tiles * H, programs):
-        first_token, head = _item_place(item, num_tiles, H)
-        steps = cut(lo, inner_lo, inner_hi, hi, 1, KEYS)
-        lo, inner_hi, inner_lo, hi = _item_runs(item + programs, first_ptr, end_ptr, num_tokens, num_tiles, H)
+    own_runs = _item_runs(gl.program_id(0), runs[0], runs[1], num_tokens, num_tiles, H)
+    for item in range(gl.program_id(0), num_tiles * H, gl.num_programs(0)):
+        first_token, head, steps, own_runs = _begin_item(item, own_runs, runs, num_tokens, num_tiles, H, KEYS)
         mbarrier.wait(q_empty.index(0), phase ^ 1)
         mbarrier.expect(q_full.index(0), q_desc.block_type.nbytes)
         tma.async_copy_global_to_shared(q_desc, [first_token, head * D_QK], q_full.index(0), q_smem)
@@ -143,12 +150,9 @@ def _multiply_forward(
     rings = (k_smem, v_smem, k_full, v_full, k_empty, v_empty, turn)
     q, o_tile = q_smem.slice(HALF * ROWS, ROWS), o_smem.index(HALF)
     done, turns, phase = 0, 0, 0  # steps and turns of the items before, and the phase of q's barriers
-    own, programs = gl.program_id(0), gl.num_programs(0)
-    lo, inner_hi, inner_lo, hi = _item_runs(own, first_ptr, end_ptr, num_tokens, num_tiles, H)
-    for item in range(own, num_tiles * H, programs):
-        first_token, head = _item_place(item, num_tiles, H)
-        steps = cut(lo, inner_lo, inner_hi, hi, 1, KEYS)
-        lo, inner_hi, inner_lo, hi = _item_runs(item + programs, first_ptr, end_ptr, num_tokens, num_tiles, H)
+    own_runs = _item_runs(gl.program_id(0), first_ptr, end_ptr, num_tokens, num_tiles, H)
+    for item in range(gl.program_id(0), num_tiles * H, gl.num_programs(0)):
+        first_token, head, steps, own_runs = _begin_item(item, own_runs, runs, num_tokens, num_tiles, H, KEYS)
         token = first_token + HALF * ROWS + gl.arange(0, ROWS, row)
         exists = token < num_tokens
         first = gl.load(first_ptr + token, mask=exists, other=0)
@@ -326,8 +330,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, runs: KeyRuns, scale: float) -> tup
     (T, H, D_QK), (_, H_KV, D_V) = q.shape, v.shape
     o, lse = q.new_empty(T, H, D_V), q.new_empty(T, H, dtype=torch.float32)
     num_tiles = triton.cdiv(T, 2 * ROWS.value)
-    processors = torch.cuda.get_device_properties(q.device).multi_processor_count
-    _forward_kernel[(min(processors, num_tiles * H),)](
+    _forward_kernel[(resident_programs(num_tiles * H, q.device),)](
         tiles(q, 2 * ROWS.value), tiles(k, _KEYS), tiles(v, _KEYS), runs.first, runs.end, tiles(o, ROWS.value), lse,
         T, num_tiles, scale * LOG2_E.value, H, H // H_KV, D_QK, D_V, _KEYS, _STAGES, num_warps=4,
     )  # fmt: skip
