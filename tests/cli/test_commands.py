@@ -281,7 +281,8 @@ def test_memory_tells_of_a_run_on_gpus_that_are_not_there_and_reads_no_data(work
     printed = capsys.readouterr().out
     assert "fsdp2 on 4 GPUs, 64 tokens a step on each" in printed
     assert "optimizer state" in printed
-    assert {path.name for path in workplace.iterdir()} == {"texts", "small.yaml"}
+    written = {path.name for path in (*workplace.iterdir(), *workplace.glob("cache/*"))}
+    assert written - {"cache", "matplotlib"} == {"texts", "small.yaml"}  # which lists its fonts at its first import
 
 
 @pytest.mark.parametrize(("name", "gpus"), [("8b", 8), ("70b", 64), ("paper", 4)])
