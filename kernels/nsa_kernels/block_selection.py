@@ -43,6 +43,12 @@ _CHUNK_BYTES = 2**27
 
 
 @triton.jit
+def plane_weight(r, m, R: tl.constexpr, S: tl.constexpr):
+    """w_m[r]: chunks of block j + m that compression block j * R + r covers, float32."""
+    return tl.maximum(tl.minimum(r + S, (m + 1) * R) - tl.maximum(r, m * R), 0).to(tl.float32)
+
+
+@triton.jit
 def _importance_kernel(
     q_desc,  # [T, H, D]
     k_desc,  # [C, H_KV, D]
@@ -84,8 +90,7 @@ def _importance_kernel(
         spill = (row * tl.num_programs(0) + key_block) * (REACH * (REACH + 1) // 2)
         importance = tl.zeros([QUERIES, BLOCKS], tl.float32)
         for m in tl.static_range(REACH + 1):
-            weight = tl.minimum(r + S, (m + 1) * R) - tl.maximum(r, m * R)
-            part = tl.sum(p * tl.maximum(weight, 0).to(tl.float32)[None, None, :], 2)  # A_m
+            part = tl.sum(p * plane_weight(r, m, R, S)[None, None, :], 2)  # A_m
             if m > 0:
                 out = spill_ptr + spill[:, None] + (m * (m - 1) // 2 + m - BLOCKS + block)[None, :]
                 tl.store(out, part, mask=exists[:, None] & (block >= BLOCKS - m)[None, :])

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nsa_kernels.block_selection import plane_weight
 from nsa_kernels.early_start import await_launch_before, early_start, let_next_begin
 from nsa_kernels.elementwise_triton import turn
 from nsa_kernels.primitives import (
@@ -133,8 +134,7 @@ def attend_part(
             p = tl.reshape(tl.exp2(products * scale_log2 - new_max[:, None]), [ROWS, KEYS // R, R])
             head, r, j = tl.arange(0, ROWS), tl.arange(0, R), start // R + tl.arange(0, KEYS // R)
             for plane in tl.static_range(PLANES):
-                weight = tl.minimum(r + SPAN, (plane + 1) * R) - tl.maximum(r, plane * R)
-                part = tl.sum(p * tl.maximum(weight, 0).to(tl.float32)[None, None, :], 2)
+                part = tl.sum(p * plane_weight(r, plane, R, SPAN)[None, None, :], 2)
                 out = ((row * PLANES + plane) * GROUP + head)[:, None] * J + plane + j[None, :]
                 mask = (head < GROUP)[:, None] & (plane + j < J)[None, :]
                 log = tl.log2(tl.maximum(part, SMALLEST)) + new_max[:, None]

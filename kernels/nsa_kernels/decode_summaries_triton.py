@@ -156,12 +156,10 @@ def attend_summaries(
     old_parts = sizes.num_parts(J * R, reading, q.device)
     queries: Queries = q, None, None
     parts, programs, started, block_rotary = old_parts, old_parts, (), (None, None)
-    (*tokens, rotates), (weights, *learned) = pair_arguments(()), weight_arguments(None)
+    pairs, learned_parts = ((), None) if new is None else ([*new.branches, new.compressed], new.weights)
+    (*tokens, rotates), (weights, *learned) = pair_arguments(pairs), weight_arguments(learned_parts)
     if new is not None:
         queries = q, *(x.contiguous() for x in new.rotary)
-        (*tokens, rotates), (weights, *learned) = (
-            pair_arguments([*new.branches, new.compressed]), weight_arguments(new.weights),
-        )  # fmt: skip
         parts, programs, started = old_parts + 1, old_parts + 2 * SPAN + len(new.branches), tuple(new.started)
         block_rotary = block_rotary if new.block_rotary is None else tuple(x.contiguous() for x in new.block_rotary)
     o, stats = sizes.parts(parts, q)

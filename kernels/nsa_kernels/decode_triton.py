@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsa_kernels.block_selection import FORCED, best_soon
+from nsa_kernels.block_selection import FORCED, best_soon, plane_weight
 from nsa_kernels.decode_parts import (
     Launch,
     load_keys,
@@ -52,12 +52,6 @@ from nsa_kernels.primitives import (
 
 # B sequences, S, W or C slots of a cache, H query heads, H_kv KV heads, G = H / H_kv (GROUP), D head dim, n slots of
 # chosen blocks, J selection blocks, P parts that a run of keys is divided in, R = l' / d, ROWS >= G rows of a tile.
-
-
-@triton.jit
-def _plane_weight(r, plane, R: tl.constexpr, SPAN: tl.constexpr):
-    """Chunks of block j + plane that compression block j * R + r covers, float32."""
-    return tl.maximum(tl.minimum(r + SPAN, (plane + 1) * R) - tl.maximum(r, plane * R), 0).to(tl.float32)
 
 
 @triton.jit
@@ -89,7 +83,7 @@ def _importance(planes_ptr, stats_ptr, j, visible, J, num_parts, GROUP: tl.const
         if APPENDS:
             p = tl.sum(tl.where(exists, tl.exp2(latest - lse), 0.0), 0)
             for m in tl.static_range(PLANES):
-                weight = _plane_weight(visible % R, m, R, SPAN)
+                weight = plane_weight(visible % R, m, R, SPAN)
                 importance += tl.where(j == visible // R + m, weight * p, 0.0)
     return importance
 
@@ -211,7 +205,7 @@ def _tokens_kernel(
     row_max, row_sum = tl.full([ROWS], LOWEST, tl.float32), tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, BLOCK_V], tl.float32)
     for step in tl.range(part * share, tl.minimum(part * share + share, steps)):
-        block = tl.load(indices_ptr + row * SLOTS + step // STEPS, mask=role >= window_parts, other=0)
+        block = tl.load(indices_ptr + row * SLOTS + step // STEPS, mask=~of_window, other=0)
         start = tl.where(of_window, first + step * KEYS, block * BLOCK_SIZE + step % STEPS * KEYS)
         token = start + tl.arange(0, KEYS)
         k, v = load_keys(k_ptr, v_ptr, sequence, token, slots, kv_head, H_KV, D_QK, D_V, BLOCK_QK, BLOCK_V)

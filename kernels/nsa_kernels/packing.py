@@ -100,7 +100,10 @@ def selection_layout(cu_seqlens: Tensor, num_tokens: int, config: NSAConfig) -> 
 
 
 class KeyRuns(NamedTuple):
-    """Which keys each query sees, one run of them, and which queries see each key; int32."""
+    """Which keys each query sees, one run of them, and which queries see each key; int32.
+
+    `first` and `end` ascend from query to query.
+    """
 
     first: Tensor  # [T]
     end: Tensor  # [T]
