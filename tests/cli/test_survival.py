@@ -2,15 +2,13 @@
 
 import os
 import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from nsa_cli.main import main
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from support.runs import children, losses, start, wait_for
 
 STEPS = 150
 
@@ -57,44 +55,20 @@ def workplace(tmp_path, monkeypatch):
     return tmp_path
 
 
-def start(*arguments):
-    command = [sys.executable, "-m", "nsa_cli.main", "fit", "--config", "small.yaml", *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def children(process):
-    listed = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    return [int(child) for child in listed if b"nsa_cli" in Path(f"/proc/{child}/cmdline").read_bytes()]
-
-
-def wait_for(condition, process, seconds=90):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, process.stdout.read()[-3000:]
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
-def losses(folder):
-    """Loss of every step that a run logged."""
-    events = EventAccumulator(str(folder)).Reload()
-    return {event.step: event.value for event in events.Scalars("train/loss")}
-
-
 def run(monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", ["nsa", *arguments])
     return main()
 
 
 def test_a_run_killed_and_stopped_ends_with_the_losses_of_one_that_was_not(workplace, monkeypatch):
-    first = start(*TWO)
+    first = start("small.yaml", *TWO)
     wait_for((workplace / "runs/small/version_0/checkpoints/last.ckpt/meta.pt").exists, first)
     os.kill(children(first)[0], signal.SIGKILL)
     output, _ = first.communicate(timeout=60)
     assert "starting anew" in output
     assert first.returncode != 0
 
-    second = start(*TWO)
+    second = start("small.yaml", *TWO)
     wait_for((workplace / "runs/small/version_1/checkpoints/last.ckpt/meta.pt").exists, second)
     os.kill(children(second)[0], signal.SIGTERM)  # the scheduler tells any one of the processes
     output, _ = second.communicate(timeout=60)
