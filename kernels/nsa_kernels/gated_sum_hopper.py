@@ -23,6 +23,7 @@ from nsa_kernels.hopper import (
     load_keys,
     load_tile,
     place_of,
+    resident_programs,
     rows_layout,
     thread_barrier,
     tile_rows,
@@ -46,20 +47,63 @@ def _load_run(
 
 
 @gluon.jit
+def _find_tile(lap, num_tiles, HALF: gl.constexpr):
+    """First token and KV head of a lap of a group: neighbouring programs and groups have neighbouring tiles.
+
+    The last ones, which see most, go first; every second lap runs against the programs, so that all have as much to do.
+    """
+    pairs = gl.cdiv(num_tiles, 2)
+    along = gl.where(lap % 2 == 0, gl.program_id(0), gl.num_programs(0) - 1 - gl.program_id(0))
+    item = lap * gl.num_programs(0) + along
+    return 2 * (pairs - 1 - item % pairs) + HALF, item // pairs
+
+
+@gluon.jit
+def _count_laps(num_tiles, H_KV: gl.constexpr):
+    """Laps of the program; the last one may not be for all."""
+    items = gl.cdiv(num_tiles, 2) * H_KV
+    full = items // gl.num_programs(0)
+    along = gl.where(full % 2 == 0, gl.program_id(0), gl.num_programs(0) - 1 - gl.program_id(0))
+    return full + gl.where(full * gl.num_programs(0) + along < items, 1, 0)
+
+
+@gluon.jit
+def _find_walk(tile, kv_head, runs, unions, num_tokens, num_tiles, H_KV: gl.constexpr, GROUP: gl.constexpr):
+    """How a tile walks the compressed and the sliding run, and its union; runs ascend from token to token."""
+    first_token = gl.minimum(tile * (ROWS // GROUP), num_tokens - 1)
+    last_token = gl.minimum((tile + 1) * (ROWS // GROUP), num_tokens) - 1
+    last_token = gl.maximum(first_token, last_token)
+    lo, inner_lo = gl.load(runs[0] + first_token), gl.load(runs[0] + last_token)
+    inner_hi, hi = gl.load(runs[1] + first_token), gl.load(runs[1] + last_token)
+    window_lo, window_inner_lo = gl.load(runs[2] + first_token), gl.load(runs[2] + last_token)
+    window_inner_hi, window_hi = gl.load(runs[3] + first_token), gl.load(runs[3] + last_token)
+    union = union_of(tile, kv_head, num_tiles, unions[0], unions[1], unions[2], unions[3], H_KV)
+    return (cut(lo, inner_lo, inner_hi, hi, 1, ROWS),
+            cut(window_lo, window_inner_lo, window_inner_hi, window_hi, 1, ROWS), union)  # fmt: skip
+
+
+@gluon.jit
 def _load(
-    descriptors, walk, shared, kv_head,
-    D_QK: gl.constexpr, D_V: gl.constexpr, BLOCK_SIZE: gl.constexpr, STAGES: gl.constexpr,
+    descriptors, runs, unions, shared, num_tokens, num_tiles,
+    HALF: gl.constexpr, H_KV: gl.constexpr, GROUP: gl.constexpr, D_QK: gl.constexpr, D_V: gl.constexpr,
+    BLOCK_SIZE: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """A loading warp: the keys and values that a tile sees through the compressed, sliding and selected branch."""
+    """A loading warp: the keys and values that the tiles of its group see, branch by branch."""
     compressed_k, compressed_v, sliding_k, sliding_v, selected_k, selected_v = descriptors
-    compressed, sliding, union = walk
-    _, _, k_smem, v_smem, k_full, v_full, k_empty, v_empty = shared
-    _load_run(0, compressed, compressed_k, compressed_v, kv_head, k_smem, v_smem, k_full, v_full, k_empty, v_empty,
-              D_QK, D_V, STAGES)  # fmt: skip
-    _load_run(compressed.total, sliding, sliding_k, sliding_v, kv_head, k_smem, v_smem, k_full, v_full, k_empty,
-              v_empty, D_QK, D_V, STAGES)  # fmt: skip
-    load_union(compressed.total + sliding.total, union[0], union[2], selected_k, selected_v, kv_head, k_smem, v_smem,
-               k_full, v_full, k_empty, v_empty, D_QK, D_V, BLOCK_SIZE, STAGES)  # fmt: skip
+    k_smem, v_smem, k_full, v_full, k_empty, v_empty = shared[2:]
+    step = 0
+    for lap in range(_count_laps(num_tiles, H_KV)):
+        tile, kv_head = _find_tile(lap, num_tiles, HALF)
+        compressed, sliding, union = _find_walk(tile, kv_head, runs, unions, num_tokens, num_tiles, H_KV, GROUP)
+        _load_run(step, compressed, compressed_k, compressed_v, kv_head, k_smem, v_smem, k_full, v_full, k_empty,
+                  v_empty, D_QK, D_V, STAGES)  # fmt: skip
+        step += compressed.total
+        _load_run(step, sliding, sliding_k, sliding_v, kv_head, k_smem, v_smem, k_full, v_full, k_empty, v_empty,
+                  D_QK, D_V, STAGES)  # fmt: skip
+        step += sliding.total
+        load_union(step, union[0], union[2], selected_k, selected_v, kv_head, k_smem, v_smem, k_full, v_full, k_empty,
+                   v_empty, D_QK, D_V, BLOCK_SIZE, STAGES)  # fmt: skip
+        step += union[2] * (BLOCK_SIZE // ROWS)
 
 
 @gluon.jit
@@ -149,70 +193,70 @@ def _end_step(i, total, p, dp, delta, dq, stage, S_LAYOUT: gl.constexpr, shared,
 
 @gluon.jit
 def _multiply(
-    tensors, outputs, runs, walk, shared, first_token, kv_head, num_tokens, scale,
-    H: gl.constexpr, GROUP: gl.constexpr, D_QK: gl.constexpr, D_V: gl.constexpr, BLOCK_SIZE: gl.constexpr,
-    STAGES: gl.constexpr,
+    tensors, outputs, runs, unions, shared, num_tokens, num_tiles, scale,
+    HALF: gl.constexpr, H_KV: gl.constexpr, GROUP: gl.constexpr, D_QK: gl.constexpr, D_V: gl.constexpr,
+    BLOCK_SIZE: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """A multiplying group: dq of one tile, and on the way what the kernels of dk and dv need."""
+    """A multiplying group: dq of one tile after another, and on the way what the kernels of dk and dv need."""
     q_ptr, do_ptr, gates_ptr, o_ptrs, lse_ptrs = tensors
     grad_gates_ptr, delta_ptr, shifted_ptr, dq_ptr = outputs
-    compressed, sliding, union = walk
-    q_smem, do_smem, k_smem, _, k_full, _, _, _ = shared
+    q_smem, do_smem, k_smem, k_full = shared[0], shared[1], shared[2], shared[4]
+    H: gl.constexpr = H_KV * GROUP
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
     dq_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D_QK, 16])
     row: gl.constexpr = gl.SliceLayout(1, s_layout)
-    _, rows, _ = tile_rows(first_token, num_tokens, kv_head, H, GROUP, gl.SliceLayout(1, rows_layout(D_QK)))
-    q_smem.store(load_tile(q_ptr, rows, D_QK))
-    _, rows, exists = tile_rows(first_token, num_tokens, kv_head, H, GROUP, gl.SliceLayout(1, rows_layout(D_V)))
-    do = load_tile(do_ptr, rows, D_V)
-    do_smem.store(do)
-    fence_async_shared()
-    do = do.to(gl.float32)
     branch = gl.to_tensor(num_tokens).to(gl.int64) * H
-    compressed_lse, compressed_delta = _fold_gate(
-        gates_ptr, grad_gates_ptr, o_ptrs[0], do, lse_ptrs[0], delta_ptr, shifted_ptr, rows, exists, D_V, row
-    )
-    selected_lse, selected_delta = _fold_gate(
-        gates_ptr + 1, grad_gates_ptr + 1, o_ptrs[1], do, lse_ptrs[1], delta_ptr + branch, shifted_ptr + branch,
-        rows, exists, D_V, row)  # fmt: skip
-    sliding_lse, sliding_delta = _fold_gate(
-        gates_ptr + 2, grad_gates_ptr + 2, o_ptrs[2], do, lse_ptrs[2], delta_ptr + 2 * branch,
-        shifted_ptr + 2 * branch, rows, exists, D_V, row)  # fmt: skip
-    token, _, _ = tile_rows(first_token, num_tokens, kv_head, H, GROUP, row)
-    thread_barrier()
-    mbarrier.wait(k_full.index(0), 0)
-    none = gl.zeros([ROWS, ROWS], gl.float32, s_layout)
-    products = warpgroup_mma(q_smem, k_smem.index(0).permute((1, 0)), none, use_acc=False, is_async=True)
-    state = (warpgroup_mma_wait(0, deps=[products]), gl.zeros([ROWS, D_QK], gl.float32, dq_layout))
     scale_log2 = scale * LOG2_E
-    before_union = compressed.total + sliding.total
-    total = before_union + union[2] * (BLOCK_SIZE // ROWS)
-    first, end = gl.load(runs[0] + token), gl.load(runs[1] + token)
-    state = _add_run(state, 0, compressed.num_edges, 0, total, compressed_lse, compressed_delta, first, end,
-                     compressed, shared, scale_log2, True, STAGES)  # fmt: skip
-    state = _add_run(state, compressed.num_edges, compressed.total, 0, total, compressed_lse, compressed_delta, first,
-                     end, compressed, shared, scale_log2, False, STAGES)  # fmt: skip
-    first, end = gl.load(runs[2] + token), gl.load(runs[3] + token)
-    state = _add_run(state, 0, sliding.num_edges, compressed.total, total, sliding_lse, sliding_delta, first, end,
-                     sliding, shared, scale_log2, True, STAGES)  # fmt: skip
-    state = _add_run(state, sliding.num_edges, sliding.total, compressed.total, total, sliding_lse, sliding_delta,
-                     first, end, sliding, shared, scale_log2, False, STAGES)  # fmt: skip
-    query = gl.arange(0, ROWS, row) // GROUP
-    _, dq = _add_union(state, union, before_union, total, selected_lse, selected_delta, token, first_token,
-                       query, shared, scale_log2, BLOCK_SIZE, STAGES)  # fmt: skip
-    _, rows, exists = tile_rows(first_token, num_tokens, kv_head, H, GROUP, gl.SliceLayout(1, dq_layout))
-    column = gl.arange(0, D_QK, gl.SliceLayout(0, dq_layout))
-    dq = (dq * scale).to(dq_ptr.dtype.element_ty)
-    gl.store(dq_ptr + rows[:, None] * D_QK + column[None, :], dq, mask=exists[:, None])
-
-
-@gluon.jit
-def _steps_of(first_ptr, end_ptr, first_token, num_tokens, GROUP: gl.constexpr):
-    """How a tile walks a run; every warp holds all its tokens."""
-    r = gl.arange(0, ROWS, gl.BlockedLayout([ROWS // 32], [32], [4], [0]))
-    token = gl.minimum(first_token + r // GROUP, num_tokens - 1)
-    first, end = gl.load(first_ptr + token), gl.load(end_ptr + token)
-    return cut(gl.min(first, 0), gl.max(first, 0), gl.min(end, 0), gl.max(end, 0), 1, ROWS)
+    step = 0
+    for lap in range(_count_laps(num_tiles, H_KV)):
+        tile, kv_head = _find_tile(lap, num_tiles, HALF)
+        compressed, sliding, union = _find_walk(tile, kv_head, runs, unions, num_tokens, num_tiles, H_KV, GROUP)
+        first_token = tile * (ROWS // GROUP)
+        thread_barrier()  # no warp of the group multiplies the queries of the tile before any more
+        _, rows, _ = tile_rows(first_token, num_tokens, kv_head, H, GROUP, gl.SliceLayout(1, rows_layout(D_QK)))
+        q_smem.store(load_tile(q_ptr, rows, D_QK))
+        _, rows, exists = tile_rows(first_token, num_tokens, kv_head, H, GROUP, gl.SliceLayout(1, rows_layout(D_V)))
+        do = load_tile(do_ptr, rows, D_V)
+        do_smem.store(do)
+        fence_async_shared()
+        do = do.to(gl.float32)
+        compressed_lse, compressed_delta = _fold_gate(
+            gates_ptr, grad_gates_ptr, o_ptrs[0], do, lse_ptrs[0], delta_ptr, shifted_ptr, rows, exists, D_V, row
+        )
+        selected_lse, selected_delta = _fold_gate(
+            gates_ptr + 1, grad_gates_ptr + 1, o_ptrs[1], do, lse_ptrs[1], delta_ptr + branch, shifted_ptr + branch,
+            rows, exists, D_V, row)  # fmt: skip
+        sliding_lse, sliding_delta = _fold_gate(
+            gates_ptr + 2, grad_gates_ptr + 2, o_ptrs[2], do, lse_ptrs[2], delta_ptr + 2 * branch,
+            shifted_ptr + 2 * branch, rows, exists, D_V, row)  # fmt: skip
+        token, _, _ = tile_rows(first_token, num_tokens, kv_head, H, GROUP, row)
+        thread_barrier()
+        stage = step % STAGES
+        mbarrier.wait(k_full.index(stage), step // STAGES & 1)
+        none = gl.zeros([ROWS, ROWS], gl.float32, s_layout)
+        products = warpgroup_mma(q_smem, k_smem.index(stage).permute((1, 0)), none, use_acc=False, is_async=True)
+        state = (warpgroup_mma_wait(0, deps=[products]), gl.zeros([ROWS, D_QK], gl.float32, dq_layout))
+        total = step + compressed.total + sliding.total + union[2] * (BLOCK_SIZE // ROWS)
+        first, end = gl.load(runs[0] + token), gl.load(runs[1] + token)
+        state = _add_run(state, 0, compressed.num_edges, step, total, compressed_lse, compressed_delta, first, end,
+                         compressed, shared, scale_log2, True, STAGES)  # fmt: skip
+        state = _add_run(state, compressed.num_edges, compressed.total, step, total, compressed_lse, compressed_delta,
+                         first, end, compressed, shared, scale_log2, False, STAGES)  # fmt: skip
+        step += compressed.total
+        first, end = gl.load(runs[2] + token), gl.load(runs[3] + token)
+        state = _add_run(state, 0, sliding.num_edges, step, total, sliding_lse, sliding_delta, first, end, sliding,
+                         shared, scale_log2, True, STAGES)  # fmt: skip
+        state = _add_run(state, sliding.num_edges, sliding.total, step, total, sliding_lse, sliding_delta, first, end,
+                         sliding, shared, scale_log2, False, STAGES)  # fmt: skip
+        step += sliding.total
+        query = gl.arange(0, ROWS, row) // GROUP
+        _, dq = _add_union(state, union, step, total, selected_lse, selected_delta, token, first_token, query, shared,
+                           scale_log2, BLOCK_SIZE, STAGES)  # fmt: skip
+        step = total
+        _, rows, exists = tile_rows(first_token, num_tokens, kv_head, H, GROUP, gl.SliceLayout(1, dq_layout))
+        column = gl.arange(0, D_QK, gl.SliceLayout(0, dq_layout))
+        dq = (dq * scale).to(dq_ptr.dtype.element_ty)
+        gl.store(dq_ptr + rows[:, None] * D_QK + column[None, :], dq, mask=exists[:, None])
 
 
 @gluon.jit
@@ -247,16 +291,9 @@ def _dq_kernel(
     H_KV: gl.constexpr, GROUP: gl.constexpr, D_QK: gl.constexpr, D_V: gl.constexpr, BLOCK_SIZE: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
-    """One program computes dq of two neighbouring tiles of one KV head; the last ones, which see most, go first."""
-    tile, kv_head = 2 * (gl.num_programs(0) - 1 - gl.program_id(0)), gl.program_id(1)
+    """A program computes dq of pairs of neighbouring tiles of one KV head, its two groups one of each pair."""
     runs = (compressed_first_ptr, compressed_end_ptr, window_first_ptr, window_end_ptr)
-    token_a, token_b = tile * (ROWS // GROUP), (tile + 1) * (ROWS // GROUP)
-    walk_a = (_steps_of(runs[0], runs[1], token_a, num_tokens, GROUP),
-              _steps_of(runs[2], runs[3], token_a, num_tokens, GROUP),
-              union_of(tile, kv_head, num_tiles, start_ptr, mask_ptr, size_ptr, U, H_KV))  # fmt: skip
-    walk_b = (_steps_of(runs[0], runs[1], token_b, num_tokens, GROUP),
-              _steps_of(runs[2], runs[3], token_b, num_tokens, GROUP),
-              union_of(tile + 1, kv_head, num_tiles, start_ptr, mask_ptr, size_ptr, U, H_KV))  # fmt: skip
+    unions = (start_ptr, mask_ptr, size_ptr, U)
     shared_a = _shared(compressed_k.dtype, D_QK, D_V, STAGES)
     shared_b = _shared(compressed_k.dtype, D_QK, D_V, STAGES)
     fence_async_shared()
@@ -267,12 +304,14 @@ def _dq_kernel(
     outputs = (grad_gates_ptr, delta_ptr, shifted_ptr, dq_ptr)
     gl.warp_specialize(
         [
-            (_multiply, (tensors, outputs, runs, walk_a, shared_a, token_a, kv_head, num_tokens, scale,
-                         H_KV * GROUP, GROUP, D_QK, D_V, BLOCK_SIZE, STAGES)),
-            (_multiply, (tensors, outputs, runs, walk_b, shared_b, token_b, kv_head, num_tokens, scale,
-                         H_KV * GROUP, GROUP, D_QK, D_V, BLOCK_SIZE, STAGES)),
-            (_load, (keys, walk_a, shared_a, kv_head, D_QK, D_V, BLOCK_SIZE, STAGES)),
-            (_load, (keys, walk_b, shared_b, kv_head, D_QK, D_V, BLOCK_SIZE, STAGES)),
+            (_multiply, (tensors, outputs, runs, unions, shared_a, num_tokens, num_tiles, scale,
+                         0, H_KV, GROUP, D_QK, D_V, BLOCK_SIZE, STAGES)),
+            (_multiply, (tensors, outputs, runs, unions, shared_b, num_tokens, num_tiles, scale,
+                         1, H_KV, GROUP, D_QK, D_V, BLOCK_SIZE, STAGES)),
+            (_load, (keys, runs, unions, shared_a, num_tokens, num_tiles,
+                     0, H_KV, GROUP, D_QK, D_V, BLOCK_SIZE, STAGES)),
+            (_load, (keys, runs, unions, shared_b, num_tokens, num_tiles,
+                     1, H_KV, GROUP, D_QK, D_V, BLOCK_SIZE, STAGES)),
         ],
         [4, 1, 1], [240, 24, 24],
     )  # fmt: skip
@@ -289,7 +328,7 @@ def backward_q(
     """
     (T, H, D_QK), (_, H_KV, D_V) = q.shape, keys[1].shape
     num_tiles = unions.size.shape[0]
-    _dq_kernel[(triton.cdiv(num_tiles, 2), H_KV)](
+    _dq_kernel[(resident_programs(triton.cdiv(num_tiles, 2) * H_KV, q.device),)](
         q, do, gates, grad_gates, *(tiles(x, ROWS.value) for x in keys), *o, *lse,
         *where.compressed_runs[:2], *where.sliding_runs[:2], *unions, delta, lse_shifted, dq,
         T, num_tiles, unions.start.shape[-1], scale,

@@ -282,10 +282,10 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """o [T, H, D_v] in q's dtype and lse [T, H] of queries that see the keys of `runs`; `stage` picks the launch."""
     (T, H, D_QK), (_, H_KV, D_V) = q.shape, v.shape
-    if stage == "compressed" and fits_hopper(q, v):
+    if fits_hopper(q, v):
         from nsa_kernels import run_attention_hopper
 
-        return run_attention_hopper.forward(q, k, v, runs, scale)
+        return run_attention_hopper.forward(q, k, v, runs, scale, others)
     o, lse = q.new_empty(T, H, D_V), q.new_empty(T, H, dtype=torch.float32)
     tile = launch(f"{stage}_forward", q, max(D_QK, D_V), H // H_KV)
     _forward_kernel[(triton.cdiv(T, tile.queries), H_KV)](

@@ -26,9 +26,11 @@ from nsa_kernels.hopper import (
     barriers,
     cut,
     load_keys,
+    load_tile,
     place_of,
     resident_programs,
     ring,
+    rows_layout,
     softmax_end,
     softmax_step,
     start_dkv,
@@ -37,6 +39,7 @@ from nsa_kernels.hopper import (
     tiles,
 )
 from nsa_kernels.packing import KeyRuns
+from nsa_kernels.run_attention import OtherBranches
 
 # T packed tokens, S keys, H query heads, H_kv KV heads, G = H / H_kv (GROUP), D head dim.
 
@@ -135,8 +138,24 @@ def _attend(
 
 
 @gluon.jit
+def _store_gated_sum(others, o_tile, first_token, head, num_tokens, H: gl.constexpr, D: gl.constexpr):
+    """Add the finished branches to `o_tile`, each by its gate, and write the sum of ROWS tokens of a head."""
+    gates_ptr, compressed_ptr, selected_ptr, out_ptr = others
+    layout: gl.constexpr = rows_layout(D)
+    token = first_token + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+    rows = gl.minimum(token, num_tokens - 1).to(gl.int64) * H + head
+    compressed, selected = load_tile(compressed_ptr, rows, D), load_tile(selected_ptr, rows, D)
+    out = o_tile.load(layout).to(gl.float32) * gl.load(gates_ptr + 3 * rows + 2).to(gl.float32)[:, None]
+    out += compressed.to(gl.float32) * gl.load(gates_ptr + 3 * rows).to(gl.float32)[:, None]
+    out += selected.to(gl.float32) * gl.load(gates_ptr + 3 * rows + 1).to(gl.float32)[:, None]
+    column = gl.arange(0, D, gl.SliceLayout(0, layout))
+    mask = (token < num_tokens)[:, None]
+    gl.store(out_ptr + rows[:, None] * D + column[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@gluon.jit
 def _multiply_forward(
-    outputs, shared, runs, num_tokens, num_tiles, scale_log2,
+    outputs, others, shared, runs, num_tokens, num_tiles, scale_log2, SUM: gl.constexpr,
     HALF: gl.constexpr, H: gl.constexpr, D_V: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """A multiplying group: ROWS of the queries of every item of the program, from scores to stored outputs."""
@@ -188,6 +207,8 @@ def _multiply_forward(
         fence_async_shared()
         thread_barrier()
         tma.async_copy_shared_to_global(o_desc, [first_token + HALF * ROWS, head * D_V], o_tile)
+        if SUM:
+            _store_gated_sum(others, o_tile, first_token + HALF * ROWS, head, num_tokens, H, D_V)
     tma.store_wait(0)
 
 
@@ -198,13 +219,16 @@ def _forward_kernel(
     first_ptr, end_ptr,  # [T]
     o_desc,  # [T, H * D_V]
     lse_ptr,  # [T, H]
-    num_tokens, num_tiles, scale_log2,
+    gates_ptr,  # [T, H, 3]; read if SUM
+    compressed_ptr, selected_ptr, out_ptr,  # [T, H, D_V]; used if SUM
+    num_tokens, num_tiles, scale_log2, SUM: gl.constexpr,
     H: gl.constexpr, GROUP: gl.constexpr, D_QK: gl.constexpr, D_V: gl.constexpr, KEYS: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
     """Each program attends one item after another: 2 * ROWS tokens of one head.
 
-    The next item's queries and keys are loaded while the last one ends.
+    The next item's queries and keys are loaded while the last one ends. With SUM it also writes the gated sum of the
+    two other branches and this one.
     """
     q_smem = gl.allocate_shared_memory(q_desc.dtype, [2 * ROWS, D_QK], q_desc.layout)
     o_smem = gl.allocate_shared_memory(q_desc.dtype, [2, ROWS, D_V], o_desc.layout)
@@ -215,10 +239,13 @@ def _forward_kernel(
     fence_async_shared()
     shared = (q_smem, o_smem, k_smem, v_smem, q_full, q_empty, k_full, v_full, k_empty, v_empty, turn)
     outputs, runs = (o_desc, lse_ptr), (first_ptr, end_ptr)
+    others = (gates_ptr, compressed_ptr, selected_ptr, out_ptr)
     gl.warp_specialize(
         [
-            (_multiply_forward, (outputs, shared, runs, num_tokens, num_tiles, scale_log2, 0, H, D_V, KEYS, STAGES)),
-            (_multiply_forward, (outputs, shared, runs, num_tokens, num_tiles, scale_log2, 1, H, D_V, KEYS, STAGES)),
+            (_multiply_forward, (outputs, others, shared, runs, num_tokens, num_tiles, scale_log2, SUM,
+                                 0, H, D_V, KEYS, STAGES)),
+            (_multiply_forward, (outputs, others, shared, runs, num_tokens, num_tiles, scale_log2, SUM,
+                                 1, H, D_V, KEYS, STAGES)),
             (_load_forward, ((q_desc, k_desc, v_desc), shared, runs, num_tokens, num_tiles, H, GROUP, D_QK, D_V, KEYS,
                              STAGES)),
         ],
@@ -325,14 +352,17 @@ def _dkv_kernel(
     )  # fmt: skip
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, runs: KeyRuns, scale: float) -> tuple[Tensor, Tensor]:
-    """o [T, H, D_v] in q's dtype and lse [T, H]."""
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, runs: KeyRuns, scale: float, others: OtherBranches | None = None
+) -> tuple[Tensor, Tensor]:
+    """o [T, H, D_v] in q's dtype and lse [T, H]; with `others` also their gated sum."""
     (T, H, D_QK), (_, H_KV, D_V) = q.shape, v.shape
     o, lse = q.new_empty(T, H, D_V), q.new_empty(T, H, dtype=torch.float32)
     num_tiles = triton.cdiv(T, 2 * ROWS.value)
     _forward_kernel[(resident_programs(num_tiles * H, q.device),)](
         tiles(q, 2 * ROWS.value), tiles(k, _KEYS), tiles(v, _KEYS), runs.first, runs.end, tiles(o, ROWS.value), lse,
-        T, num_tiles, scale * LOG2_E.value, H, H // H_KV, D_QK, D_V, _KEYS, _STAGES, num_warps=4,
+        *(others or (None,) * 4), T, num_tiles, scale * LOG2_E.value, others is not None,
+        H, H // H_KV, D_QK, D_V, _KEYS, _STAGES, num_warps=4,
     )  # fmt: skip
     return o, lse
 
