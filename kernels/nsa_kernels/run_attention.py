@@ -282,7 +282,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """o [T, H, D_v] in q's dtype and lse [T, H] of queries that see the keys of `runs`; `stage` picks the launch."""
     (T, H, D_QK), (_, H_KV, D_V) = q.shape, v.shape
-    if fits_hopper(q, v):
+    if fits_hopper(q, v) and (stage == "compressed" or max(D_QK, D_V) == 128):  # sliding, 64: Triton is faster
         from nsa_kernels import run_attention_hopper
 
         return run_attention_hopper.forward(q, k, v, runs, scale, others)

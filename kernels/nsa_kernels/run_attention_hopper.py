@@ -138,13 +138,22 @@ def _attend(
 
 
 @gluon.jit
-def _store_gated_sum(others, o_tile, first_token, head, num_tokens, H: gl.constexpr, D: gl.constexpr):
+def _load_others(others, first_token, head, num_tokens, H: gl.constexpr, D: gl.constexpr):
+    """The finished branches of ROWS tokens of a head."""
+    _, compressed_ptr, selected_ptr, _ = others
+    token = first_token + gl.arange(0, ROWS, gl.SliceLayout(1, rows_layout(D)))
+    rows = gl.minimum(token, num_tokens - 1).to(gl.int64) * H + head
+    return load_tile(compressed_ptr, rows, D), load_tile(selected_ptr, rows, D)
+
+
+@gluon.jit
+def _store_gated_sum(others, finished, o_tile, first_token, head, num_tokens, H: gl.constexpr, D: gl.constexpr):
     """Add the finished branches to `o_tile`, each by its gate, and write the sum of ROWS tokens of a head."""
-    gates_ptr, compressed_ptr, selected_ptr, out_ptr = others
+    gates_ptr, _, _, out_ptr = others
+    compressed, selected = finished
     layout: gl.constexpr = rows_layout(D)
     token = first_token + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
     rows = gl.minimum(token, num_tokens - 1).to(gl.int64) * H + head
-    compressed, selected = load_tile(compressed_ptr, rows, D), load_tile(selected_ptr, rows, D)
     out = o_tile.load(layout).to(gl.float32) * gl.load(gates_ptr + 3 * rows + 2).to(gl.float32)[:, None]
     out += compressed.to(gl.float32) * gl.load(gates_ptr + 3 * rows).to(gl.float32)[:, None]
     out += selected.to(gl.float32) * gl.load(gates_ptr + 3 * rows + 1).to(gl.float32)[:, None]
@@ -196,6 +205,8 @@ def _multiply_forward(
         p, acc, row_max, row_sum = softmax
         done, turns, phase = done + steps.total, turns + steps.total - 1, phase ^ 1
         last = (done - 1) % STAGES
+        if SUM:
+            finished = _load_others(others, first_token + HALF * ROWS, head, num_tokens, H, D_V)
         mbarrier.wait(v_full.index(last), (done - 1) // STAGES & 1)
         acc = warpgroup_mma_wait(0, deps=[warpgroup_mma(p, v_smem.index(last), acc, is_async=True)])
         mbarrier.arrive(v_empty.index(last), count=1)
@@ -208,7 +219,7 @@ def _multiply_forward(
         thread_barrier()
         tma.async_copy_shared_to_global(o_desc, [first_token + HALF * ROWS, head * D_V], o_tile)
         if SUM:
-            _store_gated_sum(others, o_tile, first_token + HALF * ROWS, head, num_tokens, H, D_V)
+            _store_gated_sum(others, finished, o_tile, first_token + HALF * ROWS, head, num_tokens, H, D_V)
     tma.store_wait(0)
 
 
