@@ -205,8 +205,7 @@ def _multiply_forward(
         p, acc, row_max, row_sum = softmax
         done, turns, phase = done + steps.total, turns + steps.total - 1, phase ^ 1
         last = (done - 1) % STAGES
-        if SUM:
-            finished = _load_others(others, first_token + HALF * ROWS, head, num_tokens, H, D_V)
+        finished = _load_others(others, first_token + HALF * ROWS, head, num_tokens, H, D_V) if SUM else None
         mbarrier.wait(v_full.index(last), (done - 1) // STAGES & 1)
         acc = warpgroup_mma_wait(0, deps=[warpgroup_mma(p, v_smem.index(last), acc, is_async=True)])
         mbarrier.arrive(v_empty.index(last), count=1)
