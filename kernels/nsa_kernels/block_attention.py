@@ -18,6 +18,7 @@ from nsa_kernels.primitives import (
     LOG2_E,
     LOWEST,
     block_descriptor,
+    ceil_div,
     dot_precision,
     load_block,
     load_rows,
@@ -271,7 +272,7 @@ def forward(
     o, lse = q.new_empty(T, H, D_V), q.new_empty(T, H, dtype=torch.float32)
     tile = union_tile("selected_forward", q, v, block_size)
     unions = unite(block_indices, document_start, block_size, tile.queries)
-    _forward_kernel[(triton.cdiv(T, tile.queries), H_KV)](
+    _forward_kernel[(ceil_div(T, tile.queries), H_KV)](
         q, block_descriptor(k, tile.keys), block_descriptor(v, tile.keys), *unions, o, lse,
         T, past, scale * LOG2_E.value, unions.start.shape[-1],
         H_KV, H // H_KV, D_QK, D_V, padded(D_QK), padded(D_V), tile.queries, tile.rows, block_size, tile.keys,
@@ -289,7 +290,7 @@ def backward_q(
     dq = torch.empty_like(q)
     tile = union_tile("selected_dq", q, v, block_size)
     unions = unite(block_indices, document_start, block_size, tile.queries)
-    _dq_kernel[(triton.cdiv(T, tile.queries), H_KV)](
+    _dq_kernel[(ceil_div(T, tile.queries), H_KV)](
         q, block_descriptor(k, tile.keys), block_descriptor(v, tile.keys), do, lse, delta, *unions,
         dq, T, scale, unions.start.shape[-1],
         H_KV, H // H_KV, D_QK, D_V, padded(D_QK), padded(D_V), tile.queries, tile.rows, block_size, tile.keys,

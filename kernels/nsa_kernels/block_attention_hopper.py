@@ -7,7 +7,6 @@ Also how a tile walks the union of its blocks, for `gated_sum_hopper.py`.
 """
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -41,6 +40,7 @@ from nsa_kernels.hopper import (
     tile_rows,
     tiles,
 )
+from nsa_kernels.primitives import ceil_div
 
 # T packed tokens, H query heads, H_kv KV heads, G = H / H_kv (GROUP), D head dim, B blocks, I items of the list.
 
@@ -383,7 +383,7 @@ def backward_kv(
     (_, H, D_QK), (_, H_KV, D_V) = q.shape, v.shape
     num_items, rows = len(lists.item_row), ROWS.value
     items = (lists.token, lists.item_row, lists.item_begin, lists.item_end, lists.item_part)
-    _dkv_kernel[(triton.cdiv(num_items, 2), block_size // rows)](
+    _dkv_kernel[(ceil_div(num_items, 2), block_size // rows)](
         _groups(q, H // H_KV), _groups(do, H // H_KV), tiles(k, rows), tiles(v, rows), lse, delta,
         *items, block_start, block_end, *grads, *parts, num_items, len(block_start), scale,
         H_KV, H // H_KV, D_QK, D_V, block_size, _STAGES, num_warps=4,

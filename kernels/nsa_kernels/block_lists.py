@@ -1,5 +1,6 @@
 """Who chose which block: the union of neighbouring queries' choices, and the queries of each block."""
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -7,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsa_kernels.primitives import padded, wide
+from nsa_kernels.primitives import ceil_div, padded, wide
 
 # T packed tokens, H_kv KV heads, n slots a query (SLOTS), l' tokens a block (BLOCK_SIZE), B rows of the selection
 # layout, U = tile queries * n slots of a tile's union, I items.
@@ -61,7 +62,7 @@ def _union_kernel(
 def unite(block_indices: Tensor, document_start: Tensor, block_size: int, queries: int) -> Unions:
     """The union of the blocks that each `queries` neighbouring queries chose."""
     T, H_KV, n = block_indices.shape
-    tiles = triton.cdiv(T, queries)
+    tiles = ceil_div(T, queries)
     start, mask = (block_indices.new_empty(tiles, H_KV, queries * n) for _ in range(2))
     size = block_indices.new_empty(tiles, H_KV)
     _union_kernel[(tiles, H_KV)](
@@ -97,29 +98,30 @@ def inverse_list(block_indices: Tensor, first_block: Tensor, num_blocks: int, it
         item_length: most queries in an item.
     """
     T, H_KV, n = block_indices.shape
-    device, num_rows = block_indices.device, H_KV * num_blocks
-    head_row = torch.arange(0, num_rows, num_blocks, device=device, dtype=torch.int32)[:, None]
+    num_rows, numbers = H_KV * num_blocks, partial(torch.arange, device=block_indices.device, dtype=torch.int32)
+    head_row = numbers(0, num_rows, num_blocks)[:, None]
     row = torch.where(block_indices >= 0, first_block[:, None, None] + block_indices + head_row, num_rows)
     row, order = row.flatten().sort(stable=True)
-    begin = torch.searchsorted(row, torch.arange(num_rows + 1, device=device, dtype=torch.int32))
+    begin = torch.searchsorted(row, numbers(num_rows + 1), out_int32=True)
     items = ((begin.diff() + item_length - 1) // item_length).clamp_(min=1)
-    cu_items = torch.cat([items.new_zeros(1), items.cumsum(0)])
-    item = torch.arange(num_rows + T * H_KV * n // item_length, device=device)
-    item_row = torch.searchsorted(cu_items[1:], item, right=True)
+    cu_items = torch.cat([items.new_zeros(1), items.cumsum(0, dtype=torch.int32)])
+    item = numbers(num_rows + T * H_KV * n // item_length)
+    item_row = torch.searchsorted(cu_items[1:], item, right=True, out_int32=True)
     used = item_row < num_rows
-    item_row = item_row.clamp_(max=num_rows - 1)
-    item_begin = begin[item_row] + (item - cu_items[item_row]) * item_length
-    item_end = torch.minimum(item_begin + item_length, begin[item_row + 1])
+    item_row.clamp_(max=num_rows - 1)
+    within = item - cu_items.index_select(0, item_row)
+    item_begin = begin.index_select(0, item_row) + within * item_length
+    item_end = torch.minimum(item_begin + item_length, begin[1:].index_select(0, item_row))
     parts = torch.where(items > 1, items, 0)
-    row_part = parts.cumsum(0) - parts
-    item_part = torch.where(items[item_row] > 1, row_part[item_row] + item - cu_items[item_row], -1)
+    row_part = parts.cumsum(0, dtype=torch.int32) - parts
+    divided = items.index_select(0, item_row) > 1
     return InverseList(
         (order // (H_KV * n)).int(),
-        torch.where(used, item_row, -1).int(),
-        item_begin.int(),
-        item_end.int(),
-        item_part.int(),
-        row_part.int(),
-        items.int(),
+        torch.where(used, item_row, -1),
+        item_begin,
+        item_end,
+        torch.where(divided, row_part.index_select(0, item_row) + within, -1),
+        row_part,
+        items,
         2 * (T * H_KV * n // item_length) + 1,
     )

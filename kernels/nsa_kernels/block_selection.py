@@ -20,10 +20,12 @@ from nsa_kernels.packing import BatchLayout, batch_layout
 from nsa_kernels.primitives import (
     LOG2_E,
     block_descriptor,
+    ceil_div,
     check_inputs,
     dot_precision,
     load_block,
     padded,
+    power_of_two,
     row_addresses,
     wide,
 )
@@ -238,7 +240,7 @@ def _rank(
     l, d, size, n, num_init, num_local = sizes  # noqa: E741
     (H_KV, Q, J), R = importance.shape, size // d
     blocks = _SEGMENT if J > _SMALL_SEGMENT else _SMALL_SEGMENT
-    segments = triton.cdiv(J, blocks)
+    segments = ceil_div(J, blocks)
     shape = (Q, H_KV, segments * n if segments > 1 else 0)
     best_bits, best = torch.empty(shape, dtype=torch.int32, device=importance.device), indices.new_empty(shape)
     _rank_kernel[(Q, H_KV, segments)](
@@ -254,7 +256,7 @@ def _rank(
 
 def _reach(compress_block_size: int, stride: int, block_size: int) -> int:
     """The largest m: how many blocks further a compression block that begins in a block may end."""
-    return triton.cdiv(compress_block_size // stride - 1, block_size // stride)
+    return ceil_div(compress_block_size // stride - 1, block_size // stride)
 
 
 @torch.library.custom_op("nsa_kernels::block_selection", mutates_args=())
@@ -271,18 +273,18 @@ def _block_selection(
     reach = _reach(l, d, size)
     indices = torch.empty(T, H_KV, n, dtype=torch.int32, device=q.device)
     tile = launch("importance", q, D, H // H_KV)
-    queries = min(tile.rows, triton.next_power_of_2(n * size + 1) // 2)
-    keys = max(tile.keys, R * triton.next_power_of_2(max(reach, 1)))
-    chunk = max(queries, _CHUNK_BYTES // (4 * H_KV * triton.cdiv(past + T, size)) // queries * queries)
+    queries = min(tile.rows, power_of_two(n * size + 1) // 2)
+    keys = max(tile.keys, R * power_of_two(max(reach, 1)))
+    chunk = max(queries, _CHUNK_BYTES // (4 * H_KV * ceil_div(past + T, size)) // queries * queries)
     q_desc, k_desc = block_descriptor(q, queries), block_descriptor(compressed_k, keys)
     for begin in reversed(range(0, T, chunk)):  # the longest first: short ones are done sooner than launched
         stop = min(begin + chunk, T)
         J = (past + stop - 1) // size + 1
-        tiles, rows = triton.cdiv(J * R, keys), (H_KV, stop - begin)
+        tiles, rows = ceil_div(J * R, keys), (H_KV, stop - begin)
         importance = torch.empty(*rows, J, dtype=torch.float32, device=q.device)
         spill = importance.new_empty(*rows, tiles, reach * (reach + 1) // 2)
         if n < J:
-            _importance_kernel[(tiles, triton.cdiv(stop - begin, queries), H_KV)](
+            _importance_kernel[(tiles, ceil_div(stop - begin, queries), H_KV)](
                 q_desc, k_desc, lse, document_start, first, end, importance, spill,
                 begin, stop, J, scale * LOG2_E.value, n * size,
                 H_KV, H // H_KV, padded(D), R, S, reach, queries, keys,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nsa_kernels.geometry import CompressionWeights, NSAConfig
 from nsa_kernels.packing import BatchLayout, batch_layout
-from nsa_kernels.primitives import padded, store_rows
+from nsa_kernels.primitives import ceil_div, padded, store_rows
 
 # T packed tokens, C rows of compressed blocks, H KV heads, D head dim, l tokens in a compression block, d its stride.
 
@@ -97,7 +97,7 @@ def _scatter(grad: Tensor, head_dim: int, layout: list[Tensor], block_size: int,
     where, tokens = BatchLayout(*layout), 32
     T, H, D = len(where.document_start), grad.shape[1 if mean else 0], head_dim
     out = grad.new_empty(T, H, D)
-    _scatter_kernel[(triton.cdiv(T, tokens), H)](
+    _scatter_kernel[(ceil_div(T, tokens), H)](
         grad, where.document_start, where.first_summary, where.document_end, out, T, len(where.summary_start),
         H, D, padded(D), block_size, stride, tokens, mean,
     )  # fmt: skip
@@ -121,7 +121,7 @@ def block_mean(x: Tensor, layout: list[Tensor], block_size: int, stride: int) ->
     out = x.new_empty(len(start), H, D)
     tokens = padded(block_size)
     columns = min(padded(H * D), _WARP_BYTES // x.element_size())
-    _mean_kernel[(len(start), triton.cdiv(H * D, columns))](
+    _mean_kernel[(len(start), ceil_div(H * D, columns))](
         x, start, out, T, H * D, columns, block_size, tokens, num_warps=min(max(1, tokens // _WARP_TOKENS), 8)
     )
     return out

@@ -21,6 +21,7 @@ from nsa_kernels.primitives import (
     HIDDEN,
     LOG2_E,
     LOWEST,
+    ceil_div,
     dot_precision,
     interpreted,
     load_rows,
@@ -219,7 +220,7 @@ class Sizes(NamedTuple):
     def num_parts(self, most_keys: int, launch: Launch, device: torch.device) -> int:
         """Programs that share the keys of one KV head: enough of them keep the chip busy."""
         wanted = launch.programs * _processors(device) // (self.B * self.H_KV)
-        return max(1, min(wanted, triton.cdiv(most_keys, self.keys), _MAX_PARTS))
+        return max(1, min(wanted, ceil_div(most_keys, self.keys), _MAX_PARTS))
 
     def parts(self, num_parts: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """Where unfinished softmaxes go: sums, and their maximum and sum of weights."""

@@ -44,8 +44,10 @@ from nsa_kernels.primitives import (
     HIDDEN,
     LOG2_E,
     LOWEST,
+    ceil_div,
     dot_precision,
     padded,
+    power_of_two,
     softmax_step,
     wide,
 )
@@ -266,12 +268,12 @@ def sparse_attention(
     size, n = config.select_block_size, config.num_selected_blocks
     J = k.shape[1] // size
     blocks = min(_SEGMENT, padded(J))
-    segments = triton.cdiv(J, blocks)
+    segments = ceil_div(J, blocks)
     reading = reading_launch(q, sizes)
     window_parts = min(sizes.num_parts(config.window_size, reading, q.device), _WINDOW_PARTS)
     tokens_parts = window_parts + sizes.num_parts(n * size, _TOKENS, q.device)
 
-    planes = 1 + triton.cdiv(config.compress_block_size // config.compress_stride - 1, size // config.compress_stride)
+    planes = 1 + ceil_div(config.compress_block_size // config.compress_stride - 1, size // config.compress_stride)
     row = segments * blocks  # of a plane
     plane_logs = q.new_empty(B, H_KV, planes, GROUP, row, dtype=torch.float32)
     queries, o, stats = attend_summaries(
@@ -281,7 +283,7 @@ def sparse_attention(
     indices = positions.new_empty(B, H_KV, n, dtype=torch.int32)
     bits, candidates = (indices.new_empty(B, H_KV, segments * n if segments > 1 else 0) for _ in range(2))
     compressed_o = q.new_empty(B, H_KV * GROUP, D_V, dtype=torch.float32)
-    parts, rows, planes_at_once = o.shape[2], triton.next_power_of_2(GROUP), triton.next_power_of_2(planes)
+    parts, rows, planes_at_once = o.shape[2], power_of_two(GROUP), power_of_two(planes)
     warps = max(1, min(_MOST_WARPS, planes_at_once * rows * blocks // _NUMBERS_A_WARP))
     heads = min(rows, max(1, _NUMBERS_A_WARP * warps // (planes_at_once * blocks)))
     _choose_kernel[(segments + padded(D_V) // _COLUMNS, H_KV, B)](
@@ -303,7 +305,7 @@ def sparse_attention(
         config.window_size, *sizes.heads, min(keys, size), precision, early, **_TOKENS.options, **overlap,
     )  # fmt: skip
     out = q.new_empty(B, H_KV * GROUP, D_V)
-    at_once = min(triton.next_power_of_2(tokens_parts - window_parts), max(1, _MERGED_ROWS // rows))
+    at_once = min(power_of_two(tokens_parts - window_parts), max(1, _MERGED_ROWS // rows))
     _gated_sum_kernel[(padded(D_V) // _COLUMNS, H_KV, B)](
         gates, compressed_o, tokens_o, tokens_stats, out, gates.stride(0), window_parts, tokens_parts,
         H_KV, GROUP, rows, D_V, _COLUMNS, at_once, gate_logits, early, **overlap,

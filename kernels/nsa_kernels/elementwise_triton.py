@@ -5,7 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa_kernels.early_start import await_launch_before, early_start, let_next_begin
-from nsa_kernels.primitives import padded, wide
+from nsa_kernels.primitives import ceil_div, padded, wide
 
 # T tokens, N numbers of a token, H heads, D head dim, 2 * HALF rotated dimensions of a head, I hidden units.
 
@@ -91,7 +91,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     x = whole_rows(x)
     (T, H, D), out, (early, overlap) = x.shape, x.new_empty(x.shape), early_start(x.device)
     rows = max(1, _TILE // padded(D))
-    _rotate_kernel[(triton.cdiv(T * H, rows),)](
+    _rotate_kernel[(ceil_div(T * H, rows),)](
         x, out, cos.contiguous(), sin.contiguous(), T * H, x.stride(0), H, cos.shape[1], D, padded(D), rows,
         early, **overlap,
     )  # fmt: skip
@@ -102,7 +102,7 @@ def silu_product(gate: Tensor, up: Tensor) -> Tensor:
     """`elementwise.silu_product` of [T, I] each."""
     gate, up = whole_rows(gate), whole_rows(up)
     (T, num_units), out, (early, overlap) = gate.shape, gate.new_empty(gate.shape), early_start(gate.device)
-    grid = T, triton.cdiv(num_units, _UNITS)
+    grid = T, ceil_div(num_units, _UNITS)
     _silu_product_kernel[grid](gate, up, out, num_units, gate.stride(0), up.stride(0), _UNITS, early, **overlap)
     return out
 

@@ -23,6 +23,7 @@ from nsa_kernels.primitives import (
     HIDDEN,
     LOG2_E,
     block_descriptor,
+    ceil_div,
     check_inputs,
     dot_precision,
     load_rows,
@@ -144,7 +145,7 @@ def _gated_branches_backward(
     else:
         tile = block_attention.union_tile("joint_dq", q, v, block_size)
         unions = unite(block_indices, where.document_start, block_size, tile.queries)
-        _dq_kernel[(triton.cdiv(T, tile.queries), H_KV)](
+        _dq_kernel[(ceil_div(T, tile.queries), H_KV)](
             q, do, gates, grad_gates, *(block_descriptor(x, tile.keys) for x in pairs), *o, *lse,
             *where.compressed_runs[:2], *where.sliding_runs[:2], *unions, delta, lse_shifted, dq,
             T, unions.start.shape[-1], scale,

@@ -1,6 +1,5 @@
 """dq through all branches at once, written in Gluon for Hopper: see `gated_sum.py`."""
 
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -30,6 +29,7 @@ from nsa_kernels.hopper import (
     tiles,
 )
 from nsa_kernels.packing import BatchLayout
+from nsa_kernels.primitives import ceil_div
 
 # T packed tokens, S keys of a branch, H query heads, H_kv KV heads, G = H / H_kv (GROUP), D head dim.
 
@@ -328,7 +328,7 @@ def backward_q(
     """
     (T, H, D_QK), (_, H_KV, D_V) = q.shape, keys[1].shape
     num_tiles = unions.size.shape[0]
-    _dq_kernel[(resident_programs(triton.cdiv(num_tiles, 2) * H_KV, q.device),)](
+    _dq_kernel[(resident_programs(ceil_div(num_tiles, 2) * H_KV, q.device),)](
         q, do, gates, grad_gates, *(tiles(x, ROWS.value) for x in keys), *o, *lse,
         *where.compressed_runs[:2], *where.sliding_runs[:2], *unions, delta, lse_shifted, dq,
         T, num_tiles, unions.start.shape[-1], scale,

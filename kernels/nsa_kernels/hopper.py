@@ -6,6 +6,7 @@ ROWS rows and never waiting for another group: while one computes exponentials a
 multiplying warps meet at barriers in shared memory, in rings: `full` when a tile has come, `empty` when it is used up.
 """
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -213,7 +214,12 @@ def tiles(x: Tensor, rows: int) -> TensorDescriptor:
 
 def tile_layout(x: Tensor, rows: int) -> gl.NVMMASharedLayout:
     """How a tile of `rows` rows of x [..., D] lies in shared memory for the tensor cores."""
-    return gl.NVMMASharedLayout.get_default_for([rows, x.shape[-1]], _ELEMENTS[x.dtype])
+    return _layout(rows, x.shape[-1], x.dtype)
+
+
+@cache
+def _layout(rows: int, columns: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout.get_default_for([rows, columns], _ELEMENTS[dtype])
 
 
 _ELEMENTS = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}

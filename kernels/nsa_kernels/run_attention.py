@@ -26,6 +26,7 @@ from nsa_kernels.primitives import (
     LOG2_E,
     LOWEST,
     block_descriptor,
+    ceil_div,
     check_inputs,
     dot_precision,
     load_block,
@@ -288,7 +289,7 @@ def forward(
         return run_attention_hopper.forward(q, k, v, runs, scale, others)
     o, lse = q.new_empty(T, H, D_V), q.new_empty(T, H, dtype=torch.float32)
     tile = launch(f"{stage}_forward", q, max(D_QK, D_V), H // H_KV)
-    _forward_kernel[(triton.cdiv(T, tile.queries), H_KV)](
+    _forward_kernel[(ceil_div(T, tile.queries), H_KV)](
         q, block_descriptor(k, tile.keys), block_descriptor(v, tile.keys), runs.first, runs.end, o, lse,
         *(others or (None,) * 4), T, scale * LOG2_E.value, others is not None,
         H_KV, H // H_KV, D_QK, D_V, padded(D_QK), padded(D_V), tile.queries, tile.rows, tile.keys,
@@ -304,7 +305,7 @@ def backward_q(
     (T, H, D_QK), (_, H_KV, D_V) = q.shape, v.shape
     dq = torch.empty_like(q)
     tile = launch(f"{stage}_dq", q, max(D_QK, D_V), H // H_KV)
-    _dq_kernel[(triton.cdiv(T, tile.queries), H_KV)](
+    _dq_kernel[(ceil_div(T, tile.queries), H_KV)](
         q, block_descriptor(k, tile.keys), block_descriptor(v, tile.keys), do, lse, delta, runs.first, runs.end,
         dq, T, scale,
         H_KV, H // H_KV, D_QK, D_V, padded(D_QK), padded(D_V), tile.queries, tile.rows, tile.keys,
@@ -328,8 +329,8 @@ def backward_kv(
         return parts[0][0], parts[1][0]
     dk, dv = torch.empty_like(k), torch.empty_like(v)
     for part, out in zip(parts, (dk, dv), strict=True):
-        (S, H_KV, D), num_chunks = out.shape, triton.cdiv(len(q), chunk)
-        _sum_parts_kernel[(triton.cdiv(S, 16), H_KV)](
+        (S, H_KV, D), num_chunks = out.shape, ceil_div(len(q), chunk)
+        _sum_parts_kernel[(ceil_div(S, 16), H_KV)](
             part, runs.seen_from, runs.seen_to, out, S, chunk, num_chunks, len(part), H_KV, D, padded(D), 16
         )
     return dk, dv
@@ -342,10 +343,10 @@ def _backward_kv_in_chunks(
     """dk and dv [chunks, ...], of each key only the chunks that see it, and the queries in a chunk."""
     (T, H, D_QK), (S, H_KV, D_V) = q.shape, v.shape
     tile = launch(f"{stage}_dkv", q, max(D_QK, D_V), H // H_KV)
-    key_blocks = triton.cdiv(S, tile.keys)
-    most = min(_MAX_CHUNKS, _BUSY_PROGRAMS // (key_blocks * H_KV), triton.cdiv(T, tile.queries)) if split else 1
-    chunk = triton.cdiv(triton.cdiv(T, max(1, most)), tile.queries) * tile.queries
-    num_chunks = triton.cdiv(T, chunk)
+    key_blocks = ceil_div(S, tile.keys)
+    most = min(_MAX_CHUNKS, _BUSY_PROGRAMS // (key_blocks * H_KV), ceil_div(T, tile.queries)) if split else 1
+    chunk = ceil_div(ceil_div(T, max(1, most)), tile.queries) * tile.queries
+    num_chunks = ceil_div(T, chunk)
     dtype = torch.float32 if num_chunks > 1 else k.dtype
     dk, dv = (x.new_empty(num_chunks, *x.shape, dtype=dtype) for x in (k, v))
     _dkv_kernel[(key_blocks, H_KV, num_chunks)](

@@ -5,7 +5,6 @@ tiles. The products of a step start before those of the step before have ended.
 """
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -39,6 +38,7 @@ from nsa_kernels.hopper import (
     tiles,
 )
 from nsa_kernels.packing import KeyRuns
+from nsa_kernels.primitives import ceil_div
 from nsa_kernels.run_attention import OtherBranches
 
 # T packed tokens, S keys, H query heads, H_kv KV heads, G = H / H_kv (GROUP), D head dim.
@@ -368,7 +368,7 @@ def forward(
     """o [T, H, D_v] in q's dtype and lse [T, H]; with `others` also their gated sum."""
     (T, H, D_QK), (_, H_KV, D_V) = q.shape, v.shape
     o, lse = q.new_empty(T, H, D_V), q.new_empty(T, H, dtype=torch.float32)
-    num_tiles = triton.cdiv(T, 2 * ROWS.value)
+    num_tiles = ceil_div(T, 2 * ROWS.value)
     _forward_kernel[(resident_programs(num_tiles * H, q.device),)](
         tiles(q, 2 * ROWS.value), tiles(k, _KEYS), tiles(v, _KEYS), runs.first, runs.end, tiles(o, ROWS.value), lse,
         *(others or (None,) * 4), T, num_tiles, scale * LOG2_E.value, others is not None,
@@ -387,12 +387,12 @@ def backward_kv(
     k's dtype.
     """
     (T, H, D_QK), (S, H_KV, D_V) = q.shape, v.shape
-    key_blocks, group_size = triton.cdiv(S, 2 * ROWS.value), H // H_KV
-    wanted = triton.cdiv(_BUSY_PROGRAMS, key_blocks * H_KV) if split else 1
+    key_blocks, group_size = ceil_div(S, 2 * ROWS.value), H // H_KV
+    wanted = ceil_div(_BUSY_PROGRAMS, key_blocks * H_KV) if split else 1
     head_parts = min(d for d in range(1, group_size + 1) if group_size % d == 0 and (d >= wanted or d == group_size))
-    num_chunks = max(1, min(triton.cdiv(wanted, head_parts), T // _SHORTEST_CHUNK))
-    chunk = triton.cdiv(T, num_chunks)
-    num_chunks = triton.cdiv(T, chunk)
+    num_chunks = max(1, min(ceil_div(wanted, head_parts), T // _SHORTEST_CHUNK))
+    chunk = ceil_div(T, num_chunks)
+    num_chunks = ceil_div(T, chunk)
     dtype = torch.float32 if head_parts * num_chunks > 1 else k.dtype
     dk, dv = (x.new_empty(head_parts * num_chunks, *x.shape, dtype=dtype) for x in (k, v))
     rows, keys = ROWS.value, 2 * ROWS.value

@@ -6,10 +6,9 @@ One table, filled from measurements (see `benchmarks.md`); nothing is tried out 
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
-from nsa_kernels.primitives import interpreted
+from nsa_kernels.primitives import interpreted, power_of_two
 
 
 class Choice(NamedTuple):
@@ -87,7 +86,7 @@ def launch(kernel: str, q: Tensor, head_dim: int, group_size: int) -> Launch:
     """
     choice = _table(q, head_dim, group_size)[kernel]
     queries = max(1, choice.rows // group_size)
-    rows = max(16, triton.next_power_of_2(queries * group_size))
+    rows = max(16, power_of_two(queries * group_size))
     return Launch(queries, rows, choice.keys, choice.num_warps, choice.num_stages)
 
 

@@ -174,7 +174,7 @@ class Cache:
             )
 
     def check_step(self) -> None:
-        """Raise ValueError where a sequence is at its capacity; reset those that have ended."""
+        """Raise ValueError where a sequence is at its capacity; one that has ended is to be reset before."""
         for row in range(len(self.host_lengths)):
             self.check_room(row, 1)
 
