@@ -47,32 +47,32 @@ def _load_run(
 
 
 @gluon.jit
-def _find_tile(lap, num_tiles, HALF: gl.constexpr):
-    """First token and KV head of a lap of a group: neighbouring programs and groups have neighbouring tiles.
-
-    The last ones, which see most, go first; every second lap runs against the programs, so that all have as much to do.
-    """
-    pairs = gl.cdiv(num_tiles, 2)
+def _item_of(lap):
+    """The program's item in a lap; every second lap runs against the programs, so that all have as much to do."""
     along = gl.where(lap % 2 == 0, gl.program_id(0), gl.num_programs(0) - 1 - gl.program_id(0))
-    item = lap * gl.num_programs(0) + along
-    return 2 * (pairs - 1 - item % pairs) + HALF, item // pairs
+    return lap * gl.num_programs(0) + along
 
 
 @gluon.jit
 def _count_laps(num_tiles, H_KV: gl.constexpr):
-    """Laps of the program; the last one may not be for all."""
+    """Laps of the program; an item is a pair of tiles of a KV head, and the last lap may not have one for all."""
     items = gl.cdiv(num_tiles, 2) * H_KV
     full = items // gl.num_programs(0)
-    along = gl.where(full % 2 == 0, gl.program_id(0), gl.num_programs(0) - 1 - gl.program_id(0))
-    return full + gl.where(full * gl.num_programs(0) + along < items, 1, 0)
+    return full + gl.where(_item_of(full) < items, 1, 0)
+
+
+@gluon.jit
+def _find_tile(lap, num_tiles, HALF: gl.constexpr):
+    """Tile and KV head of a group in a lap; the last tiles, which see most, go first."""
+    pairs, item = gl.cdiv(num_tiles, 2), _item_of(lap)
+    return 2 * (pairs - 1 - item % pairs) + HALF, item // pairs
 
 
 @gluon.jit
 def _find_walk(tile, kv_head, runs, unions, num_tokens, num_tiles, H_KV: gl.constexpr, GROUP: gl.constexpr):
     """How a tile walks the compressed and the sliding run, and its union; runs ascend from token to token."""
     first_token = gl.minimum(tile * (ROWS // GROUP), num_tokens - 1)
-    last_token = gl.minimum((tile + 1) * (ROWS // GROUP), num_tokens) - 1
-    last_token = gl.maximum(first_token, last_token)
+    last_token = gl.minimum(tile * (ROWS // GROUP) + ROWS // GROUP, num_tokens) - 1
     lo, inner_lo = gl.load(runs[0] + first_token), gl.load(runs[0] + last_token)
     inner_hi, hi = gl.load(runs[1] + first_token), gl.load(runs[1] + last_token)
     window_lo, window_inner_lo = gl.load(runs[2] + first_token), gl.load(runs[2] + last_token)
@@ -291,7 +291,7 @@ def _dq_kernel(
     H_KV: gl.constexpr, GROUP: gl.constexpr, D_QK: gl.constexpr, D_V: gl.constexpr, BLOCK_SIZE: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
-    """A program computes dq of pairs of neighbouring tiles of one KV head, its two groups one of each pair."""
+    """A program computes dq of pairs of neighbouring tiles of one KV head, a group one tile of each pair."""
     runs = (compressed_first_ptr, compressed_end_ptr, window_first_ptr, window_end_ptr)
     unions = (start_ptr, mask_ptr, size_ptr, U)
     shared_a = _shared(compressed_k.dtype, D_QK, D_V, STAGES)
