@@ -106,6 +106,8 @@ STRATEGIES = {
     "fsdp2_async": {"async_checkpoint": True},
     "fsdp2_reducing": {"reduce_every_batch": True},
     "context_parallel": {"context_parallel_size": 2},
+    "context_parallel_4": {"context_parallel_size": 4},
+    "context_parallel_8": {"context_parallel_size": 8},
 }
 """Variants of the strategy, by a name that a job can be told."""
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from support.dense import write_source
+from support.same_run import assert_same_run
 from support.training import fit, run_job
 from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
@@ -56,17 +57,6 @@ def jobs(folder, single):
         "distilled bf16": {"strategy": "fsdp2", "precision": "bf16-mixed"} | distilled,
     }  # fmt: skip
     return dict(zip(runs, run_job(folder, *(common | run for run in runs.values())), strict=True))
-
-
-def assert_same_run(actual, expected, *, steps=ALL, tolerance=1e-4):
-    """Losses, norms, the last gradients and weights, within what float32 sums in another order differ by."""
-    for name in ("losses", "norms"):
-        assert actual[name] == pytest.approx(expected[name][-steps:], rel=1e-5)
-        assert len(actual[name]) == steps
-    for name in ("gradients", "weights"):
-        assert actual[name].keys() == expected[name].keys()
-        for key, value in expected[name].items():
-            torch.testing.assert_close(actual[name][key], value, rtol=0, atol=tolerance * float(value.abs().max()))
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp2", "one file", "async", "offload", "selective", "validating"])
