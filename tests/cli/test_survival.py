@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from nsa_cli.main import main
-from support.runs import children, losses, start, wait_for
+from support.runs import EVERY_LOSS, children, losses, start, wait_for
 
 STEPS = 150
 
@@ -17,11 +17,7 @@ trainer:
   accelerator: cpu
   devices: 1
   max_steps: {STEPS}
-  log_every_n_steps: 1
-  enable_progress_bar: false
-  enable_model_summary: false
-  limit_val_batches: 0
-  use_distributed_sampler: false
+{EVERY_LOSS}
   logger: {{class_path: TensorBoardLogger, init_args: {{save_dir: runs, name: small}}}}
 model:
   transformer:

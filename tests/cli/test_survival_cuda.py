@@ -5,7 +5,7 @@ import signal
 
 import pytest
 import torch
-from support.runs import children, losses, start, wait_for
+from support.runs import EVERY_LOSS, children, losses, start, wait_for
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(900)]  # four starts, each of which compiles kernels and blocks
 
@@ -17,11 +17,7 @@ trainer:
   strategy: fsdp2
   precision: bf16-mixed
   max_steps: {STEPS}
-  log_every_n_steps: 1
-  enable_progress_bar: false
-  enable_model_summary: false
-  limit_val_batches: 0
-  use_distributed_sampler: false
+{EVERY_LOSS}
   logger: {{class_path: TensorBoardLogger, init_args: {{save_dir: runs, name: killed}}}}
 model:
   compile: false

@@ -7,6 +7,15 @@ from pathlib import Path
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+EVERY_LOSS = """
+  log_every_n_steps: 1
+  enable_progress_bar: false
+  enable_model_summary: false
+  limit_val_batches: 0
+  use_distributed_sampler: false
+""".strip("\n")
+"""Settings of the trainer, in YAML, for a run that logs every loss and does nothing else beside training."""
+
 
 def start(config, *arguments):
     """`nsa fit` of a config, in the background."""
