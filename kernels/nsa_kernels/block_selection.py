@@ -245,7 +245,7 @@ def _rank(
     best_bits, best = torch.empty(shape, dtype=torch.int32, device=importance.device), indices.new_empty(shape)
     _rank_kernel[(Q, H_KV, segments)](
         importance, spill, document_start, first, end, best_bits, best, indices, begin, Q, J, spill.shape[2],
-        H_KV, n, padded(n), size, num_init, num_local, keys, keys // R, _reach(l, d, size), blocks, num_warps=1,
+        H_KV, n, padded(n), size, num_init, num_local, keys, keys // R, reach_of(l, d, size), blocks, num_warps=1,
     )  # fmt: skip
     if segments > 1:
         _merge_kernel[(Q, H_KV)](
@@ -254,7 +254,7 @@ def _rank(
         )  # fmt: skip
 
 
-def _reach(compress_block_size: int, stride: int, block_size: int) -> int:
+def reach_of(compress_block_size: int, stride: int, block_size: int) -> int:
     """The largest m: how many blocks further a compression block that begins in a block may end."""
     return ceil_div(compress_block_size // stride - 1, block_size // stride)
 
@@ -270,7 +270,7 @@ def _block_selection(
     """
     l, d, size, n, *_ = sizes  # noqa: E741
     (T, H, D), H_KV, R, S = q.shape, compressed_k.shape[1], size // d, l // d
-    reach = _reach(l, d, size)
+    reach = reach_of(l, d, size)
     indices = torch.empty(T, H_KV, n, dtype=torch.int32, device=q.device)
     tile = launch("importance", q, D, H // H_KV)
     queries = min(tile.rows, power_of_two(n * size + 1) // 2)

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsa_kernels.block_selection import FORCED, best_soon, plane_weight
+from nsa_kernels.block_selection import FORCED, best_soon, plane_weight, reach_of
 from nsa_kernels.decode_parts import (
     Launch,
     load_keys,
@@ -273,7 +273,7 @@ def sparse_attention(
     window_parts = min(sizes.num_parts(config.window_size, reading, q.device), _WINDOW_PARTS)
     tokens_parts = window_parts + sizes.num_parts(n * size, _TOKENS, q.device)
 
-    planes = 1 + ceil_div(config.compress_block_size // config.compress_stride - 1, size // config.compress_stride)
+    planes = 1 + reach_of(config.compress_block_size, config.compress_stride, size)
     row = segments * blocks  # of a plane
     plane_logs = q.new_empty(B, H_KV, planes, GROUP, row, dtype=torch.float32)
     queries, o, stats = attend_summaries(

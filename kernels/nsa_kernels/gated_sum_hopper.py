@@ -19,6 +19,7 @@ from nsa_kernels.hopper import (
     ROWS,
     barriers,
     cut,
+    load_bounds,
     load_keys,
     load_tile,
     place_of,
@@ -73,13 +74,11 @@ def _find_walk(tile, kv_head, runs, unions, num_tokens, num_tiles, H_KV: gl.cons
     """How a tile walks the compressed and the sliding run, and its union; runs ascend from token to token."""
     first_token = gl.minimum(tile * (ROWS // GROUP), num_tokens - 1)
     last_token = gl.minimum(tile * (ROWS // GROUP) + ROWS // GROUP, num_tokens) - 1
-    lo, inner_lo = gl.load(runs[0] + first_token), gl.load(runs[0] + last_token)
-    inner_hi, hi = gl.load(runs[1] + first_token), gl.load(runs[1] + last_token)
-    window_lo, window_inner_lo = gl.load(runs[2] + first_token), gl.load(runs[2] + last_token)
-    window_inner_hi, window_hi = gl.load(runs[3] + first_token), gl.load(runs[3] + last_token)
-    union = union_of(tile, kv_head, num_tiles, unions[0], unions[1], unions[2], unions[3], H_KV)
-    return (cut(lo, inner_lo, inner_hi, hi, 1, ROWS),
-            cut(window_lo, window_inner_lo, window_inner_hi, window_hi, 1, ROWS), union)  # fmt: skip
+    lo, inner_lo, inner_hi, hi = load_bounds(runs[0], runs[1], first_token, last_token)
+    compressed = cut(lo, inner_lo, inner_hi, hi, 1, ROWS)
+    lo, inner_lo, inner_hi, hi = load_bounds(runs[2], runs[3], first_token, last_token)
+    sliding = cut(lo, inner_lo, inner_hi, hi, 1, ROWS)
+    return compressed, sliding, union_of(tile, kv_head, num_tiles, unions[0], unions[1], unions[2], unions[3], H_KV)
 
 
 @gluon.jit

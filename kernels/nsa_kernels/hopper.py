@@ -53,6 +53,13 @@ def cut(lo, inner_lo, inner_hi, hi, HEADS: gl.constexpr, TILE: gl.constexpr):
 
 
 @gluon.jit
+def load_bounds(first_ptr, end_ptr, first_token, last_token):
+    """lo, inner_lo, inner_hi and hi, as `cut` takes them, of tokens whose runs ascend."""
+    return (gl.load(first_ptr + first_token), gl.load(first_ptr + last_token),
+            gl.load(end_ptr + first_token), gl.load(end_ptr + last_token))  # fmt: skip
+
+
+@gluon.jit
 def place_of(i, steps, TILE: gl.constexpr):
     """Head and first row of a step. Inner tiles come last first, so that programs of one head read the same tiles."""
     is_edge = i < steps.num_edges

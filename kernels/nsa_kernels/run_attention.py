@@ -283,7 +283,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """o [T, H, D_v] in q's dtype and lse [T, H] of queries that see the keys of `runs`; `stage` picks the launch."""
     (T, H, D_QK), (_, H_KV, D_V) = q.shape, v.shape
-    if fits_hopper(q, v) and (stage == "compressed" or max(D_QK, D_V) == 128):  # sliding, 64: Triton is faster
+    if fits_hopper(q, v) and max(D_QK, D_V) >= _LEAST_HOPPER_DIM[stage]:
         from nsa_kernels import run_attention_hopper
 
         return run_attention_hopper.forward(q, k, v, runs, scale, others)
@@ -356,6 +356,9 @@ def _backward_kv_in_chunks(
     )  # fmt: skip
     return dk, dv, chunk
 
+
+_LEAST_HOPPER_DIM = {"compressed": 64, "sliding": 128}
+"""Head dims from which the forward kernel written for Hopper is faster than this one."""
 
 _BUSY_PROGRAMS = 4096
 """Programs that keep any GPU busy to the end."""

@@ -24,6 +24,7 @@ from nsa_kernels.hopper import (
     add_queries_to_dkv,
     barriers,
     cut,
+    load_bounds,
     load_keys,
     load_tile,
     place_of,
@@ -35,6 +36,7 @@ from nsa_kernels.hopper import (
     start_dkv,
     store_keys,
     thread_barrier,
+    tile_rows,
     tiles,
 )
 from nsa_kernels.packing import KeyRuns
@@ -53,18 +55,16 @@ def _item_place(item, num_tiles, H: gl.constexpr):
 
 @gluon.jit
 def _item_runs(item, first_ptr, end_ptr, num_tokens, num_tiles, H: gl.constexpr):
-    """First and end of the runs of an item's first token, and of its last one's; both ascend from token to token."""
+    """`load_bounds` of an item."""
     first_token, _ = _item_place(item, num_tiles, H)
-    last_token = gl.minimum(first_token + 2 * ROWS, num_tokens) - 1
-    return (gl.load(first_ptr + first_token), gl.load(end_ptr + first_token),
-            gl.load(first_ptr + last_token), gl.load(end_ptr + last_token))  # fmt: skip
+    return load_bounds(first_ptr, end_ptr, first_token, gl.minimum(first_token + 2 * ROWS, num_tokens) - 1)
 
 
 @gluon.jit
 def _begin_item(item, own_runs, runs, num_tokens, num_tiles, H: gl.constexpr, KEYS: gl.constexpr):
     """First token, head and steps of an item by its `_item_runs`; and those of the next, loaded ahead."""
     first_token, head = _item_place(item, num_tiles, H)
-    lo, inner_hi, inner_lo, hi = own_runs
+    lo, inner_lo, inner_hi, hi = own_runs
     steps = cut(lo, inner_lo, inner_hi, hi, 1, KEYS)
     following = _item_runs(item + gl.num_programs(0), runs[0], runs[1], num_tokens, num_tiles, H)
     return first_token, head, steps, following
@@ -141,8 +141,7 @@ def _attend(
 def _load_others(others, first_token, head, num_tokens, H: gl.constexpr, D: gl.constexpr):
     """The finished branches of ROWS tokens of a head."""
     _, compressed_ptr, selected_ptr, _ = others
-    token = first_token + gl.arange(0, ROWS, gl.SliceLayout(1, rows_layout(D)))
-    rows = gl.minimum(token, num_tokens - 1).to(gl.int64) * H + head
+    _, rows, _ = tile_rows(first_token, num_tokens, head, H, 1, gl.SliceLayout(1, rows_layout(D)))
     return load_tile(compressed_ptr, rows, D), load_tile(selected_ptr, rows, D)
 
 
@@ -152,14 +151,13 @@ def _store_gated_sum(others, finished, o_tile, first_token, head, num_tokens, H:
     gates_ptr, _, _, out_ptr = others
     compressed, selected = finished
     layout: gl.constexpr = rows_layout(D)
-    token = first_token + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
-    rows = gl.minimum(token, num_tokens - 1).to(gl.int64) * H + head
+    _, rows, exists = tile_rows(first_token, num_tokens, head, H, 1, gl.SliceLayout(1, layout))
     out = o_tile.load(layout).to(gl.float32) * gl.load(gates_ptr + 3 * rows + 2).to(gl.float32)[:, None]
     out += compressed.to(gl.float32) * gl.load(gates_ptr + 3 * rows).to(gl.float32)[:, None]
     out += selected.to(gl.float32) * gl.load(gates_ptr + 3 * rows + 1).to(gl.float32)[:, None]
     column = gl.arange(0, D, gl.SliceLayout(0, layout))
-    mask = (token < num_tokens)[:, None]
-    gl.store(out_ptr + rows[:, None] * D + column[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
+    out = out.to(out_ptr.dtype.element_ty)
+    gl.store(out_ptr + rows[:, None] * D + column[None, :], out, mask=exists[:, None])
 
 
 @gluon.jit

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nsa_kernels.primitives import interpreted, power_of_two
+from nsa_kernels.primitives import interpreted, padded
 
 
 class Choice(NamedTuple):
@@ -86,7 +86,7 @@ def launch(kernel: str, q: Tensor, head_dim: int, group_size: int) -> Launch:
     """
     choice = _table(q, head_dim, group_size)[kernel]
     queries = max(1, choice.rows // group_size)
-    rows = max(16, power_of_two(queries * group_size))
+    rows = padded(queries * group_size)
     return Launch(queries, rows, choice.keys, choice.num_warps, choice.num_stages)
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support.same_run import assert_same_run
 from support.training import run_job
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(1200)]  # kernels are compiled for float32 and bfloat16
@@ -31,10 +32,6 @@ def test_two_gpus_train_as_one(folder, precision, tolerance, of_largest):
     settings |= {"root": str(folder / "runs"), "corpus": str(folder / "corpus")}
     alone = run_job(folder, *(settings | one for one, _ in RUNS.values()), ranks=1, timeout=500)
     together = run_job(folder, *(settings | one | changes for one, changes in RUNS.values()), timeout=500)
-    for name, actual, expected in zip(RUNS, together, alone, strict=True):
-        for figure in ("losses", "norms"):
-            assert actual[figure] == pytest.approx(expected[figure], rel=tolerance), (name, figure)
-            assert len(actual[figure]) == settings["max_steps"]
-        for key, gradient in expected["gradients"].items():
-            bound = of_largest * float(gradient.abs().max())
-            torch.testing.assert_close(actual["gradients"][key], gradient, rtol=0, atol=bound, msg=f"{name} {key}")
+    bounds = {"relative": tolerance, "tolerance": of_largest, "tensors": ["gradients"]}
+    for actual, expected in zip(together, alone, strict=True):
+        assert_same_run(actual, expected, steps=settings["max_steps"], **bounds)
