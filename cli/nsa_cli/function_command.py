@@ -7,8 +7,9 @@ from collections.abc import Callable
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 from jsonargparse import ArgumentParser, set_parsing_settings
+from nsa_kernels.errors import SettingError
 
-from nsa_cli.errors import print_error, raised_by_own_code
+from nsa_cli.errors import print_error
 
 
 class _Parser(ArgumentParser):
@@ -24,9 +25,7 @@ def run_function(command: str, function: Callable[..., int], words: list[str]) -
     """Call `function` with the settings that follow `nsa command`; returns the exit status, 2 for a mistake in them."""
     try:
         return function(**_parse(command, function, words))
-    except ValueError as error:
-        if not raised_by_own_code(error):
-            raise
+    except SettingError as error:
         print_error(command, str(error))
         return 2
     except KeyboardInterrupt:

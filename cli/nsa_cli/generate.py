@@ -5,6 +5,8 @@ import signal
 import sys
 from pathlib import Path
 
+from nsa_kernels.errors import SettingError
+
 from nsa_cli.function_command import run_function
 from nsa_lightning.checkpoint.convert import RopeChange
 from nsa_lightning.generation.answers import printed_answers, written_answers
@@ -76,7 +78,7 @@ def generate_text(
     )
     stops = StopConfig(max_new_tokens=max_new_tokens, stop=stop)
     if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        raise SettingError(f"batch_size must be at least 1, got {batch_size}")
     place = use_device(device)
     prompts = read_prompts(prompt, prompt_file, sys.stdin.buffer)
     opened = open_language_model(Path(model), Path(tokenizer) if tokenizer is not None else None, rope)

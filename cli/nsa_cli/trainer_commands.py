@@ -17,8 +17,9 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from nsa_kernels.errors import SettingError
 
-from nsa_cli.errors import print_error, raised_by_own_code
+from nsa_cli.errors import print_error
 from nsa_lightning.data.datamodule import PackedTextDataModule
 from nsa_lightning.data.sets import configured_vocab_size
 from nsa_lightning.training.callbacks import (
@@ -100,7 +101,7 @@ class NSACommandLine(LightningCLI):
         config = self.config[self.subcommand]
         check_accelerator(config.trainer.accelerator)
         if self.subcommand == "fit" and config.trainer.max_steps < 1:
-            raise ValueError(
+            raise SettingError(
                 f"trainer.max_steps must be at least 1, got {config.trainer.max_steps}: "
                 "the learning-rate schedule ends there. Set --trainer.max_steps"
             )
@@ -110,7 +111,7 @@ class NSACommandLine(LightningCLI):
         elif path:
             _check_checkpoint(Path(path))
         elif self.subcommand != "fit" and config.model.init_from is None:
-            raise ValueError(
+            raise SettingError(
                 "ckpt_path must name the checkpoint to measure, got none. "
                 "Set --ckpt_path, or --model.init_from to measure what training starts from"
             )
@@ -136,7 +137,7 @@ class NSACommandLine(LightningCLI):
 def check_accelerator(accelerator: Any) -> None:
     """Refuse a GPU where PyTorch sees none."""
     if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
-        raise ValueError(
+        raise SettingError(
             f"trainer.accelerator must name hardware that PyTorch can use, got {accelerator}: "
             f"torch {torch.__version__} sees no GPU. Use --trainer.accelerator cpu or auto"
         )
@@ -170,9 +171,7 @@ def run_command_line(command_line: type[NSACommandLine], trainer_class: type[Tra
                 "description": "Train and measure language models with Native Sparse Attention.",
             },
         )
-    except (ValueError, MisconfigurationException) as error:
-        if not _is_deliberate(error):
-            raise
+    except (SettingError, MisconfigurationException) as error:
         print_error(sys.argv[1], str(error))
         return 2
     except SIGTERMException as stop:  # the run has ended after its batch
@@ -190,9 +189,9 @@ def _silence() -> None:
 def _check_checkpoint(path: Path) -> None:
     """Refuse what is no checkpoint of `nsa fit`, before anything is read that takes long."""
     if str(path) in _FOREIGN_WORDS:
-        raise ValueError(f"ckpt_path must be the path of a checkpoint, best or last, got the word {path}")
+        raise SettingError(f"ckpt_path must be the path of a checkpoint, best or last, got the word {path}")
     if not path.exists():
-        raise ValueError(f"ckpt_path must be an existing checkpoint, got {path}")
+        raise SettingError(f"ckpt_path must be an existing checkpoint, got {path}")
     read_summary(path)
 
 
@@ -200,7 +199,7 @@ def _find_checkpoint(word: str, root: Path, required: bool) -> str | None:
     """The best or last complete checkpoint of all versions of a run; none where a run may start anew."""
     path = {"best": find_best, "last": find_last}[word](root)
     if path is None and required:
-        raise ValueError(f"ckpt_path={word} needs a complete checkpoint under {root}, there is none")
+        raise SettingError(f"ckpt_path={word} needs a complete checkpoint under {root}, there is none")
     rank_zero_info(f"ckpt_path={word}: {path}" if path else f"ckpt_path={word}: nothing under {root}, starting anew")
     return str(path) if path else None
 
@@ -215,8 +214,3 @@ def _run_directory(config: Namespace) -> Path:
         return Path(root, "checkpoints")
     settings = logger.get("init_args", Namespace()) if isinstance(logger, Namespace) else Namespace()
     return Path(settings.get("save_dir") or root, settings.get("name", "lightning_logs") or "")
-
-
-def _is_deliberate(error: Exception) -> bool:
-    """Whether the message was written for the user: raised by our own code, or Lightning's word on a setting."""
-    return isinstance(error, MisconfigurationException) or raised_by_own_code(error)

@@ -10,8 +10,8 @@ import torch
 from jsonargparse import Namespace
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from nsa_kernels.errors import SettingError
 
-from nsa_cli.errors import raised_by_own_code
 from nsa_cli.trainer_commands import NSACommandLine, check_accelerator, run_command_line
 from nsa_lightning.benchmark.timing import first_line
 from nsa_lightning.benchmark.training_step import StepClock, StepSettings, random_loader
@@ -72,7 +72,7 @@ class CaseCommandLine(NSACommandLine):
         try:
             self.trainer.fit(self.model, random_loader(settings, vocab_size, data.seq_len, data.batch_size, batches))
         except Exception as error:
-            if isinstance(error, ValueError) and raised_by_own_code(error):
+            if isinstance(error, SettingError):
                 raise
             name = "" if isinstance(error, torch.OutOfMemoryError) else f"{type(error).__name__}: "
             settings.result.with_name(f"failure{self.trainer.global_rank}").write_text(name + first_line(error))

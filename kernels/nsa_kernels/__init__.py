@@ -1,6 +1,28 @@
-"""Native Sparse Attention (arXiv:2502.11089) for PyTorch: the attention operator, usable on its own."""
+"""Native Sparse Attention (arXiv:2502.11089) for PyTorch: the attention operator, usable on its own.
 
-from nsa_kernels.geometry import CompressionWeights, NSAConfig, NSAOutput
-from nsa_kernels.native_sparse_attention import native_sparse_attention
+What needs torch is imported at its first use, so that code without tensors shares `nsa_kernels.errors` at no cost.
+"""
 
-__all__ = ["CompressionWeights", "NSAConfig", "NSAOutput", "native_sparse_attention"]
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from nsa_kernels.errors import SettingError
+
+if TYPE_CHECKING:
+    from nsa_kernels.attention import native_sparse_attention
+    from nsa_kernels.geometry import CompressionWeights, NSAConfig, NSAOutput
+
+__all__ = ["CompressionWeights", "NSAConfig", "NSAOutput", "SettingError", "native_sparse_attention"]
+
+_MODULES = {
+    "CompressionWeights": "geometry",
+    "NSAConfig": "geometry",
+    "NSAOutput": "geometry",
+    "native_sparse_attention": "attention",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from nsa_kernels import decode_eager, eager, reference
+from nsa_kernels.attention import Backend, stages_of
 from nsa_kernels.decode_eager import Keys
+from nsa_kernels.errors import SettingError
 from nsa_kernels.geometry import CompressionWeights, NSAConfig, NSAOutput
-from nsa_kernels.native_sparse_attention import Backend, stages_of
 from nsa_kernels.rotary import apply_rotary
 
 # B sequences, S and W slots, C rows, T new tokens of a chunk, L tokens so far, H query heads, H_kv KV heads, n blocks.
@@ -148,16 +149,16 @@ def decode_attention(
     if new is not None:
         _check_new_token(new, cache, config)
     if cache.sliding_k.shape[1] < config.window_size and cache.sliding_k.shape[1] < cache.k.shape[1]:
-        raise ValueError(
+        raise SettingError(
             f"sliding_k must have at least window_size slots, {config.window_size}, got {cache.sliding_k.shape[1]}"
         )
     if cache.summary_k.shape[1] < cache.k.shape[1] // config.compress_stride:
-        raise ValueError(
+        raise SettingError(
             "summary_k must have a row for every compress_stride slots of k, "
             f"{cache.k.shape[1] // config.compress_stride}, got {cache.summary_k.shape[1]}"
         )
     if cache.k.shape[1] % config.select_block_size:
-        raise ValueError(
+        raise SettingError(
             f"k must have a multiple of select_block_size slots, {config.select_block_size}, got {cache.k.shape[1]}"
         )
     if _on_triton(backend, q, cache.v, config):
@@ -266,13 +267,13 @@ def chunk_attention(
     _check("gates", gates, (T, H, 3))
     _check_pairs(LayerCache(*(x.unsqueeze(0) for x in (k, v, sliding_k, sliding_v, summary_k, summary_v))), 1)
     if not T <= L or min(L, T + config.window_size - 1) > M:
-        raise ValueError(
+        raise SettingError(
             f"k must hold the {T} new tokens, and sliding_k those and the {config.window_size - 1} before them, "
             f"got {L} and {M}"
         )
     needed = max(0, (L - config.compress_block_size) // config.compress_stride + 1)
     if len(summary_k) < needed:
-        raise ValueError(f"summary_k must hold the {needed} complete blocks of {L} tokens, got {len(summary_k)}")
+        raise SettingError(f"summary_k must hold the {needed} complete blocks of {L} tokens, got {len(summary_k)}")
     M = min(M, T + config.window_size - 1)
     seen = k, v, sliding_k[-M:], sliding_v[-M:], summary_k[:needed], summary_v[:needed]  # the rest costs time alone
     if _on_triton(backend, q, v, config):
@@ -316,7 +317,7 @@ def _ring_tokens(position: Tensor, slots: int) -> Tensor:
 
 def _check(name: str, x: Tensor, shape: tuple[int, ...]) -> None:
     if x.shape != shape:
-        raise ValueError(f"{name} must be {shape} here, got {tuple(x.shape)}")
+        raise SettingError(f"{name} must be {shape} here, got {tuple(x.shape)}")
 
 
 def _check_new(pairs: Sequence[NewTokens], batch_size: int) -> None:
@@ -327,7 +328,7 @@ def _check_new(pairs: Sequence[NewTokens], batch_size: int) -> None:
         _check("k_slots", new.k_slots, (batch_size, S, *new.k.shape[1:]))
         _check("v_slots", new.v_slots, (batch_size, S, *new.v.shape[1:]))
         if not new.k.dtype == new.v.dtype == new.k_slots.dtype == new.v_slots.dtype:
-            raise ValueError(
+            raise SettingError(
                 f"slots must have the dtype of the keys and values, {new.k.dtype} and {new.v.dtype}, "
                 f"got {new.k_slots.dtype} and {new.v_slots.dtype}"
             )

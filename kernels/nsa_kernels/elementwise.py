@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from nsa_kernels.native_sparse_attention import HAS_TRITON
+from nsa_kernels.attention import HAS_TRITON
 from nsa_kernels.rotary import apply_rotary
 
 # T tokens, N numbers of a token, H heads, D head dim, R rotated dimensions of a head, I hidden units.

@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from nsa_kernels.errors import SettingError
+
 
 @dataclass(frozen=True, kw_only=True)
 class NSAConfig:
@@ -46,17 +48,17 @@ class NSAConfig:
             "window_size",
         ):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+                raise SettingError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.num_init_blocks < 0:
-            raise ValueError(f"num_init_blocks must be at least 0, got {self.num_init_blocks}")
+            raise SettingError(f"num_init_blocks must be at least 0, got {self.num_init_blocks}")
         for name in ("compress_block_size", "select_block_size"):
             if getattr(self, name) % self.compress_stride:
-                raise ValueError(
+                raise SettingError(
                     f"compress_stride must divide {name}, got {self.compress_stride} and {getattr(self, name)}"
                 )
         forced = self.num_init_blocks + self.num_local_blocks
         if self.num_selected_blocks < forced:
-            raise ValueError(
+            raise SettingError(
                 "num_selected_blocks must be at least num_init_blocks + num_local_blocks, "
                 f"got {self.num_selected_blocks} and {self.num_init_blocks} + {self.num_local_blocks}"
             )

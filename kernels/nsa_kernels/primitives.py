@@ -10,6 +10,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from nsa_kernels.errors import SettingError
+
 # T packed tokens, H query heads, H_kv KV heads, G = H / H_kv, D head dim. ROWS >= QUERIES * G rows in a tile.
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -147,18 +149,18 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> float:
     """
     if not q.dtype == k.dtype == v.dtype or q.dtype not in DTYPES:
         names = ", ".join(str(dtype) for dtype in DTYPES)
-        raise ValueError(f"q, k and v must share one dtype of {names}, got {q.dtype}, {k.dtype} and {v.dtype}")
+        raise SettingError(f"q, k and v must share one dtype of {names}, got {q.dtype}, {k.dtype} and {v.dtype}")
     if q.shape[1] % k.shape[1]:
-        raise ValueError(f"the query heads must be a multiple of the KV heads, got {q.shape[1]} and {k.shape[1]}")
+        raise SettingError(f"the query heads must be a multiple of the KV heads, got {q.shape[1]} and {k.shape[1]}")
     for name, x in (("k", k), ("v", v)):
         if x.shape[-1] * x.element_size() % 16 or x.shape[-1] > MAX_HEAD_DIM:
-            raise ValueError(
+            raise SettingError(
                 f"the head dimension of {name} must be a multiple of {16 // x.element_size()} up to {MAX_HEAD_DIM} "
                 f"for the triton backend, got {x.shape[-1]}"
             )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if not scale > 0:
-        raise ValueError(f"scale must be positive, got {scale}")
+        raise SettingError(f"scale must be positive, got {scale}")
     return scale
 
 

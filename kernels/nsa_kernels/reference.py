@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
+from nsa_kernels.errors import SettingError
 from nsa_kernels.geometry import CompressionWeights, NSAConfig, NSAOutput
 from nsa_kernels.rotary import apply_rotary
 
@@ -353,7 +354,7 @@ def _summary(x: Tensor, weights: CompressionWeights | None) -> Tensor:
 def _group_size(num_heads: int, num_kv_heads: int) -> int:
     """G = H / H_kv."""
     if num_heads % num_kv_heads:
-        raise ValueError(f"query heads must be a multiple of key/value heads, got {num_heads} and {num_kv_heads}")
+        raise SettingError(f"query heads must be a multiple of key/value heads, got {num_heads} and {num_kv_heads}")
     return num_heads // num_kv_heads
 
 

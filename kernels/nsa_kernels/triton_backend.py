@@ -6,6 +6,7 @@ from torch import Tensor
 from nsa_kernels.block_selection import block_selection
 from nsa_kernels.compress import compress
 from nsa_kernels.compressed_attention import compressed_attention
+from nsa_kernels.errors import SettingError
 from nsa_kernels.gated_sum import gated_sum
 from nsa_kernels.geometry import NSAConfig
 from nsa_kernels.primitives import check_inputs, interpreted
@@ -47,7 +48,7 @@ def is_recent(device: torch.device) -> bool:
 def _reason_of(q: Tensor, v: Tensor) -> str | None:
     try:
         check_inputs(q, q[:, :1], v[:, :1], None)
-    except ValueError as error:
+    except SettingError as error:
         return str(error)
     return None
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
+from nsa_kernels.errors import SettingError
+
 InputKind = Literal["random", "overlap"]
 DocumentMix = Literal["one", "mixed", "equal_1k"]
 
@@ -62,15 +64,15 @@ def parse_shape(text: str) -> Shape:
         return SHAPES[text]
     match = _CUSTOM_SHAPE.fullmatch(text)
     if not match:
-        raise ValueError(
+        raise SettingError(
             f"shapes must be of {', '.join(SHAPES)} or like 64x4x192x128 "
             f"(query heads, KV heads, query and value head dim), got {text!r}"
         )
     num_heads, num_kv_heads, qk_dim, v_dim = map(int, match.groups())
     if min(num_heads, num_kv_heads, qk_dim, v_dim) < 1:
-        raise ValueError(f"shapes must have heads and dimensions of at least 1, got {text!r}")
+        raise SettingError(f"shapes must have heads and dimensions of at least 1, got {text!r}")
     if num_heads % num_kv_heads:
-        raise ValueError(f"shapes must have a multiple of the KV heads as query heads, got {text!r}")
+        raise SettingError(f"shapes must have a multiple of the KV heads as query heads, got {text!r}")
     return Shape(text, num_heads, num_kv_heads, qk_dim, v_dim)
 
 
@@ -129,7 +131,7 @@ class KernelSettings:
             values = getattr(self, name)
             check_filled(name, values)
             if min(values) < 1:
-                raise ValueError(f"{name} must be at least 1 token each, got {min(values)}")
+                raise SettingError(f"{name} must be at least 1 token each, got {min(values)}")
         check_timing(self.time_budget, self.repetitions)
         check_output(self.output_dir, (RESULTS_NAME, PLOT_NAME), self.overwrite)
 
@@ -137,9 +139,9 @@ class KernelSettings:
 def check_timing(time_budget: float, repetitions: int) -> None:
     """Refuse what no measurement can keep to: seconds for the repetitions of one, and the fewest of them."""
     if not 0 < time_budget < math.inf:
-        raise ValueError(f"time_budget must be seconds above 0, got {time_budget}")
+        raise SettingError(f"time_budget must be seconds above 0, got {time_budget}")
     if repetitions < 1:
-        raise ValueError(f"repetitions must be at least 1, got {repetitions}")
+        raise SettingError(f"repetitions must be at least 1, got {repetitions}")
 
 
 def check_output(output_dir: Path, names: Sequence[str], overwrite: bool) -> None:
@@ -149,10 +151,10 @@ def check_output(output_dir: Path, names: Sequence[str], overwrite: bool) -> Non
         ValueError: it is a file, or holds one of the names and `overwrite` is not set.
     """
     if output_dir.exists() and not output_dir.is_dir():
-        raise ValueError(f"output_dir must be a directory, got the file {output_dir}")
+        raise SettingError(f"output_dir must be a directory, got the file {output_dir}")
     for name in names:
         if (output_dir / name).exists() and not overwrite:
-            raise ValueError(
+            raise SettingError(
                 f"output_dir must not hold {name} yet, got {output_dir}: "
                 "set --output_dir to another directory, or --overwrite true"
             )
@@ -161,11 +163,11 @@ def check_output(output_dir: Path, names: Sequence[str], overwrite: bool) -> Non
 def check_filled(name: str, values: list[str] | list[int]) -> None:
     """Refuse a list that is empty or, but for documents to check, names a value twice."""
     if not values:
-        raise ValueError(f"{name} must name at least one, got none")
+        raise SettingError(f"{name} must name at least one, got none")
     if len(set(values)) < len(values):
         repeated = next(value for value in values if values.count(value) > 1)  # type: ignore[arg-type]
         if name != "check_documents":
-            raise ValueError(f"{name} must name each value once, got {repeated} again")
+            raise SettingError(f"{name} must name each value once, got {repeated} again")
 
 
 def check_choices(name: str, values: list[str], choices: tuple[str, ...]) -> None:
@@ -173,4 +175,4 @@ def check_choices(name: str, values: list[str], choices: tuple[str, ...]) -> Non
     check_filled(name, values)
     for value in values:
         if value not in choices:
-            raise ValueError(f"{name} must be of {', '.join(choices)}, got {value!r}")
+            raise SettingError(f"{name} must be of {', '.join(choices)}, got {value!r}")

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from nsa_kernels import NSAConfig, eager, native_sparse_attention
-from nsa_kernels.native_sparse_attention import Backend, stages_of
+from nsa_kernels.attention import Backend, stages_of
 from nsa_kernels.packing import compressed_layout, document_index, document_positions
 from torch import Tensor
 

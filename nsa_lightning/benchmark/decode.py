@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nsa_kernels.errors import SettingError
+
 from nsa_lightning.benchmark.cases import (
     DTYPES,
     RESULTS_NAME,
@@ -54,7 +56,7 @@ class DecodeSettings:
     def __post_init__(self) -> None:
         check_choices("dtype", [self.dtype], DTYPES)
         if not self.shapes and self.config is None:
-            raise ValueError("shapes must name at least one where config names no model, got none")
+            raise SettingError("shapes must name at least one where config names no model, got none")
         for shape in self.shapes:
             parse_shape(shape)
         for name in ("shapes", "prefill_lengths"):
@@ -63,11 +65,11 @@ class DecodeSettings:
         for name in ("lengths", "batch_sizes"):
             check_filled(name, getattr(self, name))
         if self.check and not self.check_lengths:
-            raise ValueError("check_lengths must name at least one where check is set, got none")
+            raise SettingError("check_lengths must name at least one where check is set, got none")
         for name in ("lengths", "batch_sizes", "prefill_lengths", "check_lengths"):
             least = min(getattr(self, name), default=1)
             if least < 1:
-                raise ValueError(f"{name} must be at least 1 each, got {least}")
+                raise SettingError(f"{name} must be at least 1 each, got {least}")
         check_timing(self.time_budget, self.repetitions)
         check_output(self.output_dir, (RESULTS_NAME, PLOT_NAME), self.overwrite)
 

@@ -12,8 +12,8 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from nsa_kernels import NSAConfig
+from nsa_kernels.attention import Backend, stages_of
 from nsa_kernels.decode import LayerCache, decode_attention, decode_dense_attention
-from nsa_kernels.native_sparse_attention import Backend, stages_of
 from torch import Tensor
 
 from nsa_lightning.benchmark.cases import Shape

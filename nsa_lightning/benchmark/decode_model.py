@@ -13,6 +13,7 @@ from typing import cast
 
 import torch
 import yaml
+from nsa_kernels.errors import SettingError
 from torch import Tensor
 
 from nsa_lightning.benchmark.decode_layer import DecodeBench, missing_memory
@@ -46,9 +47,9 @@ def read_transformer_config(path: Path) -> TransformerConfig:
         parsed = parser.parse_object({"model": {"transformer": transformer}})
         config = parser.instantiate_classes(parsed).model.transformer
     except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"config must be a config of nsa fit with model.transformer, got {path}: {error}") from error
+        raise SettingError(f"config must be a config of nsa fit with model.transformer, got {path}: {error}") from error
     except ArgumentError as error:
-        raise ValueError(f"config {path}: {error}") from error
+        raise SettingError(f"config {path}: {error}") from error
     return cast("TransformerConfig", config)
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
+from nsa_kernels.errors import SettingError
+
 from nsa_lightning.data.sets import Packing, open_set
 
 if TYPE_CHECKING:  # torch takes seconds to import, `--help` does not
@@ -50,13 +52,13 @@ def bench_loader(
         ("seq_lens", 2, min(seq_lens, default=2)), ("batch_size", 1, batch_size), ("num_workers", 0, num_workers),
     ):  # fmt: skip
         if value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
+            raise SettingError(f"{name} must be at least {least}, got {value}")
     from nsa_lightning.benchmark.report import text_table
 
     with TemporaryDirectory() as folder:
         store = open_set("prepared", prepared, Path(folder))
         if not store.manifest.splits["train"].documents:
-            raise ValueError(f"prepared must have training documents, {prepared} has none")
+            raise SettingError(f"prepared must have training documents, {prepared} has none")
         rows = [
             _measure(store, packing, seq_len, Path(folder), batch_size, num_workers, tokens)
             for packing in packings

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from nsa_kernels import NSAConfig, native_sparse_attention
-from nsa_kernels.native_sparse_attention import Backend, stages_of
+from nsa_kernels.attention import Backend, stages_of
 from nsa_kernels.packing import BatchLayout, batch_layout
 from torch import Tensor
 

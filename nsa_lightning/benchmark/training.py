@@ -15,6 +15,8 @@ from shutil import copyfile
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
+from nsa_kernels.errors import SettingError
+
 from nsa_lightning.benchmark.cases import RESULTS_NAME, DocumentMix, check_choices, check_filled, check_output
 from nsa_lightning.benchmark.results import write_whole
 
@@ -59,11 +61,11 @@ class TrainingSettings:
             ("warmup_steps", [self.warmup_steps]),
         ):  # fmt: skip
             if values and min(values) < 1:
-                raise ValueError(f"{name} must be at least 1, got {min(values)}")
+                raise SettingError(f"{name} must be at least 1, got {min(values)}")
         if not self.time_limit > 0:
-            raise ValueError(f"time_limit must be seconds above 0, got {self.time_limit}")
+            raise SettingError(f"time_limit must be seconds above 0, got {self.time_limit}")
         if not any(word.split("=")[0] == "--config" for word in self.fit):
-            raise ValueError("config must name a config of nsa fit, got none. Set --config")
+            raise SettingError("config must name a config of nsa fit, got none. Set --config")
         check_output(self.output_dir, (RESULTS_NAME, PLOT_NAME), self.overwrite)
 
 
@@ -191,7 +193,7 @@ def _measure(settings: TrainingSettings) -> "Iterator[TrainingRecord]":
             status = _launch([*case.fit_words, *_step_words(settings, result)], settings, log)
             if status == _USER_MISTAKE:
                 mistake = log.read_text(errors="replace").rpartition("error: ")[2].strip()
-                raise ValueError(f"{mistake} (case {case.description})")
+                raise SettingError(f"{mistake} (case {case.description})")
             if result.exists():
                 yield TrainingRecord(case=case, step=json.loads(result.read_text()))
             else:

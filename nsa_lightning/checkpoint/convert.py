@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
+from nsa_kernels.errors import SettingError
 from torch import Tensor
 
 from nsa_lightning.checkpoint.continuation import write_continuation
@@ -53,7 +54,7 @@ class RopeChange:
         theta = rope.theta if self.theta is None else self.theta
         scaling = rope.scaling if self.scaling is None else self.scaling
         if self.factor is None and scaling not in (rope.scaling, "none"):
-            raise ValueError(f"rope.factor must be set with rope.scaling={scaling}, got none")
+            raise SettingError(f"rope.factor must be set with rope.scaling={scaling}, got none")
         unchanged = rope.factor if scaling == rope.scaling else 1.0
         factor = unchanged if self.factor is None else self.factor
         original = rope.original_max_seq_len or int(max_seq_len / rope.factor)
@@ -91,7 +92,7 @@ def convert(
     from tqdm import tqdm  # type: ignore[import-untyped]
 
     if not 0 <= gate_bias < float("inf"):
-        raise ValueError(f"gate_bias must be at least 0 and finite, got {gate_bias}")
+        raise SettingError(f"gate_bias must be at least 0 and finite, got {gate_bias}")
     dense = read_dense_config(source, "source")
     config = _nsa_config(dense, attention, nsa, rope, seq_len)
     weights = WeightFiles(source, "source")
@@ -128,7 +129,7 @@ def _nsa_config(
     """The decoder with the wanted layers."""
     window = dense.config.sliding_window if "sliding" in dense.config.attention else None
     if "sliding" in attention and window is None:
-        raise ValueError(
+        raise SettingError(
             "attention must name nsa and full layers alone where the source has no sliding_window, got sliding"
         )
     changed = rope.apply(dense.config.rope, dense.max_seq_len)

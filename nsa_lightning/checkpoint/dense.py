@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+from nsa_kernels.errors import SettingError
+
 from nsa_lightning.model.attention import AttentionKind
 from nsa_lightning.model.rope import RopeConfig
 from nsa_lightning.model.transformer import TransformerConfig
@@ -74,11 +76,11 @@ def read_json(path: Path, setting: str) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(
+        raise SettingError(
             f"{setting} must be a directory with a readable {path.name}, got {path.parent}: {error}"
         ) from error
     if not isinstance(content, dict):
-        raise ValueError(f"{setting}: {path} must hold an object, got {type(content).__name__}")
+        raise SettingError(f"{setting}: {path} must hold an object, got {type(content).__name__}")
     return content
 
 
@@ -93,23 +95,23 @@ def read_dense_config(directory: Path, setting: str) -> SavedModel:
     try:
         return SavedModel(_transformer_config(raw), raw["max_position_embeddings"])
     except ValueError as error:
-        raise ValueError(f"{setting}: {path}: {error}") from error
+        raise SettingError(f"{setting}: {path}: {error}") from error
     except (TypeError, AttributeError, KeyError) as error:  # a value of another kind than the key's
-        raise ValueError(f"{setting}: {path} is not a dense model's: {error}") from error
+        raise SettingError(f"{setting}: {path} is not a dense model's: {error}") from error
 
 
 def _transformer_config(raw: dict[str, Any]) -> TransformerConfig:
     """The decoder that a config.json describes."""
     kind = raw.get("model_type")
     if kind not in FAMILIES:
-        raise ValueError(f"model_type must be one of {', '.join(FAMILIES)}, got {kind}")
+        raise SettingError(f"model_type must be one of {', '.join(FAMILIES)}, got {kind}")
     for name, value in _FIXED.items():
         if raw.get(name, value) != value:
-            raise ValueError(f"{name} must be {value}, got {raw[name]}")
+            raise SettingError(f"{name} must be {value}, got {raw[name]}")
     sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
     missing = [name for name in (*sizes, "max_position_embeddings") if not isinstance(raw.get(name), int)]
     if missing:
-        raise ValueError(f"{', '.join(missing)} must be given as whole numbers")
+        raise SettingError(f"{', '.join(missing)} must be given as whole numbers")
     attention = _layer_kinds(raw, kind)
     window = {"sliding_window": raw.get("sliding_window", _DEFAULT_WINDOW)} if "sliding" in attention else {}
     return TransformerConfig(
@@ -184,7 +186,7 @@ def _layer_kinds(raw: dict[str, Any], family: str) -> list[AttentionKind]:
     if raw.get("layer_types"):
         unknown = sorted(set(raw["layer_types"]) - _KINDS.keys())
         if unknown or len(raw["layer_types"]) != layers:
-            raise ValueError(f"layer_types must name {', '.join(_KINDS)} by layer, got {raw['layer_types']}")
+            raise SettingError(f"layer_types must name {', '.join(_KINDS)} by layer, got {raw['layer_types']}")
         return shortest_pattern([_KINDS[kind] for kind in raw["layer_types"]])
     first = 0 if family == "mistral" else raw.get("max_window_layers", 28)
     kinds = ["full" if index < first else "sliding" for index in range(layers)]
@@ -198,17 +200,17 @@ def _read_rope(raw: dict[str, Any]) -> RopeConfig:
     kind = kinds.pop().replace("default", "none")
     if kind not in _ROPE_SETTINGS:
         names = ", ".join(_ROPE_SETTINGS).replace("none", "default")
-        raise ValueError(f"the type of RoPE scaling must be one of {names}, got {kind}")
+        raise SettingError(f"the type of RoPE scaling must be one of {names}, got {kind}")
     if kind in ("llama3", "yarn"):
         original = raw.get("original_max_position_embeddings") or raw["max_position_embeddings"]
         given["original_max_position_embeddings"] = given.get("original_max_position_embeddings") or original
     given = {name: value for name, value in given.items() if value is not None}
     if kind != "none" and "factor" not in given:
-        raise ValueError(f"RoPE scaling {kind} must give its factor")
+        raise SettingError(f"RoPE scaling {kind} must give its factor")
     harmless = {"truncate": True, "partial_rotary_factor": 1.0}
     for name, value in given.items():
         if name not in (*_ROPE_SETTINGS[kind], "original_max_position_embeddings") and harmless.get(name) != value:
-            raise ValueError(f"{name}={value} of RoPE scaling {kind} is not supported")
+            raise SettingError(f"{name}={value} of RoPE scaling {kind} is not supported")
     settings = {_ROPE_NAMES[name]: given[name] for name in _ROPE_SETTINGS[kind] if name in given}
     return RopeConfig(theta=theta, scaling=cast("Any", kind), **settings)
 

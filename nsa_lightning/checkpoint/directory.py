@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+from nsa_kernels.errors import SettingError
 from safetensors import SafetensorError
 
 from nsa_lightning.checkpoint.dense import SavedModel, dense_settings, read_dense_config, read_json, shared_settings
@@ -43,7 +44,7 @@ def new_directory(output: Path) -> Iterator[Path]:
         ValueError: `output` exists, or the disk does not take what is written.
     """
     if output.exists():
-        raise ValueError(f"output must not exist, got {output}")
+        raise SettingError(f"output must not exist, got {output}")
     temporary = output.with_name(f"{output.name}.tmp-{uuid4().hex}")
     try:
         temporary.mkdir(parents=True)
@@ -52,7 +53,7 @@ def new_directory(output: Path) -> Iterator[Path]:
     except (OSError, SafetensorError) as error:
         exists = isinstance(error, OSError) and error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)
         reason = "another process made it meanwhile" if exists and output.exists() else str(error)
-        raise ValueError(f"output={output} cannot be written: {reason}") from error
+        raise SettingError(f"output={output} cannot be written: {reason}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -99,7 +100,7 @@ def read_config(directory: Path, setting: str) -> SavedModel:
         return read_dense_config(directory, setting)
     missing = [name for name in ("transformer", "max_position_embeddings") if name not in settings]
     if missing:
-        raise ValueError(f"{setting}: {directory / 'config.json'} must give {', '.join(missing)}")
+        raise SettingError(f"{setting}: {directory / 'config.json'} must give {', '.join(missing)}")
     return SavedModel(transformer_config(settings["transformer"], setting), settings["max_position_embeddings"])
 
 
@@ -112,7 +113,7 @@ def transformer_config(settings: Any, setting: str) -> TransformerConfig:
     try:
         return TransformerConfig.from_dict(settings)
     except (TypeError, KeyError) as error:
-        raise ValueError(f"{setting}: its saved settings of model.transformer are broken: {error!r}") from error
+        raise SettingError(f"{setting}: its saved settings of model.transformer are broken: {error!r}") from error
 
 
 def copy_tokenizer(source: Path, target: Path) -> list[str]:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from nsa_kernels.errors import SettingError
 from torch import Tensor
 
 from nsa_lightning.checkpoint.directory import SHARD_BYTES, copy_tokenizer, new_directory, write_config
@@ -29,7 +30,7 @@ def export(checkpoint: Path, output: Path, dtype: torch.dtype | None, tokenizer:
         ValueError: the checkpoint is none, the tokenizer's directory does not exist, or the output cannot be written.
     """
     if tokenizer is not None and not tokenizer.exists():
-        raise ValueError(f"tokenizer must be a directory or a tokenizer.json, got {tokenizer}, which does not exist")
+        raise SettingError(f"tokenizer must be a directory or a tokenizer.json, got {tokenizer}, which does not exist")
     trained = open_trained(checkpoint, "checkpoint")
     tokenizer = tokenizer or trained.tokenizer
     with torch.device("meta"):

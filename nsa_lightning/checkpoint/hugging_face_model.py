@@ -6,6 +6,7 @@ Importing this module registers it; a directory's own `modeling_nsa.py` imports 
 from typing import Any
 
 import torch
+from nsa_kernels.errors import SettingError
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -56,11 +57,11 @@ class NSACache(Cache):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Refuse beams, which change places."""
-        raise ValueError("num_beams must be 1 with a cache of NSACache, whose rows keep their places")
+        raise SettingError("num_beams must be 1 with a cache of NSACache, whose rows keep their places")
 
     def crop(self, max_length: int) -> None:
         """Refuse to take tokens back, as assisted generation does."""
-        raise ValueError("assistant_model must be unset with a cache of NSACache, which takes no token back")
+        raise SettingError("assistant_model must be unset with a cache of NSACache, which takes no token back")
 
     def extend(self, model: Transformer, input_ids: Tensor, real: Tensor) -> Tensor:
         """Append new columns of the batch; final hidden states of the last one, [B, hidden_size].
@@ -88,7 +89,7 @@ class NSAForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: NSAConfig) -> None:
         super().__init__(config)
         if config.transformer is None:
-            raise ValueError("config.transformer must hold the decoder's settings, got none")
+            raise SettingError("config.transformer must hold the decoder's settings, got none")
         self.model = Transformer(TransformerConfig.from_dict(config.transformer))
         self.lm_head = self.model.lm_head
         del self.model.lm_head  # its name in a Hugging Face directory has no prefix

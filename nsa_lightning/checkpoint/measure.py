@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from nsa_kernels.errors import SettingError
 from torch import Tensor
 
 from nsa_lightning.checkpoint.weights import WeightFiles, hugging_face_name
@@ -43,10 +44,10 @@ def read_sample(source: Path, sample: Path | None, max_tokens: int) -> Sample:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"sample must be a text file, got {path}: {error}") from error
+        raise SettingError(f"sample must be a text file, got {path}: {error}") from error
     tokens = torch.from_numpy(load_tokenizer(str(source)).encode_batch([text])[0][:max_tokens])
     if len(tokens) < 2:
-        raise ValueError(f"sample must have at least 2 tokens within sample_tokens, got {len(tokens)} of {path}")
+        raise SettingError(f"sample must have at least 2 tokens within sample_tokens, got {len(tokens)} of {path}")
     return Sample(path, tokens)
 
 

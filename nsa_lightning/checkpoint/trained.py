@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from nsa_kernels.errors import SettingError
 from torch import Tensor
 
 from nsa_lightning.checkpoint.directory import read_config, transformer_config
@@ -44,12 +45,12 @@ def _open_checkpoint(path: Path, setting: str) -> Trained:
     """A checkpoint of `nsa fit`, one file or a sharded directory; its run has a tokenizer.json."""
     kinds = f"{setting} must be a checkpoint of nsa fit or a directory of nsa convert, nsa export or a dense model"
     if not path.exists():
-        raise ValueError(f"{kinds}, got {path}, which does not exist")
+        raise SettingError(f"{kinds}, got {path}, which does not exist")
     from nsa_lightning.training.checkpoints import check_same_sizes, read_summary  # imports Lightning: seconds
     from nsa_lightning.training.sharded_checkpoint import META, read_weights
 
     if path.is_dir() and not (path / META).is_file():
-        raise ValueError(f"{kinds}, got the directory {path}, which lacks {META} and config.json")
+        raise SettingError(f"{kinds}, got the directory {path}, which lacks {META} and config.json")
     summary = read_summary(path, setting)
     settings = summary.get("hyper_parameters", {}).get("transformer")
     config = transformer_config(settings, f"{setting}={path}")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from nsa_kernels.errors import SettingError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -41,20 +42,20 @@ class WeightFiles:
         self.directory, self.setting = directory, setting
         index = directory / INDEX
         if not index.is_file() and not (directory / SINGLE).is_file():
-            raise ValueError(f"{setting} must be a directory with {SINGLE} or {INDEX}, got {directory}")
+            raise SettingError(f"{setting} must be a directory with {SINGLE} or {INDEX}, got {directory}")
         listed: dict[str, str] | None = None
         if not (directory / SINGLE).is_file():  # where both are, transformers reads the one file
             try:
                 listed = dict(json.loads(index.read_text())["weight_map"])
             except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{setting}: {index} is no index of safetensors files: {error!r}") from error
+                raise SettingError(f"{setting}: {index} is no index of safetensors files: {error!r}") from error
         self._entries: dict[str, _Entry] = {}
         self.files = [directory / file for file in sorted(set(listed.values()))] if listed else [directory / SINGLE]
         for file in self.files:
             self._entries |= self._contents(file)
         lost = sorted(listed.keys() - self._entries.keys()) if listed else []
         if lost:
-            raise ValueError(f"{setting}: {index} lists tensors that its files lack: {_some(lost)}")
+            raise SettingError(f"{setting}: {index} lists tensors that its files lack: {_some(lost)}")
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -88,12 +89,12 @@ class WeightFiles:
         missing, extra = sorted(expected.keys() - shapes.keys()), sorted(shapes.keys() - expected.keys() - optional)
         if missing or extra:
             kinds = [f"lacks {_some(missing)}"] * bool(missing) + [f"has left over {_some(extra)}"] * bool(extra)
-            raise ValueError(f"{self.setting}={self.directory} does not fit its config: it {' and '.join(kinds)}")
+            raise SettingError(f"{self.setting}={self.directory} does not fit its config: it {' and '.join(kinds)}")
         other = [
             f"{name} is {shapes[name]}, must be {shape}" for name, shape in expected.items() if shapes[name] != shape
         ]
         if other:
-            raise ValueError(f"{self.setting}={self.directory} does not fit its config: {_some(other)}")
+            raise SettingError(f"{self.setting}={self.directory} does not fit its config: {_some(other)}")
 
     def _contents(self, path: Path) -> dict[str, _Entry]:
         entries = {}
@@ -102,13 +103,13 @@ class WeightFiles:
                 for name in file.keys():  # noqa: SIM118 (not a mapping)
                     part = file.get_slice(name)
                     if part.get_dtype() not in DTYPES:
-                        raise ValueError(
+                        raise SettingError(
                             f"{self.setting}: tensors must be one of {', '.join(DTYPES)}, got {part.get_dtype()} "
                             f"for {name} in {path}"
                         )
                     entries[name] = _Entry(path, tuple(part.get_shape()), DTYPES[part.get_dtype()])
         except (OSError, SafetensorError) as error:
-            raise ValueError(f"{self.setting}: {path} is no whole safetensors file: {error}") from error
+            raise SettingError(f"{self.setting}: {path} is no whole safetensors file: {error}") from error
         return entries
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from nsa_kernels.errors import SettingError
 from numpy.typing import NDArray
 
 from nsa_lightning.data.packing import Pieces, release_pages
@@ -55,9 +56,9 @@ class BestFitPlan:
             self._documents = np.memmap(path / "documents.bin", _document_type(offsets), "r")
             self._long = np.memmap(path / "long.bin", np.int64, "r").reshape(-1, 2)
             if len(self._documents) != self._bounds[-1] + 1:
-                raise ValueError(f"{path / 'documents.bin'} must have {self._bounds[-1] + 1} documents")
+                raise SettingError(f"{path / 'documents.bin'} must have {self._bounds[-1] + 1} documents")
         except (OSError, ValueError) as error:
-            raise ValueError(f"the plan {path} cannot be read: {error}; delete it and run again") from error
+            raise SettingError(f"the plan {path} cannot be read: {error}; delete it and run again") from error
         self._num_packed = len(self._bounds) - 1
         self.num_sequences = self._num_packed + int(self._long[-1, 1])
 

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import lightning as L
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_info
+from nsa_kernels.errors import SettingError
 from numpy.typing import NDArray
 
 from nsa_lightning.data.best_fit import BEST_FIT
@@ -146,7 +147,7 @@ class PackedTextDataModule(L.LightningDataModule):
         try:
             self.cache_dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ValueError(f"data.cache_dir={str(self.cache_dir)!r} cannot be made: {error.strerror}") from error
+            raise SettingError(f"data.cache_dir={str(self.cache_dir)!r} cannot be made: {error.strerror}") from error
         self._places = [self._prepare_sources()] if self.sources else list(self._configured.values())
         for store in self._open_sets():
             if self.verify_checksums:
@@ -239,7 +240,7 @@ class PackedTextDataModule(L.LightningDataModule):
                 if self.sources
                 else "use sets that were prepared with the tokenizer.json beside that run's config.yaml"
             )
-            raise ValueError(
+            raise SettingError(
                 f"the checkpoint was trained with tokenizer {old[0]} (vocabulary {old[1]}), "
                 f"the data has {new[0]} (vocabulary {new[1]}){origin}; {remedy}"
             )
@@ -249,9 +250,9 @@ class PackedTextDataModule(L.LightningDataModule):
         check_origin(self.sources, self.prepared, self.mixture)
         for name, least in {"seq_len": 2, "batch_size": 1, "seed": 0, "num_workers": 0}.items():
             if getattr(self, name) < least:
-                raise ValueError(f"data.{name} must be at least {least}, got {getattr(self, name)}")
+                raise SettingError(f"data.{name} must be at least {least}, got {getattr(self, name)}")
         if self.batch_size * self.seq_len >= 2**31:
-            raise ValueError(
+            raise SettingError(
                 f"data.batch_size times data.seq_len must be below 2**31, got {self.batch_size} and {self.seq_len}"
             )
         check_fractions(self.val_fraction, self.test_fraction)
@@ -265,10 +266,10 @@ class PackedTextDataModule(L.LightningDataModule):
         total, prefix = manifest.num_documents, "data." if self.sources else f"{empty[0].path} was prepared with "
         if split == "train":
             fractions = f"val_fraction={manifest.val_fraction} and test_fraction={manifest.test_fraction}"
-            raise ValueError(f"{prefix}{fractions}, which leave no training document among {total}; lower them")
+            raise SettingError(f"{prefix}{fractions}, which leave no training document among {total}; lower them")
         word = {"val": "validation", "test": "test"}[split]
         fraction = {"val": manifest.val_fraction, "test": manifest.test_fraction}[split]
-        raise ValueError(
+        raise SettingError(
             f"{prefix}{split}_fraction={fraction}, which leaves no {word} document among {total}; "
             f"raise it{', set it to 0 to train without' if split == 'val' and fraction else ''} or add documents"
         )
@@ -371,9 +372,11 @@ class PackedTextDataModule(L.LightningDataModule):
 def _check_curriculum(curriculum: Mapping[int, int], seq_len: int) -> None:
     steps, lengths = sorted(curriculum), [curriculum[step] for step in sorted(curriculum)]
     if steps and steps[0] != 0:
-        raise ValueError(f"data.curriculum must begin with step 0, got {steps[0]}")
+        raise SettingError(f"data.curriculum must begin with step 0, got {steps[0]}")
     if lengths != sorted(lengths) or any(not 2 <= length <= seq_len for length in lengths):
-        raise ValueError(f"data.curriculum must have ascending lengths from 2 to data.seq_len={seq_len}, got {lengths}")
+        raise SettingError(
+            f"data.curriculum must have ascending lengths from 2 to data.seq_len={seq_len}, got {lengths}"
+        )
 
 
 def _listed(names: Sequence[str] | str) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from filelock import FileLock
+from nsa_kernels.errors import SettingError
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -65,7 +66,7 @@ class PackedSplit:
         return self.plan.num_sequences * self.seq_len - self.tokens.num_tokens
 
 
-class PackedDataset(Dataset[Tensor | ValueError]):
+class PackedDataset(Dataset[Tensor | SettingError]):
     """The batches of one or more splits, a few at a time as one tensor for `view_flats`, or why they cannot be read.
 
     Args:
@@ -96,11 +97,11 @@ class PackedDataset(Dataset[Tensor | ValueError]):
         index, number = self.order.place(epoch, sequence)
         return Row(self.splits[index].tokens, self.splits[index].plan.pieces(number))
 
-    def __getitem__(self, batches: Sequence[SequenceRange]) -> Tensor | ValueError:
+    def __getitem__(self, batches: Sequence[SequenceRange]) -> Tensor | SettingError:
         try:
             flats = [self._pack(batch) for batch in batches]
             packed = flats[0] if len(flats) == 1 else torch.cat(flats)
-        except ValueError as error:  # raised in a worker its message would come wrapped in a traceback
+        except SettingError as error:  # raised in a worker its message would come wrapped in a traceback
             return error
         for split in self.splits:
             split.plan.release()

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, BinaryIO, NamedTuple, cast
 
+from nsa_kernels.errors import SettingError
+
 from nsa_lightning.data.sources import Part, file_kind, readable
 from nsa_lightning.data.storage import open_binary
 
@@ -67,7 +69,7 @@ def _opened(name: str) -> Iterator[BinaryIO]:
                 with gzip.open(raw) as stream:
                     yield cast(BinaryIO, stream)
             except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-                raise ValueError(f"data.sources: {name} is not a whole gzip file: {error}") from error
+                raise SettingError(f"data.sources: {name} is not a whole gzip file: {error}") from error
         elif kind.endswith(".zst"):
             import pyarrow as pa
 
@@ -88,7 +90,7 @@ def _read_text(name: str, skip_binary: bool) -> str:
     except UnicodeDecodeError as error:
         reason = f"{error.reason} at byte {error.start}"
         if not skip_binary:
-            raise ValueError(
+            raise SettingError(
                 f"{name} is not UTF-8 text: {reason}; leave it out with data.exclude or data.skip_binary"
             ) from error
         log.warning("%s is left out, it is not UTF-8 text: %s", name, reason)
@@ -115,18 +117,18 @@ def _json_text(line: bytes, place: str, text_field: str) -> str:
     try:
         record = json.loads(line.decode())
     except ValueError as error:
-        raise ValueError(f"{place} is not a JSON object: {error}") from error
+        raise SettingError(f"{place} is not a JSON object: {error}") from error
     if not isinstance(record, dict):
-        raise ValueError(f"{place} is not a JSON object, got {type(record).__name__}")
+        raise SettingError(f"{place} is not a JSON object, got {type(record).__name__}")
     if text_field not in record:
-        raise ValueError(f"data.text_field={text_field!r} is not a field of {place}, which has {list(record)}")
+        raise SettingError(f"data.text_field={text_field!r} is not a field of {place}, which has {list(record)}")
     text = record[text_field]
     if not isinstance(text, str | None):
-        raise ValueError(f"data.text_field={text_field!r} must hold text, {place} holds {type(text).__name__}")
+        raise SettingError(f"data.text_field={text_field!r} must hold text, {place} holds {type(text).__name__}")
     try:
         (text or "").encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"{place} is not Unicode text: {error.reason} at character {error.start}") from error
+        raise SettingError(f"{place} is not Unicode text: {error.reason} at character {error.start}") from error
     return text or ""
 
 
@@ -139,10 +141,12 @@ def _read_parquet(part: Part, text_field: str) -> Iterator[Document]:
         with _opened(name) as stream, pq.ParquetFile(stream, pre_buffer=False) as table:
             columns = {column.name: column.type for column in table.schema_arrow}
             if text_field not in columns:
-                raise ValueError(f"data.text_field={text_field!r} is not a column of {name}, which has {list(columns)}")
+                raise SettingError(
+                    f"data.text_field={text_field!r} is not a column of {name}, which has {list(columns)}"
+                )
             kind = columns[text_field]
             if not _is_text(kind.value_type if pa.types.is_dictionary(kind) else kind):
-                raise ValueError(f"data.text_field={text_field!r} must hold text, {name} holds {kind}")
+                raise SettingError(f"data.text_field={text_field!r} must hold text, {name} holds {kind}")
             groups = range(table.num_row_groups)[part.start : part.stop]
             row = sum(table.metadata.row_group(group).num_rows for group in range(part.start))
             for batch in table.iter_batches(batch_size=64, row_groups=list(groups), columns=[text_field]):
@@ -150,7 +154,7 @@ def _read_parquet(part: Part, text_field: str) -> Iterator[Document]:
                     yield Document(f"{name}:{row}", text or "")
                     row += 1
     except (pa.ArrowException, UnicodeDecodeError) as error:
-        raise ValueError(f"data.sources: {name} is not a whole parquet file (row {row}): {error}") from error
+        raise SettingError(f"data.sources: {name} is not a whole parquet file (row {row}): {error}") from error
 
 
 def _is_text(kind: Any) -> bool:

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Any
 
+from nsa_kernels.errors import SettingError
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
@@ -46,7 +47,7 @@ class PackedLoader:
         self._sampler = _RankSampler(self, rank * batch_size, batch_size)
         self._num_workers = num_workers
         self._pin_memory = pin_memory
-        self._loader: DataLoader[Tensor | ValueError] | None = None
+        self._loader: DataLoader[Tensor | SettingError] | None = None
 
     def __len__(self) -> int:
         return self._batches_from(0)
@@ -78,7 +79,7 @@ class PackedLoader:
                 persistent_workers=self._num_workers > 0,
             )
         for flats in self._loader:
-            if isinstance(flats, ValueError):
+            if isinstance(flats, SettingError):
                 raise flats
             yield from view_flats(flats)
 
@@ -147,7 +148,7 @@ class ResumableLoader(PackedLoader):
         for name in [*self.fingerprint, *(before.keys() - self.fingerprint.keys())]:
             old, new = (values.get(name, "unset") for values in (before, self.fingerprint))
             if old != new:
-                raise ValueError(
+                raise SettingError(
                     f"{name} must stay as it was to resume: the checkpoint was trained with {old}, now it is {new}"
                 )
         for name in _PLACE:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
+from nsa_kernels.errors import SettingError
 from numpy.typing import NDArray
 
 ORDER = "feistel-1"
@@ -160,7 +161,7 @@ def interleave(weights: Mapping[str, float]) -> NDArray[np.int64]:
     counts[np.argsort(counts - exact, kind="stable")[:left]] += 1  # largest remainders first
     for (name, weight), count in zip(weights.items(), counts, strict=True):
         if count == 0:
-            raise ValueError(
+            raise SettingError(
                 f"data.mixture.{name}.weight must be at least 1/{SLOTS} of all weights together, "
                 f"got {weight} of {math.fsum(weights.values())}"
             )

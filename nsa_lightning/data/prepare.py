@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from nsa_kernels.errors import SettingError
+
 from nsa_lightning.data.documents import iter_documents, split_of
 from nsa_lightning.data.shards import merge_shards, permutation, read_shard, shard_path, token_dtype
 from nsa_lightning.data.sources import Part, SourceFile, find_files, parts_of
@@ -96,7 +98,7 @@ def make_plan(
     """
     for name, least, value in (("seed", 0, seed), ("shard_size", 1, shard_size)):
         if value < least:
-            raise ValueError(f"data.{name} must be at least {least}, got {value}")
+            raise SettingError(f"data.{name} must be at least {least}, got {value}")
     check_fractions(val_fraction, test_fraction)
     opened = load_tokenizer(tokenizer.path, tokenizer.end_of_text) if tokenizer.path is not None else None
     settings: dict[str, str | int | float] = {
@@ -128,7 +130,7 @@ def prepare(plan: Plan, path: Path, num_workers: int | None = None) -> TokenStor
         ValueError: `path` holds another plan's set, a file cannot be read or written, or no document holds text.
     """
     if num_workers is not None and num_workers < 0:
-        raise ValueError(f"num_workers must be at least 0, got {num_workers}")
+        raise SettingError(f"num_workers must be at least 0, got {num_workers}")
     if not (path / "manifest.json").exists():
         with writable(path):
             path.mkdir(parents=True, exist_ok=True)
@@ -188,9 +190,11 @@ def prepare_set(
         print(f"{output_dir}: every file is as it was written")
         return 0
     if not sources:
-        raise ValueError("sources must name files, directories, globs or URLs, got none")
+        raise SettingError("sources must name files, directories, globs or URLs, got none")
     if is_url(output_dir):
-        raise ValueError(f"output_dir must be a local directory, got {output_dir}: copy the set there when it is whole")
+        raise SettingError(
+            f"output_dir must be a local directory, got {output_dir}: copy the set there when it is whole"
+        )
     plan = make_plan(
         sources,
         tokenizer,
@@ -216,7 +220,9 @@ def check_fractions(val_fraction: float, test_fraction: float) -> None:
     """
     fractions = val_fraction, test_fraction
     if min(fractions) < 0 or sum(fractions) >= 1:
-        raise ValueError(f"data.val_fraction and data.test_fraction must be 0 or more, below 1 in sum, got {fractions}")
+        raise SettingError(
+            f"data.val_fraction and data.test_fraction must be 0 or more, below 1 in sum, got {fractions}"
+        )
 
 
 def _prepare(plan: Plan, path: Path, num_workers: int | None) -> None:
@@ -245,9 +251,9 @@ def _prepare(plan: Plan, path: Path, num_workers: int | None) -> None:
     workers = min(MOST_WORKERS, _num_cores()) if num_workers is None else num_workers
     try:
         tokenise_shards(job, shards, missing, workers)
-    except ValueError as error:
+    except SettingError as error:
         kept = sum(read_shard(shard_path(path, number), dtype) is not None for number in range(len(shards)))
-        raise ValueError(f"{error}; {kept} of {len(shards)} shards are whole and kept for the next run") from error
+        raise SettingError(f"{error}; {kept} of {len(shards)} shards are whole and kept for the next run") from error
     finally:
         _remove_leftovers(path)
     merge_shards(path, len(shards), tokenizer, **fractions)
@@ -309,18 +315,20 @@ def _check_same_plan(plan: Plan, path: Path) -> None:
         state = json.loads((path / "plan.json").read_bytes())
         settings, files = state["settings"], {name: rest for name, *rest in state["files"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
+        raise SettingError(
             f"{path / 'plan.json'} is not the plan of a prepared set: {error!r}; {_another(path)}"
         ) from error
     for name, value in plan.settings.items():
         if settings.get(name) != value:
-            raise ValueError(f"{path} was prepared with {name}={settings.get(name)!r}, got {value!r}; {_another(path)}")
+            raise SettingError(
+                f"{path} was prepared with {name}={settings.get(name)!r}, got {value!r}; {_another(path)}"
+            )
     now = {name: rest for name, *rest in plan.files}
     changed = [name for name in files.keys() & now.keys() if files[name] != now[name]]
     kinds = {"changed": changed, "gone": files.keys() - now.keys(), "new": now.keys() - files.keys()}
     words = [f"{len(names)} files are {kind}, such as {min(names)}" for kind, names in kinds.items() if names]
     if words:
-        raise ValueError(f"{path} was prepared from other files: {'; '.join(words)}; {_another(path)}")
+        raise SettingError(f"{path} was prepared from other files: {'; '.join(words)}; {_another(path)}")
 
 
 def _another(path: Path) -> str:

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from nsa_kernels.errors import SettingError
+
 from nsa_lightning.data.storage import is_url
 from nsa_lightning.data.token_store import TokenStore
 from nsa_lightning.data.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer, vocab_size_of
@@ -33,17 +35,17 @@ def check_origin(sources: Sequence[str], prepared: str | None, mixture: Mapping[
     settings = {"data.sources": sources, "data.prepared": prepared, "data.mixture": mixture}
     given = [name for name, value in settings.items() if value]
     if not given:
-        raise ValueError(
+        raise SettingError(
             "data.sources must name files, directories, globs or URLs, got none; or set data.prepared or data.mixture"
         )
     if len(given) > 1:
-        raise ValueError(
+        raise SettingError(
             f"exactly one of {', '.join(settings)} must be set, got {' and '.join(given)}; "
             "clear the others: data.sources with '[]', the rest with null"
         )
     for name, each in mixture.items():
         if not 0 < each.weight < float("inf"):
-            raise ValueError(f"data.mixture.{name}.weight must be a number above 0, got {each.weight}")
+            raise SettingError(f"data.mixture.{name}.weight must be a number above 0, got {each.weight}")
 
 
 def open_set(setting: str, place: str, cache_dir: Path | None = None) -> TokenStore:
@@ -56,7 +58,9 @@ def open_set(setting: str, place: str, cache_dir: Path | None = None) -> TokenSt
         return TokenStore(place, cache_dir)
     path = Path(place).expanduser()
     if not (path / "manifest.json").exists():
-        raise ValueError(f"{setting} must be a set that nsa prepare has finished, got {place}: it has no manifest.json")
+        raise SettingError(
+            f"{setting} must be a set that nsa prepare has finished, got {place}: it has no manifest.json"
+        )
     return TokenStore(path, cache_dir)
 
 
@@ -73,7 +77,7 @@ def common_tokenizer(stores: Mapping[str, TokenStore], config: TokenizerConfig) 
     (first, store), *others = stores.items()
     for name, other in others:
         if other.manifest.tokenizer != store.manifest.tokenizer:
-            raise ValueError(
+            raise SettingError(
                 f"all sets of data.mixture must have one tokenizer: {first} has {store.manifest.tokenizer}, "
                 f"{name} has {other.manifest.tokenizer}"
             )
@@ -81,7 +85,7 @@ def common_tokenizer(stores: Mapping[str, TokenStore], config: TokenizerConfig) 
     if config.path is not None:
         asked = load_tokenizer(config.path, config.end_of_text)
         if asked.fingerprint != tokenizer.fingerprint:
-            raise ValueError(
+            raise SettingError(
                 f"wrong tokenizer: data.tokenizer.path={config.path!r} is {asked.fingerprint}, "
                 f"{first} was prepared with {tokenizer.fingerprint}"
             )

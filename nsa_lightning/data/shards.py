@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+from nsa_kernels.errors import SettingError
 from numpy.typing import NDArray
 
 from nsa_lightning.data.documents import SPLITS, Document, split_of
@@ -100,7 +101,7 @@ def merge_shards(
     empty = sum(shard.empty_documents for shard in shards)
     splits = {name: _total([shard.splits[name] for shard in shards if name in shard.splits]) for name in SPLITS}
     if not any(size.documents for size in splits.values()):
-        raise ValueError(f"data.sources must hold text, got {empty} empty documents and no other")
+        raise SettingError(f"data.sources must hold text, got {empty} empty documents and no other")
     counts = np.zeros((len(SPLITS), tokenizer.vocab_size), dtype=np.int64)
     for folder in folders:
         counts += np.load(folder / "counts.npy")

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
+from nsa_kernels.errors import SettingError
+
 from nsa_lightning.data.storage import filesystem_of, is_url, open_binary, retried
 
 COMPRESSION = 4  # bytes of text that a byte of a compressed file is taken for
@@ -53,14 +55,14 @@ def find_files(sources: Sequence[str], include: Sequence[str] = (), exclude: Seq
     for source in sources:
         root, files = _url_files(source) if is_url(source) else _local_files(source)
         if not files:
-            raise ValueError(f"data.sources must match files, {source!r} matches none")
+            raise SettingError(f"data.sources must match files, {source!r} matches none")
         names.update(file.name for file in files)
         for file in files:
             below = file.name.removeprefix(root.rstrip("/"))
             if (not include or kept.match(file.name, below)) and not dropped.match(file.name, below):
                 found[file.name] = file
     if not found:
-        raise ValueError(
+        raise SettingError(
             f"data.include={list(include)} and data.exclude={list(exclude)} leave none of the {len(names)} files of "
             f"{list(sources)}"
         )
@@ -94,7 +96,7 @@ def readable(name: str) -> Iterator[None]:
         yield
     except OSError as error:
         place = error.filename or name
-        raise ValueError(f"data.sources: {place} cannot be read: {error.strerror or error}") from error
+        raise SettingError(f"data.sources: {place} cannot be read: {error.strerror or error}") from error
 
 
 class _Globs:
@@ -168,7 +170,7 @@ def _walk(directory: Path) -> Iterator[str]:
 def _url_files(url: str) -> tuple[str, list[SourceFile]]:
     """The files of a URL, behind the directory that relative globs start from."""
     if "::" in url:
-        raise ValueError(f"data.sources must not chain filesystems, got {url!r}")
+        raise SettingError(f"data.sources must not chain filesystems, got {url!r}")
     filesystem, path = filesystem_of(url)
 
     def look() -> tuple[str, dict[str, dict[str, Any]]]:
@@ -206,7 +208,7 @@ def _row_groups(file: SourceFile, size: int) -> list[Part]:
         with readable(file.name), open_binary(file.name) as stream:
             metadata = pq.read_metadata(stream)
     except pa.ArrowException as error:
-        raise ValueError(f"data.sources: {file.name} is not a whole parquet file: {error}") from error
+        raise SettingError(f"data.sources: {file.name} is not a whole parquet file: {error}") from error
     parts = [Part(file.name, 0, 0, 0)]
     for group in range(metadata.num_row_groups):
         last, more = parts[-1], metadata.row_group(group).total_byte_size

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 from uuid import uuid4
 
+from nsa_kernels.errors import SettingError
+
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
@@ -41,7 +43,7 @@ def filesystem_of(url: str) -> "tuple[AbstractFileSystem, str]":
     try:
         filesystem, path = fsspec.core.url_to_fs(url)
     except (ImportError, ValueError) as error:
-        raise ValueError(f"{url} cannot be read: {error}") from error
+        raise SettingError(f"{url} cannot be read: {error}") from error
     return filesystem, path
 
 
@@ -58,9 +60,9 @@ def retried(name: str, action: Callable[[], Result]) -> Result:
             cause = error.__cause__ or error
             reason = f"{type(cause).__name__}: {cause}"
             if _is_lasting(error):
-                raise ValueError(f"{name} cannot be read: {reason}") from error
+                raise SettingError(f"{name} cannot be read: {reason}") from error
             if pause is None:
-                raise ValueError(f"{name} cannot be read, {attempt} attempts failed: {reason}") from error
+                raise SettingError(f"{name} cannot be read, {attempt} attempts failed: {reason}") from error
             log.warning("%s cannot be read (%s), trying again in %g s", name, reason, pause)
             time.sleep(pause)
     raise AssertionError
@@ -115,7 +117,7 @@ def writable(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ValueError(f"{error.filename or path} cannot be written: {error.strerror or error}") from error
+        raise SettingError(f"{error.filename or path} cannot be written: {error.strerror or error}") from error
 
 
 def _is_lasting(error: Exception) -> bool:

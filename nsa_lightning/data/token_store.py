@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from nsa_kernels.errors import SettingError
 from numpy.typing import NDArray
 
 from nsa_lightning.data.documents import SPLITS
@@ -90,7 +91,7 @@ class TokenStore:
         self.cache_dir = cache_dir
         self._splits: dict[str, TokenSplit] = {}
         if isinstance(self.path, Path) and not (self.path / "manifest.json").exists():
-            raise ValueError(
+            raise SettingError(
                 f"{path} is not a whole prepared set, it has no manifest.json: nsa prepare writes that last"
             )
         try:
@@ -98,7 +99,7 @@ class TokenStore:
             if not is_url(self.path):
                 self._check_sizes()
         except (OSError, ValueError) as error:
-            raise ValueError(f"{error}; {self._remedy}") from error
+            raise SettingError(f"{error}; {self._remedy}") from error
 
     def __reduce__(self) -> tuple[type["TokenStore"], tuple[Path | str, Path | None]]:
         return TokenStore, (self.path, self.cache_dir)
@@ -126,7 +127,7 @@ class TokenStore:
         """
         tokenizer = load_tokenizer(str(self._local("tokenizer.json")), self.manifest.end_of_text)
         if tokenizer.fingerprint != self.manifest.tokenizer:
-            raise ValueError(
+            raise SettingError(
                 f"{self.place('tokenizer.json')} is tokenizer {tokenizer.fingerprint}, "
                 f"the tokens were made by {self.manifest.tokenizer}; {self._remedy}"
             )
@@ -150,7 +151,7 @@ class TokenStore:
                 if found != expected:
                     broken.append(f"{self.place(name)} must have checksum {expected}, it has {found}")
         if broken:
-            raise ValueError(f"{'; '.join(broken)}; {self._remedy}")
+            raise SettingError(f"{'; '.join(broken)}; {self._remedy}")
 
     def place(self, name: str) -> Path | str:
         """The path or URL of one of the set's files."""
@@ -161,7 +162,7 @@ class TokenStore:
         try:
             return _map_array(self._local(name), shape)
         except (OSError, ValueError) as error:
-            raise ValueError(f"{error}; {self._remedy}") from error
+            raise SettingError(f"{error}; {self._remedy}") from error
 
     @cached_property
     def _counts(self) -> NDArray[np.int64]:
@@ -179,7 +180,9 @@ class TokenStore:
         if isinstance(place, Path):
             return place
         if self.cache_dir is None:
-            raise ValueError(f"a prepared set behind a URL needs data.cache_dir for its offsets, got none for {place}")
+            raise SettingError(
+                f"a prepared set behind a URL needs data.cache_dir for its offsets, got none for {place}"
+            )
         copy = self.cache_dir / f"remote-{self.fingerprint}" / name
         if not copy.exists():
             copy.parent.mkdir(parents=True, exist_ok=True)
@@ -189,7 +192,7 @@ class TokenStore:
                     digest.update(block)
                     stream.write(block)
                 if digest.hexdigest() != self.manifest.checksums[name]:
-                    raise ValueError(f"{place} differs from its checksum; {self._remedy}")
+                    raise SettingError(f"{place} differs from its checksum; {self._remedy}")
         return copy
 
     def _check_sizes(self) -> None:
@@ -197,7 +200,7 @@ class TokenStore:
         for name, tokens in (file for split in SPLITS for file in token_files(self.manifest, split)):
             size = Path(self.path, name).stat().st_size
             if size != tokens * itemsize:
-                raise ValueError(f"{self.place(name)} must have {tokens * itemsize} bytes, it has {size}")
+                raise SettingError(f"{self.place(name)} must have {tokens * itemsize} bytes, it has {size}")
 
 
 class TokenSplit:
@@ -263,9 +266,9 @@ class TokenSplit:
         try:
             whole = os.preadv(self._descriptor(file), [buffer], first) == len(buffer)
         except OSError as error:
-            raise ValueError(f"{place} cannot be read: {error.strerror}") from error
+            raise SettingError(f"{place} cannot be read: {error.strerror}") from error
         if not whole:
-            raise ValueError(f"{place} is truncated")
+            raise SettingError(f"{place} is truncated")
 
     def _descriptor(self, file: int) -> int:
         if file not in self._open:
@@ -315,18 +318,18 @@ def _read_manifest(place: Path | str) -> Manifest:
             state: dict[str, Any] = json.loads(stream.read())
         version = state["format_version"]
         if version != FORMAT_VERSION:
-            raise ValueError(f"{place} has format version {version}, this release reads {FORMAT_VERSION}")
+            raise SettingError(f"{place} has format version {version}, this release reads {FORMAT_VERSION}")
         splits = {name: SplitSize(**size) for name, size in state.pop("splits").items()}
         return Manifest(splits=splits, **state)
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{place} is not the manifest of a prepared set: {error!r}") from error
+        raise SettingError(f"{place} is not the manifest of a prepared set: {error!r}") from error
 
 
 def _map_array(path: Path, shape: tuple[int, ...]) -> NDArray[Any]:
     try:
         values = np.load(path, mmap_mode="r")
     except (EOFError, ValueError) as error:
-        raise ValueError(f"{path} is not a whole array: {error}") from error
+        raise SettingError(f"{path} is not a whole array: {error}") from error
     if values.shape != shape:
-        raise ValueError(f"{path} must have shape {shape}, it has {values.shape}")
+        raise SettingError(f"{path} must have shape {shape}, it has {values.shape}")
     return np.asarray(values)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from nsa_kernels.errors import SettingError
 from numpy.typing import NDArray
 
 from nsa_lightning.data.documents import text_fraction
@@ -52,9 +53,9 @@ class TokenizerConfig:
 
     def __post_init__(self) -> None:
         if self.vocab_size < MIN_VOCAB_SIZE:
-            raise ValueError(f"data.tokenizer.vocab_size must be at least {MIN_VOCAB_SIZE}, got {self.vocab_size}")
+            raise SettingError(f"data.tokenizer.vocab_size must be at least {MIN_VOCAB_SIZE}, got {self.vocab_size}")
         if self.path is None and self.end_of_text not in (None, END_OF_TEXT):
-            raise ValueError(
+            raise SettingError(
                 f"data.tokenizer.end_of_text={self.end_of_text!r} needs data.tokenizer.path, which is not set"
             )
 
@@ -78,7 +79,7 @@ class Tokenizer:
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(state)
         except Exception as error:  # the library raises nothing narrower
-            raise ValueError(f"not a tokenizer.json: {error}") from error
+            raise SettingError(f"not a tokenizer.json: {error}") from error
         self._state = state
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -87,7 +88,7 @@ class Tokenizer:
         names = END_OF_TEXT_NAMES if end_of_text is None else (end_of_text,)
         known = [name for name in names if name in self._vocab]
         if not known:
-            raise ValueError(
+            raise SettingError(
                 f"data.tokenizer.end_of_text must name one of the tokenizer's tokens, it has none of {names}"
             )
         self.end_of_text = known[0]
@@ -174,8 +175,8 @@ def load_tokenizer(path: str, end_of_text: str | None = None) -> Tokenizer:
     state = _read_state(path)
     try:
         return Tokenizer(state, end_of_text)
-    except ValueError as error:
-        raise ValueError(f"data.tokenizer.path={path!r}: {error}") from error
+    except SettingError as error:
+        raise SettingError(f"data.tokenizer.path={path!r}: {error}") from error
 
 
 def vocab_size_of(path: str) -> int:
@@ -186,7 +187,7 @@ def vocab_size_of(path: str) -> int:
         ids = vocab.values() if isinstance(vocab, dict) else range(len(vocab))
         return max(chain(ids, (token["id"] for token in state["added_tokens"]))) + 1
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"data.tokenizer.path={path!r}: not a tokenizer.json: {error!r}") from error
+        raise SettingError(f"data.tokenizer.path={path!r}: not a tokenizer.json: {error!r}") from error
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -232,7 +233,9 @@ def _read_state(path: str) -> str:
     try:
         return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"data.tokenizer.path={path!r} must be a tokenizer.json or its directory: {error}") from error
+        raise SettingError(
+            f"data.tokenizer.path={path!r} must be a tokenizer.json or its directory: {error}"
+        ) from error
 
 
 def _chunks(text: str) -> Iterator[str]:

@@ -13,6 +13,8 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
 
+from nsa_kernels.errors import SettingError
+
 from nsa_lightning.data.documents import Document, iter_documents
 from nsa_lightning.data.shards import shard_path, write_shard
 from nsa_lightning.data.sources import Part
@@ -129,7 +131,7 @@ def _in_processes(job: ShardJob, tasks: Sequence[Task], num_workers: int, report
                         task = next(waiting, None)
                         busy.remove(pipe) if task is None else _hand(pipe, task)
                     case failure:
-                        raise ValueError(failure)
+                        raise SettingError(failure)
     finally:
         for worker in workers.values():
             worker.terminate()
@@ -148,7 +150,7 @@ def _receive(pipe: Connection, worker: SpawnProcess) -> tuple[int, int] | str | 
     except (EOFError, ConnectionResetError) as error:
         worker.join()
         advice = "if memory is short, lower num_workers or shard_size"
-        raise ValueError(f"a worker process ended with status {worker.exitcode}; {advice}") from error
+        raise SettingError(f"a worker process ended with status {worker.exitcode}; {advice}") from error
 
 
 def _work(pipe: Connection, job: ShardJob) -> None:
@@ -170,5 +172,5 @@ def _work(pipe: Connection, job: ShardJob) -> None:
             tell(None)
     except EOFError:  # the parent is gone
         return
-    except ValueError as error:
+    except SettingError as error:
         tell(str(error))

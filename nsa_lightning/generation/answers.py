@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
+from nsa_kernels.errors import SettingError
+
 from nsa_lightning.data.storage import whole_file
 from nsa_lightning.generation.generate import Piece
 from nsa_lightning.generation.prompts import Prompt
@@ -60,7 +62,7 @@ def written_answers(prompts: Sequence[Prompt], path: Path) -> Iterator[Callable[
         ValueError: the file exists or cannot be written.
     """
     if path.exists():
-        raise ValueError(f"output must not exist, got {path}")
+        raise SettingError(f"output must not exist, got {path}")
     texts, lines = [""] * len(prompts), [""] * len(prompts)
 
     def add(piece: Piece) -> None:

@@ -4,6 +4,8 @@ import time
 from pathlib import Path
 from typing import Any, NoReturn
 
+from nsa_kernels.errors import SettingError
+
 from nsa_lightning.checkpoint.dense import read_json
 
 _FILE, _SETTINGS = "chat_template.jinja", "tokenizer_config.json"
@@ -33,7 +35,7 @@ class ChatTemplate:
         try:
             self._template = environment.from_string(_read_template(directory, settings))
         except jinja2.TemplateError as error:
-            raise ValueError(f"chat: the template of {directory} is broken: {error}") from error
+            raise SettingError(f"chat: the template of {directory} is broken: {error}") from error
 
     def render(self, prompt: str) -> str:
         """The conversation up to where the model's answer begins.
@@ -45,7 +47,7 @@ class ChatTemplate:
         try:
             return self._template.render(messages=messages, add_generation_prompt=True, **self._names)
         except Exception as error:  # a template is a program and raises what it likes
-            raise ValueError(f"chat: the template of {self._directory} failed: {error}") from error
+            raise SettingError(f"chat: the template of {self._directory} failed: {error}") from error
 
 
 def _read_template(directory: Path, settings: dict[str, Any]) -> str:
@@ -56,7 +58,7 @@ def _read_template(directory: Path, settings: dict[str, Any]) -> str:
     if isinstance(template, list):
         template = {entry.get("name"): entry.get("template") for entry in template}.get("default")
     if not isinstance(template, str):
-        raise ValueError(
+        raise SettingError(
             f"chat must be false where the tokenizer has no chat template: {directory} has no {_FILE}, "
             f"and no chat_template in {_SETTINGS}"
         )

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from nsa_kernels.errors import SettingError
 
 from nsa_lightning.model.cache import Cache
 from nsa_lightning.model.transformer import Transformer, TransformerConfig
@@ -26,12 +27,12 @@ def use_device(name: str) -> torch.device:
     except RuntimeError:
         device = torch.device("meta")
     if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device must be auto, cpu, cuda or a GPU by its number such as cuda:1, got {name}")
+        raise SettingError(f"device must be auto, cpu, cuda or a GPU by its number such as cuda:1, got {name}")
     if device.type == "cpu":
         return device
     number = device.index or 0
     if number >= torch.cuda.device_count():
-        raise ValueError(
+        raise SettingError(
             f"device must be one that PyTorch can use, got {name}: torch {torch.__version__} sees "
             f"{torch.cuda.device_count()} GPUs"
         )
@@ -68,7 +69,7 @@ def check_memory(
     free = free_memory(device) - weights
     if needed(capacity) > free:
         fitting = bisect_right(range(1, capacity), free, key=needed)
-        raise ValueError(
+        raise SettingError(
             f"batch_size and the longest prompt with max_new_tokens must fit the memory of {device}: a cache of "
             f"{batch_size} x {capacity} tokens takes {needed(capacity) / 1e9:.2f} GB, beside the weights "
             f"{max(free, 0) / 1e9:.2f} GB are free, enough for {batch_size} x {fitting}"

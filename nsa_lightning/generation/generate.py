@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
+from nsa_kernels.errors import SettingError
 
 from nsa_lightning.data.tokenizer import Tokenizer
 from nsa_lightning.generation.decoder import Decoder
@@ -33,9 +34,9 @@ class StopConfig:
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+            raise SettingError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
         if "" in self.stop:
-            raise ValueError(f"stop must hold no empty string, got {list(self.stop)}")
+            raise SettingError(f"stop must hold no empty string, got {list(self.stop)}")
 
 
 class Piece(NamedTuple):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from nsa_kernels.errors import SettingError
 
 from nsa_lightning.checkpoint.convert import RopeChange
 from nsa_lightning.checkpoint.dense import read_json
@@ -42,7 +43,7 @@ class LanguageModel(NamedTuple):
         tokens = [self.tokenizer.encode_prompt(text, start=not chat) for text in texts]
         for prompt, found in zip(prompts, tokens, strict=True):
             if not found:
-                raise ValueError(f"a prompt must have tokens, {prompt.name} has none")
+                raise SettingError(f"a prompt must have tokens, {prompt.name} has none")
         return tokens
 
     def decoder(
@@ -85,13 +86,13 @@ def open_language_model(model: Path, tokenizer: Path | None, rope: RopeChange) -
     trained = open_trained(model, "model")
     place = tokenizer or trained.tokenizer
     if place is None:
-        raise ValueError(
+        raise SettingError(
             f"tokenizer must be given where the run of the checkpoint has no tokenizer.json, got none for model={model}"
         )
     directory = place if place.is_dir() else place.parent
     found = _read_tokenizer(place, directory)
     if found.vocab_size > trained.config.vocab_size:
-        raise ValueError(
+        raise SettingError(
             f"tokenizer must have at most the {trained.config.vocab_size} tokens of the model, "
             f"got {found.vocab_size} in {place}"
         )
@@ -111,11 +112,11 @@ def _read_tokenizer(place: Path, directory: Path) -> Tokenizer:
     try:
         state = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"tokenizer must be a tokenizer.json or its directory, got {place}: {error}") from error
+        raise SettingError(f"tokenizer must be a tokenizer.json or its directory, got {place}: {error}") from error
     try:
         return Tokenizer(state, named["content"] if isinstance(named, dict) else named)
-    except ValueError as error:
-        raise ValueError(f"tokenizer={place}: {error}") from error
+    except SettingError as error:
+        raise SettingError(f"tokenizer={place}: {error}") from error
 
 
 def _end_tokens(directory: Path) -> frozenset[int]:

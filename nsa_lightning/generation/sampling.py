@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+from nsa_kernels.errors import SettingError
 from torch import Tensor
 
 # B sequences, V tokens in the vocabulary.
@@ -33,15 +34,15 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature must be at least 0 and finite, got {self.temperature}")
+            raise SettingError(f"temperature must be at least 0 and finite, got {self.temperature}")
         if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k must be at least 1, got {self.top_k}")
+            raise SettingError(f"top_k must be at least 1, got {self.top_k}")
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+            raise SettingError(f"top_p must be above 0 and at most 1, got {self.top_p}")
         if not 0 < self.repetition_penalty < float("inf"):
-            raise ValueError(f"repetition_penalty must be above 0 and finite, got {self.repetition_penalty}")
+            raise SettingError(f"repetition_penalty must be above 0 and finite, got {self.repetition_penalty}")
         if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed must be from 0 to 2^63 - 1, got {self.seed}")
+            raise SettingError(f"seed must be from 0 to 2^63 - 1, got {self.seed}")
 
 
 class Sampler:
@@ -81,7 +82,7 @@ class Sampler:
         finite = logits.logsumexp(-1).isfinite()
         chosen: list[int] = tokens.where(finite, -1).tolist()
         if -1 in chosen:
-            raise ValueError("model must give finite logits, got some that are not: its weights are broken")
+            raise SettingError("model must give finite logits, got some that are not: its weights are broken")
         if self.config.repetition_penalty != 1:
             self._seen[rows, tokens] = True
         return chosen

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch.strategies import DDPStrategy
+from nsa_kernels.errors import SettingError
 
 from nsa_lightning.training.strategy import FSDP2Strategy
 
@@ -60,13 +61,13 @@ def step_settings(trainer: Mapping[str, Any], seq_len: int, batch_size: int, wor
     """
     ranks = _world_size(trainer) if world_size is None else world_size
     if ranks < 1:
-        raise ValueError(f"world_size must be at least 1, got {ranks}")
+        raise SettingError(f"world_size must be at least 1, got {ranks}")
     precision = _SHORT.get(str(trainer["precision"]), str(trainer["precision"]))
     if precision not in _DTYPES:
-        raise ValueError(f"trainer.precision must be one of {', '.join(_DTYPES)} for an estimate, got {precision}")
+        raise SettingError(f"trainer.precision must be one of {', '.join(_DTYPES)} for an estimate, got {precision}")
     strategy = _strategy(trainer["strategy"], ranks)
     if strategy["strategy"] == "fsdp2" and precision not in ("32-true", "bf16-mixed"):
-        raise ValueError(
+        raise SettingError(
             f"trainer.precision must be 32-true or bf16-mixed with trainer.strategy=fsdp2, got {precision}"
         )
     parameter_dtype, compute_dtype = _DTYPES[precision]
@@ -96,7 +97,7 @@ def _strategy(strategy: Any, world_size: int) -> dict[str, Any]:
     if isinstance(strategy, str) and strategy.startswith("ddp"):
         return {"strategy": "ddp"}
     name = strategy if isinstance(strategy, str) else type(strategy).__name__
-    raise ValueError(f"trainer.strategy must be auto, ddp or fsdp2 for an estimate, got {name}")
+    raise SettingError(f"trainer.strategy must be auto, ddp or fsdp2 for an estimate, got {name}")
 
 
 def _world_size(trainer: Mapping[str, Any]) -> int:

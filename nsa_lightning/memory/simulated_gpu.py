@@ -9,6 +9,7 @@ from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
+from nsa_kernels.errors import SettingError
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
@@ -33,7 +34,7 @@ def simulated_gpu() -> Generator[None, None, None]:
         ValueError: Triton is not installed, without which a GPU would not run the kernels either.
     """
     if find_spec("triton") is None:
-        raise ValueError("nsa memory needs the package triton, which is not installed: it has wheels for Linux alone")
+        raise SettingError("nsa memory needs the package triton, which is not installed: it has wheels for Linux alone")
     from nsa_kernels import triton_backend  # noqa: F401 - kernels are interpreted or not from their import on
     from nsa_kernels.early_start import early_start
     from triton import knobs

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from nsa_kernels.errors import SettingError
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.optim import Optimizer
@@ -87,7 +88,7 @@ class SimulatedStep:
                     self._step(optimizer)
             except DataDependentOutputException as error:
                 nsa = self.module.transformer_config.nsa
-                raise ValueError(
+                raise SettingError(
                     "attention must run on kernels for an estimate: nsa.backend auto or triton, nsa.select_block_size "
                     "a power of two from 16 on, head_dim a multiple of 8, full and sliding layers in bf16 or fp16, got "
                     f"nsa.backend={nsa.backend}, nsa.select_block_size={nsa.select_block_size}, "
@@ -132,7 +133,7 @@ class SimulatedStep:
                     optimizer.step()
             except DataDependentOutputException as error:
                 name = type(optimizer).__name__
-                raise ValueError(
+                raise SettingError(
                     f"model.optimizer must read no values in its step for an estimate, got {name}"
                 ) from error
         return optimizer

@@ -16,6 +16,7 @@ from nsa_kernels.decode import (
 from nsa_kernels.decode_eager import started_blocks
 from nsa_kernels.eager import summarise
 from nsa_kernels.elementwise import rotate
+from nsa_kernels.errors import SettingError
 from nsa_kernels.packing import BatchLayout
 from torch import Tensor, nn
 
@@ -62,7 +63,7 @@ class NSALayerConfig(NSAConfig):
         for name in ("compression_hidden_size", "gate_hidden_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+                raise SettingError(f"{name} must be at least 1, got {value}")
 
 
 class PackedContext(NamedTuple):

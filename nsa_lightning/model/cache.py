@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from nsa_kernels import NSAConfig
 from nsa_kernels.decode import LayerCache, NewTokens, StartedBlocks
+from nsa_kernels.errors import SettingError
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ class TokenSlots(NamedTuple):
 
     def _check(self, k: Tensor) -> None:
         if k.dtype != self.k.dtype:
-            raise ValueError(f"dtype of the cache must be that of the model's keys, {k.dtype}, got {self.k.dtype}")
+            raise SettingError(f"dtype of the cache must be that of the model's keys, {k.dtype}, got {self.k.dtype}")
 
 
 class LayerTokens(NamedTuple):
@@ -130,7 +131,7 @@ class Cache:
         """
         for name, value in (("batch_size", batch_size), ("capacity", capacity)):
             if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+                raise SettingError(f"{name} must be at least 1, got {value}")
         shape = config.layer_shape
 
         def slots(size: int) -> TokenSlots:
@@ -165,10 +166,10 @@ class Cache:
     def check_room(self, row: int, num_tokens: int) -> None:
         """Raise ValueError where so many more tokens of one sequence would not fit, or there is no such sequence."""
         if not 0 <= row < len(self.host_lengths):
-            raise ValueError(f"row must be from 0 to {len(self.host_lengths) - 1}, got {row}")
+            raise SettingError(f"row must be from 0 to {len(self.host_lengths) - 1}, got {row}")
         length = self.host_lengths[row]
         if length + num_tokens > self.capacity:
-            raise ValueError(
+            raise SettingError(
                 f"capacity must hold the tokens of every sequence, got {self.capacity} for {length} tokens of sequence "
                 f"{row} and {num_tokens} more"
             )

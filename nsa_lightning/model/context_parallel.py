@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
+from nsa_kernels.errors import SettingError
 from torch import Tensor, distributed
 from torch.distributed import ProcessGroup
 from torch.distributed._functional_collectives import all_to_all_single, wait_tensor
@@ -36,7 +37,7 @@ class ContextParallel(NamedTuple):
         if self.size == 1:
             return x
         if len(x) % self.size:
-            raise ValueError(
+            raise SettingError(
                 "the tokens of a batch and the KV heads must be multiples of context_parallel_size, "
                 f"got {len(x)} and {self.size}"
             )

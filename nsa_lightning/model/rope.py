@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from nsa_kernels.errors import SettingError
 from torch import Tensor, nn
 
 # T packed tokens, R rotated dimensions of a head.
@@ -47,25 +48,27 @@ class RopeConfig:
 
     def __post_init__(self) -> None:
         if self.theta <= 1:
-            raise ValueError(f"rope.theta must be above 1, got {self.theta}")
+            raise SettingError(f"rope.theta must be above 1, got {self.theta}")
         if self.factor < 1:
-            raise ValueError(f"rope.factor must be at least 1, got {self.factor}")
+            raise SettingError(f"rope.factor must be at least 1, got {self.factor}")
         if self.scaling in ("llama3", "yarn") and not self.original_max_seq_len:
-            raise ValueError(
+            raise SettingError(
                 "rope.original_max_seq_len must be set with "
                 f"rope.scaling={self.scaling}, got {self.original_max_seq_len}"
             )
         if self.scaling == "none" and self.factor != 1:
-            raise ValueError(f"rope.factor must be 1 with rope.scaling=none, got {self.factor}")
+            raise SettingError(f"rope.factor must be 1 with rope.scaling=none, got {self.factor}")
         if self.original_max_seq_len is not None and self.original_max_seq_len < 1:
-            raise ValueError(f"rope.original_max_seq_len must be at least 1, got {self.original_max_seq_len}")
+            raise SettingError(f"rope.original_max_seq_len must be at least 1, got {self.original_max_seq_len}")
         if self.high_freq_factor <= self.low_freq_factor:
-            raise ValueError(
+            raise SettingError(
                 "rope.high_freq_factor must be above rope.low_freq_factor, "
                 f"got {self.high_freq_factor} and {self.low_freq_factor}"
             )
         if self.beta_fast <= self.beta_slow:
-            raise ValueError(f"rope.beta_fast must be above rope.beta_slow, got {self.beta_fast} and {self.beta_slow}")
+            raise SettingError(
+                f"rope.beta_fast must be above rope.beta_slow, got {self.beta_fast} and {self.beta_slow}"
+            )
 
 
 def rotary_frequencies(config: RopeConfig, rotary_dim: int, device: torch.device | None = None) -> Tensor:

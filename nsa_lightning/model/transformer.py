@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from nsa_kernels.elementwise import add_norm
+from nsa_kernels.errors import SettingError
 from nsa_kernels.packing import batch_layout, compressed_block_centres
 from torch import Tensor, nn
 
@@ -99,28 +100,28 @@ class TransformerConfig:
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+                raise SettingError(f"{name} must be at least 1, got {value}")
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(
+            raise SettingError(
                 f"num_heads must be a multiple of num_kv_heads, got {self.num_heads} and {self.num_kv_heads}"
             )
         if self.head_dim is None and self.hidden_size % self.num_heads:
-            raise ValueError(
+            raise SettingError(
                 "hidden_size must be a multiple of num_heads where head_dim is not set, "
                 f"got {self.hidden_size} and {self.num_heads}"
             )
         if self.norm_eps < 0:
-            raise ValueError(f"norm_eps must be at least 0, got {self.norm_eps}")
+            raise SettingError(f"norm_eps must be at least 0, got {self.norm_eps}")
         if self.query_head_dim % 2:
-            raise ValueError(f"head_dim must be even for rotary embedding, got {self.query_head_dim}")
+            raise SettingError(f"head_dim must be even for rotary embedding, got {self.query_head_dim}")
         if not self.attention or self.num_layers % len(self.attention):
-            raise ValueError(
+            raise SettingError(
                 "attention must have a length that divides num_layers, "
                 f"got {len(self.attention)} names for {self.num_layers} layers"
             )
         shortest = self.nsa.compress_block_size if "nsa" in self.attention else 1
         if self.max_seq_len is not None and self.max_seq_len < shortest:
-            raise ValueError(
+            raise SettingError(
                 "max_seq_len (data.seq_len) must be at least nsa.compress_block_size, "
                 f"got {self.max_seq_len} and {shortest}"
             )
@@ -319,9 +320,9 @@ class Transformer(nn.Module):
             ValueError: there are no tokens, more than the cache has room for, or chunk_size is not positive.
         """
         if chunk_size < 1:
-            raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+            raise SettingError(f"chunk_size must be at least 1, got {chunk_size}")
         if tokens.ndim != 1 or not len(tokens):
-            raise ValueError(f"tokens must be [T] with at least one token, got {tuple(tokens.shape)}")
+            raise SettingError(f"tokens must be [T] with at least one token, got {tuple(tokens.shape)}")
         cache.check_room(row, len(tokens))
         try:
             for part in tokens.split(chunk_size):
@@ -353,7 +354,7 @@ class Transformer(nn.Module):
             ValueError: not one token a sequence, or a sequence is at its capacity.
         """
         if tokens.shape != cache.lengths.shape:
-            raise ValueError(f"tokens must be [B], {tuple(cache.lengths.shape)} here, got {tuple(tokens.shape)}")
+            raise SettingError(f"tokens must be [B], {tuple(cache.lengths.shape)} here, got {tuple(tokens.shape)}")
         cache.check_step()
         step = cache.step(self.rotary)
         stream = Residual(self.embed_tokens(tokens))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
+from nsa_kernels.errors import SettingError
 from torch import Tensor
 
 from nsa_lightning.training.sharded_checkpoint import META, read_contents, read_meta, read_whole
@@ -53,7 +54,7 @@ def read_summary(path: Path, setting: str = "ckpt_path") -> dict[str, Any]:
         ValueError: it is incomplete, or none of ours.
     """
     if path.is_dir() and not (path / META).is_file():
-        raise ValueError(f"{setting} must be a checkpoint of nsa fit, got the directory {path}, which lacks {META}")
+        raise SettingError(f"{setting} must be a checkpoint of nsa fit, got the directory {path}, which lacks {META}")
     try:
         if path.is_dir():
             summary = read_meta(path)
@@ -65,10 +66,10 @@ def read_summary(path: Path, setting: str = "ckpt_path") -> dict[str, Any]:
             summary = torch.load(path, mmap=True, weights_only=True, map_location="meta")
     except Exception as error:  # anything may stand in a file: what went wrong is said, and the file is named
         reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise ValueError(f"{setting} must be a checkpoint of nsa fit, got {path}: {reason}") from error
+        raise SettingError(f"{setting} must be a checkpoint of nsa fit, got {path}: {reason}") from error
     missing = {"state_dict", "pytorch-lightning_version"} - set(summary)
     if missing:
-        raise ValueError(f"{setting} must be a checkpoint of nsa fit, got {path}, which lacks {sorted(missing)}")
+        raise SettingError(f"{setting} must be a checkpoint of nsa fit, got {path}, which lacks {sorted(missing)}")
     return summary
 
 
@@ -84,7 +85,7 @@ def check_same_sizes(saved: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> 
         if _shape(own, name) != _shape(saved, name)
     ]
     if differing:
-        raise ValueError(
+        raise SettingError(
             f"ckpt_path must hold a model of the configured sizes; {len(differing)} parameters differ, "
             f"first: {'; '.join(differing[:3])}. Check model.transformer and data.tokenizer"
         )
@@ -108,9 +109,9 @@ def consolidate(checkpoint: str, output: str) -> int:
         ValueError: the directory is no complete checkpoint, or the file exists.
     """
     if not Path(checkpoint).is_dir():
-        raise ValueError(f"checkpoint must be a directory of nsa fit, got {checkpoint}")
+        raise SettingError(f"checkpoint must be a directory of nsa fit, got {checkpoint}")
     if Path(output).exists():
-        raise ValueError(f"output must not exist, got {output}")
+        raise SettingError(f"output must not exist, got {output}")
     read_summary(Path(checkpoint))
     save_file(read_whole(Path(checkpoint)), Path(output))
     print(f"{output}: {Path(output).stat().st_size / 1e9:.2f} GB")
@@ -128,7 +129,7 @@ def find_last(root: Path) -> Path | None:
     for path in find_checkpoints(root):
         try:
             read_summary(path)
-        except ValueError as error:
+        except SettingError as error:
             rank_zero_warn(f"passed over: {error}")
         else:
             return path

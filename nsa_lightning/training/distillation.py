@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch.strategies import Strategy
+from nsa_kernels.errors import SettingError
 from torch import Tensor
 
 from nsa_lightning.checkpoint.directory import read_config
@@ -36,7 +37,7 @@ class Distillation:
 
     def __post_init__(self) -> None:
         if not 0 < self.weight < float("inf"):
-            raise ValueError(f"distillation.weight must be above 0 and finite, got {self.weight}")
+            raise SettingError(f"distillation.weight must be above 0 and finite, got {self.weight}")
 
     def check(self, vocab_size: int) -> None:
         """Refuse a teacher that does not predict the same tokens, before any data is read.
@@ -49,7 +50,7 @@ class Distillation:
         rows = read_config(Path(self.teacher), _SETTING).config.vocab_size
         WeightFiles(Path(self.teacher), _SETTING)
         if rows != vocab_size:
-            raise ValueError(f"{_SETTING} must have the model's vocabulary of {vocab_size} tokens, got {rows}")
+            raise SettingError(f"{_SETTING} must have the model's vocabulary of {vocab_size} tokens, got {rows}")
 
 
 class Teacher:
@@ -88,7 +89,7 @@ class Teacher:
         if isinstance(strategy, FSDP2Strategy):
             num_kv_heads = model.config.num_kv_heads
             if num_kv_heads % strategy.context_parallel_size:
-                raise ValueError(
+                raise SettingError(
                     f"context_parallel_size must divide num_kv_heads of {_SETTING}, "
                     f"got {strategy.context_parallel_size} and {num_kv_heads}"
                 )

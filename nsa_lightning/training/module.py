@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from nsa_kernels.errors import SettingError
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
@@ -132,7 +133,9 @@ class LanguageModel(LightningModule):
         scale_new_parts(optimizer, self.new_parts)
         total_steps = self.trainer.max_steps
         if total_steps < 1:
-            raise ValueError(f"trainer.max_steps must be at least 1 for the learning-rate schedule, got {total_steps}")
+            raise SettingError(
+                f"trainer.max_steps must be at least 1 for the learning-rate schedule, got {total_steps}"
+            )
         scheduler = LambdaLR(optimizer, group_schedules(optimizer, self.new_parts, self.schedule, total_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -241,7 +244,7 @@ class LanguageModel(LightningModule):
         """
         if _gradients_are_scaled(optimizer, self.trainer):
             if gradient_clip_val:
-                raise ValueError(
+                raise SettingError(
                     "trainer.gradient_clip_val must be unset with trainer.precision=16-mixed and a fused optimizer, "
                     f"got {gradient_clip_val}; use bf16-mixed or set model.optimizer.init_args.fused to false"
                 )
@@ -277,7 +280,7 @@ def _with_its_vocabulary(transformer: TransformerConfig, directory: Path) -> Tra
     """As many rows in the embedding as the saved model has, which may be more than the tokenizer needs."""
     saved = read_config(directory, "model.init_from").config
     if transformer.vocab_size > saved.vocab_size:
-        raise ValueError(
+        raise SettingError(
             f"data.tokenizer must have at most the {saved.vocab_size} tokens of the model in model.init_from, "
             f"got {transformer.vocab_size}"
         )

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from nsa_kernels.errors import SettingError
 from torch import nn
 from torch.optim import Optimizer
 
@@ -38,9 +39,9 @@ class NewParts:
 
     def __post_init__(self) -> None:
         if not 0 < self.lr_factor < float("inf"):
-            raise ValueError(f"new_parts.lr_factor must be above 0 and finite, got {self.lr_factor}")
+            raise SettingError(f"new_parts.lr_factor must be above 0 and finite, got {self.lr_factor}")
         if self.freeze_others_steps < 0:
-            raise ValueError(f"new_parts.freeze_others_steps must be at least 0, got {self.freeze_others_steps}")
+            raise SettingError(f"new_parts.freeze_others_steps must be at least 0, got {self.freeze_others_steps}")
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
@@ -95,9 +96,9 @@ class Schedule(ABC):
 
     def __init__(self, warmup_steps: int = 100, final_ratio: float = 0.1) -> None:
         if warmup_steps < 0:
-            raise ValueError(f"schedule.warmup_steps must be at least 0, got {warmup_steps}")
+            raise SettingError(f"schedule.warmup_steps must be at least 0, got {warmup_steps}")
         if not 0 <= final_ratio <= 1:
-            raise ValueError(f"schedule.final_ratio must be from 0 to 1, got {final_ratio}")
+            raise SettingError(f"schedule.final_ratio must be from 0 to 1, got {final_ratio}")
         self.warmup_steps, self.final_ratio = warmup_steps, final_ratio
 
     def factor(self, step: int, total_steps: int) -> float:
@@ -142,7 +143,7 @@ class WarmupStableDecay(Schedule):
     def __init__(self, warmup_steps: int = 100, decay_ratio: float = 0.2, final_ratio: float = 0.0) -> None:
         super().__init__(warmup_steps, final_ratio)
         if not 0 < decay_ratio <= 1:
-            raise ValueError(f"schedule.decay_ratio must be above 0 and at most 1, got {decay_ratio}")
+            raise SettingError(f"schedule.decay_ratio must be above 0 and at most 1, got {decay_ratio}")
         self.decay_ratio = decay_ratio
 
     def after_warmup(self, step: int, total_steps: int) -> float:

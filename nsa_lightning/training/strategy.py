@@ -13,6 +13,7 @@ import torch.distributed.checkpoint as dcp
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins import MixedPrecision, Precision
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from nsa_kernels.errors import SettingError
 from torch import Tensor, distributed
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy
@@ -73,9 +74,9 @@ class FSDP2Strategy(ModelParallelStrategy):
     ) -> None:
         super().__init__(save_distributed_checkpoint=save_distributed_checkpoint)
         if async_checkpoint and not save_distributed_checkpoint:
-            raise ValueError("async_checkpoint must be false with save_distributed_checkpoint=false, got true")
+            raise SettingError("async_checkpoint must be false with save_distributed_checkpoint=false, got true")
         if context_parallel_size < 1:
-            raise ValueError(f"context_parallel_size must be at least 1, got {context_parallel_size}")
+            raise SettingError(f"context_parallel_size must be at least 1, got {context_parallel_size}")
         self.context_parallel_size = context_parallel_size
         self.async_checkpoint = async_checkpoint
         self._background = ThreadPoolExecutor(1)
@@ -94,7 +95,7 @@ class FSDP2Strategy(ModelParallelStrategy):
     def precision_plugin(self, plugin: Precision | None) -> None:
         precision = plugin.precision if plugin is not None else "32-true"
         if precision not in ("32-true", "bf16-mixed"):
-            raise ValueError(
+            raise SettingError(
                 f"trainer.precision must be 32-true or bf16-mixed with trainer.strategy=fsdp2, got {precision}; "
                 "bf16-mixed computes in bf16 and keeps float32 weights"
             )
@@ -182,7 +183,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         """
         states = checkpoint.get("optimizer_states", [])
         if len(states) != len(self.optimizers):
-            raise ValueError(
+            raise SettingError(
                 f"ckpt_path must hold the state of {len(self.optimizers)} optimizer to train on, got {len(states)}; "
                 "was it saved with checkpoint.save_weights_only?"
             )
@@ -304,12 +305,12 @@ def check_context_parallel(size: int, ranks: int, num_kv_heads: int, shape: tupl
         ValueError: `size` does not divide one of them.
     """
     if ranks % size or num_kv_heads % size:
-        raise ValueError(
+        raise SettingError(
             "context_parallel_size must divide the number of ranks and num_kv_heads, "
             f"got {size}, {ranks} and {num_kv_heads}; at most {math.gcd(ranks, num_kv_heads)} does"
         )
     if shape is not None and math.prod(shape) % size:
-        raise ValueError(
+        raise SettingError(
             "data.seq_len times data.batch_size must be a multiple of context_parallel_size, "
             f"got {shape[0]}, {shape[1]} and {size}"
         )

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from nsa_kernels import eager, native_sparse_attention
-from nsa_kernels.native_sparse_attention import stages_of
+from nsa_kernels.attention import stages_of
 from nsa_kernels.packing import batch_layout
 from support.measured import assert_strays_at_most_twice_as_far, attend, evaluate
 from support.packings import PACKINGS, SMALL, random_inputs

@@ -5,6 +5,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
+from nsa_kernels.errors import SettingError
 
 from nsa_lightning.training.callbacks.stop_signals import StopRequested, StopSignals
 
@@ -24,7 +25,7 @@ class RunCheckpoint(ModelCheckpoint):
     def __init__(self, *args: Any, last_every_n_steps: int | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if last_every_n_steps is not None and last_every_n_steps < 1:
-            raise ValueError(f"checkpoint.last_every_n_steps must be at least 1, got {last_every_n_steps}")
+            raise SettingError(f"checkpoint.last_every_n_steps must be at least 1, got {last_every_n_steps}")
         self.last_every_n_steps = last_every_n_steps
         self._signals = StopSignals()
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from nsa_kernels.errors import SettingError
 from torch import Tensor
 
 from nsa_lightning.data.batch import IGNORE_INDEX, PackedBatch
@@ -40,7 +41,7 @@ class Continuations(Callback):
     ) -> None:
         for name, value in (("prompt_tokens", prompt_tokens), ("batch_size", batch_size)):
             if value < 1:
-                raise ValueError(f"generate.{name} must be at least 1, got {value}")
+                raise SettingError(f"generate.{name} must be at least 1, got {value}")
         self.stop = StopConfig(max_new_tokens=max_new_tokens) if max_new_tokens is not None else None
         self.prompt_tokens, self.sampling, self.batch_size, self.path = prompt_tokens, sampling, batch_size, path
         self._loop: Generation | None = None
@@ -56,7 +57,7 @@ class Continuations(Callback):
         if self.stop is None:
             return
         if isinstance(trainer.strategy, FSDP2Strategy):
-            raise ValueError(
+            raise SettingError(
                 "generate.max_new_tokens must be unset with trainer.strategy=fsdp2, whose weights are shards, "
                 f"got {self.stop.max_new_tokens}; nsa generate reads its checkpoints"
             )

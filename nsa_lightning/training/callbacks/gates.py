@@ -6,6 +6,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
+from nsa_kernels.errors import SettingError
 from torch import Tensor
 
 from nsa_lightning.model.statistics import NEAR, NUM_DISTANCE_BINS, NUM_GATE_BINS, BranchStatistics
@@ -69,9 +70,9 @@ class GateMonitor(Callback):
 
     def __init__(self, every_n_steps: int | None = None, picture_every: int = 10) -> None:
         if every_n_steps is not None and every_n_steps < 1:
-            raise ValueError(f"gate_monitor.every_n_steps must be at least 1, got {every_n_steps}")
+            raise SettingError(f"gate_monitor.every_n_steps must be at least 1, got {every_n_steps}")
         if picture_every < 0:
-            raise ValueError(f"gate_monitor.picture_every must be at least 0, got {picture_every}")
+            raise SettingError(f"gate_monitor.picture_every must be at least 0, got {picture_every}")
         self.every_n_steps, self.picture_every = every_n_steps, picture_every
         self._num_logs = 0
 

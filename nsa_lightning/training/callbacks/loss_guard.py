@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
+from nsa_kernels.errors import SettingError
 from torch import Tensor, distributed
 from torch.optim import Optimizer
 
@@ -51,11 +52,11 @@ class LossGuard(Callback):
         self, skip: bool = False, max_skips: int = 10, spike_ratio: float | None = 3.0, window: int = 100
     ) -> None:
         if max_skips < 1:
-            raise ValueError(f"loss_guard.max_skips must be at least 1, got {max_skips}")
+            raise SettingError(f"loss_guard.max_skips must be at least 1, got {max_skips}")
         if spike_ratio is not None and spike_ratio <= 1:
-            raise ValueError(f"loss_guard.spike_ratio must be above 1, got {spike_ratio}")
+            raise SettingError(f"loss_guard.spike_ratio must be above 1, got {spike_ratio}")
         if window < _FEWEST_LOSSES:
-            raise ValueError(f"loss_guard.window must be at least {_FEWEST_LOSSES}, got {window}")
+            raise SettingError(f"loss_guard.window must be at least {_FEWEST_LOSSES}, got {window}")
         self.skip, self.max_skips, self.spike_ratio = skip, max_skips, spike_ratio
         self._losses: deque[float] = deque(maxlen=window)
         self._batches: list[tuple[Tensor, PackedBatch]] = []
@@ -119,12 +120,14 @@ class LossGuard(Callback):
         if not left_out:
             rank_zero_warn(f"the loss spikes: {found}. loss_guard.skip leaves such steps out")
         elif not self.skip:
-            raise ValueError(
+            raise SettingError(
                 f"the loss must be finite, got {found}. The weights are those of before. Go on from the last "
                 "checkpoint, with loss_guard.skip to leave such steps out"
             )
         elif self._num_skips > self.max_skips:
-            raise ValueError(f"loss_guard.max_skips={self.max_skips} steps were left out and one more is due: {found}")
+            raise SettingError(
+                f"loss_guard.max_skips={self.max_skips} steps were left out and one more is due: {found}"
+            )
         else:
             rank_zero_warn(f"step left out, {self._num_skips} of at most {self.max_skips}: {found}")
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nsa_kernels import eager, reference
+from nsa_kernels.errors import SettingError
 from nsa_kernels.geometry import CompressionWeights, NSAConfig, NSAOutput
 from nsa_kernels.packing import BatchLayout, batch_layout
 from nsa_kernels.rotary import apply_rotary
@@ -84,7 +85,7 @@ def native_sparse_attention(
     _check_documents(cu_seqlens, len(q))
     slots = (len(q), k.shape[1], config.num_selected_blocks)
     if block_indices is not None and block_indices.shape != slots:
-        raise ValueError(f"block_indices must be [T, H_kv, n], {slots} here, got {tuple(block_indices.shape)}")
+        raise SettingError(f"block_indices must be [T, H_kv, n], {slots} here, got {tuple(block_indices.shape)}")
     branches = _Branches(k, v, sliding_k, sliding_v, compress_k, compress_v, k_weights, v_weights, compressed_rotary)
     stages = stages_of(backend, q, v, config)
     if stages is reference or stages is eager:
@@ -115,7 +116,7 @@ def stages_of(backend: Backend, q: Tensor, v: Tensor, config: NSAConfig) -> Modu
         ValueError: the backend is unknown, or does not take the inputs.
     """
     if backend not in get_args(Backend):
-        raise ValueError(f"backend must be one of {', '.join(get_args(Backend))}, got {backend!r}")
+        raise SettingError(f"backend must be one of {', '.join(get_args(Backend))}, got {backend!r}")
     if backend in ("auto", "triton") and (q.is_cuda or backend == "triton"):
         if HAS_TRITON:
             from nsa_kernels import triton_backend
@@ -126,7 +127,7 @@ def stages_of(backend: Backend, q: Tensor, v: Tensor, config: NSAConfig) -> Modu
         if reason is None:
             return triton_backend
         if backend == "triton":
-            raise ValueError(f"backend triton does not take these inputs: {reason}")
+            raise SettingError(f"backend triton does not take these inputs: {reason}")
         warnings.warn(f"attention runs on the slow eager backend, the kernels do not apply: {reason}", stacklevel=3)
     return reference if backend == "reference" else eager
 
@@ -190,14 +191,14 @@ def _summaries(
 
 def _check_documents(cu_seqlens: Tensor, num_tokens: int) -> None:
     if cu_seqlens.ndim != 1 or len(cu_seqlens) < 2 or cu_seqlens.is_floating_point():
-        raise ValueError(f"cu_seqlens must be integers [N + 1], got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}")
+        raise SettingError(f"cu_seqlens must be integers [N + 1], got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}")
     if num_tokens < 1:
-        raise ValueError(f"q must hold at least one token, got {num_tokens}")
+        raise SettingError(f"q must hold at least one token, got {num_tokens}")
     simulated = cu_seqlens.is_cuda  # without numbers, on the CPU: how `nsa memory` looks at a GPU
     if cu_seqlens.device.type == "cpu" and not simulated and not torch.compiler.is_compiling():
         first, last, falls = int(cu_seqlens[0]), int(cu_seqlens[-1]), bool((cu_seqlens.diff() < 0).any())
         if first != 0 or last != num_tokens or falls:
-            raise ValueError(f"cu_seqlens must rise from 0 to {num_tokens} tokens, got {cu_seqlens.tolist()}")
+            raise SettingError(f"cu_seqlens must rise from 0 to {num_tokens} tokens, got {cu_seqlens.tolist()}")
 
 
 def _check_shapes(
@@ -211,15 +212,15 @@ def _check_shapes(
     compress_v: Tensor,
 ) -> None:
     if q.ndim != 3 or k.ndim != 3 or v.ndim != 3:
-        raise ValueError(f"q, k and v must be [T, heads, head_dim], got {q.shape}, {k.shape} and {v.shape}")
+        raise SettingError(f"q, k and v must be [T, heads, head_dim], got {q.shape}, {k.shape} and {v.shape}")
     if q.shape[1] % k.shape[1]:
-        raise ValueError(f"the query heads must be a multiple of the KV heads, got {q.shape[1]} and {k.shape[1]}")
+        raise SettingError(f"the query heads must be a multiple of the KV heads, got {q.shape[1]} and {k.shape[1]}")
     if k.shape[0] != q.shape[0] or k.shape[2] != q.shape[2]:
-        raise ValueError(f"k must be [T, H_kv, D_qk] with q's T and D_qk, got {k.shape} for q {q.shape}")
+        raise SettingError(f"k must be [T, H_kv, D_qk] with q's T and D_qk, got {k.shape} for q {q.shape}")
     if v.shape[:2] != k.shape[:2]:
-        raise ValueError(f"v must be [T, H_kv, D_v] with k's T and H_kv, got {v.shape} for k {k.shape}")
+        raise SettingError(f"v must be [T, H_kv, D_v] with k's T and H_kv, got {v.shape} for k {k.shape}")
     if gates.shape != (*q.shape[:2], 3):
-        raise ValueError(f"gates must be [T, H, 3] with q's T and H, got {gates.shape} for q {q.shape}")
+        raise SettingError(f"gates must be [T, H, 3] with q's T and H, got {gates.shape} for q {q.shape}")
     for name, x, like in (
         ("sliding_k", sliding_k, k),
         ("sliding_v", sliding_v, v),
@@ -227,4 +228,4 @@ def _check_shapes(
         ("compress_v", compress_v, v),
     ):
         if x.shape != like.shape:
-            raise ValueError(f"{name} must have the shape of {name[-1]}, got {x.shape} and {like.shape}")
+            raise SettingError(f"{name} must have the shape of {name[-1]}, got {x.shape} and {like.shape}")
