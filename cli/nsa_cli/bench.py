@@ -8,6 +8,7 @@ from nsa_cli.function_command import run_function
 from nsa_lightning.benchmark.decode import bench_decode
 from nsa_lightning.benchmark.kernels import bench_kernels
 from nsa_lightning.benchmark.loader import bench_loader
+from nsa_lightning.benchmark.study import bench_study
 from nsa_lightning.benchmark.training import bench_training
 
 _BENCHMARKS: dict[str, Callable[..., int]] = {
@@ -15,11 +16,12 @@ _BENCHMARKS: dict[str, Callable[..., int]] = {
     "decode": bench_decode,
     "loader": bench_loader,
     "training": bench_training,
+    "study": bench_study,
 }
 
 _HELP = """usage: nsa bench WHAT [options]
 
-Measure the attention operator, decoding with it, what feeds it, or training as a whole.
+Measure the attention operator, decoding with it, what feeds it, or training as a whole; compare finished runs.
 
 benchmarks:
 {benchmarks}

@@ -18,7 +18,7 @@ _OTHER_COMMANDS = {
     "convert": "make an NSA model of a dense Hugging Face one, to train on",
     "generate": "continue prompts with a trained model, or answer them",
     "export": "write a checkpoint as a Hugging Face directory",
-    "bench": "measure the operator, decoding, the loader or training: nsa bench kernels, decode, loader, training",
+    "bench": "measure kernels, decoding, the loader or training, or compare runs of fit: nsa bench --help",
 }
 
 _HELP = """usage: nsa COMMAND [options]

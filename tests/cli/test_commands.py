@@ -345,6 +345,23 @@ def test_every_shipped_config_is_accepted(config, monkeypatch, capsys):
     assert printed["model"]["transformer"]["hidden_size"] == written["model"]["transformer"]["hidden_size"]
 
 
+def test_arms_of_the_study_differ_in_their_attention_alone(monkeypatch, capsys):
+    base, *arms = (
+        CONFIGS / "study" / f"{name}.yaml" for name in ("base", "full", "nsa", "nsa_paper", "third_dense", "sliding")
+    )
+    assert {base, *arms} == set((CONFIGS / "study").glob("*.yaml"))
+    rest, attention = [], []
+    for arm in arms:
+        assert run(monkeypatch, "fit", "--config", str(base), "--config", str(arm), "--print_config") == 0
+        settings = yaml.safe_load(capsys.readouterr().out)
+        transformer = settings["model"]["transformer"]
+        attention.append([transformer.pop(name) for name in ("attention", "nsa", "sliding_window")])
+        assert settings["trainer"]["logger"]["init_args"].pop("name") == arm.stem
+        rest.append(settings)
+    assert all(settings == rest[0] for settings in rest)
+    assert all(one not in attention[:index] for index, one in enumerate(attention))
+
+
 @pytest.mark.parametrize(
     ("name", "billions"), [("150m", 0.15), ("1b", 1.3), ("8b", 8.9), ("70b", 71.4), ("paper", 4.0)]
 )
