@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from nsa_lightning.model.cache import Chunk, LayerTokens, Step
 from nsa_lightning.model.context_parallel import ContextParallel
 from nsa_lightning.model.fused_attention import chunk_causal_attention, packed_causal_attention
-from nsa_lightning.model.joint_projection import JointProjection
+from nsa_lightning.model.joint_projection import JointProjection, outputs
 from nsa_lightning.model.statistics import BranchStatistics, branch_statistics
 
 AttentionKind = Literal["nsa", "full", "sliding"]
@@ -127,11 +127,12 @@ class DenseAttention(KeyValue):
 
     def join_projections(self) -> None:
         """Compute all maps of the input as one when decoding; they are not trained any more."""
-        self._joint = self._joint or JointProjection(self.maps())
+        if self._joint is None or not self._joint.holds(self.maps()):
+            self._joint = JointProjection(self.maps())
 
     def mapped(self, x: Tensor) -> Iterator[Tensor]:
         """The output of each of `maps`."""
-        return iter([one(x) for one in self.maps()] if self._joint is None else self._joint(x))
+        return iter(outputs(self._joint, self.maps(), x))
 
     def query_heads(self, q: Tensor) -> Tensor:
         """Projected queries by head before their rotation, normed, [T, H, D_qk]."""
