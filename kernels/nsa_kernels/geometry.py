@@ -6,6 +6,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from nsa_kernels.errors import SettingError
+from nsa_kernels.settings import check_types
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,7 +14,7 @@ class NSAConfig:
     """Block sizes, counts and window of one NSA layer.
 
     Raises:
-        ValueError: a size is not positive, the stride does not divide a block size, or the forced blocks
+        ValueError: a size is not a positive integer, the stride does not divide a block size, or the forced blocks
             outnumber the selected ones.
     """
 
@@ -39,6 +40,7 @@ class NSAConfig:
     """Tokens in the sliding window, the query's own included (w)."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in (
             "compress_block_size",
             "compress_stride",

@@ -18,6 +18,7 @@ from nsa_kernels.eager import summarise
 from nsa_kernels.elementwise import rotate
 from nsa_kernels.errors import SettingError
 from nsa_kernels.packing import BatchLayout
+from nsa_kernels.settings import check_arguments
 from torch import Tensor, nn
 
 from nsa_lightning.model.cache import Chunk, LayerTokens, Step
@@ -37,7 +38,7 @@ class NSALayerConfig(NSAConfig):
     """Geometry and learned parts of the NSA layers (arXiv:2502.11089).
 
     Raises:
-        ValueError: as NSAConfig, or a hidden size is not positive.
+        ValueError: as NSAConfig, an unknown name, or a hidden size that is not positive.
     """
 
     compression: Literal["mean", "linear", "mlp"] = "mlp"
@@ -348,6 +349,7 @@ def is_new_part(name: str) -> bool:
 
 def build_attention(kind: AttentionKind, shape: LayerShape, nsa: NSALayerConfig, sliding_window: int) -> DenseAttention:
     """The attention layer of that name."""
+    check_arguments(build_attention, locals())
     if kind == "nsa":
         return NSAttention(shape, nsa)
     return DenseAttention(shape, window_size=sliding_window if kind == "sliding" else None)
