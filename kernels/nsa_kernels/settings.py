@@ -24,7 +24,8 @@ def check_types(config: Any, prefix: str = "") -> None:
     Raises:
         ValueError: the first field that does not fit, the rule and the value.
     """
-    hints = _hints(type(config))
+    owner: Any = type(config)
+    hints = _hints(owner)
     _check({field.name: getattr(config, field.name) for field in fields(config)}, hints, prefix)
 
 
@@ -67,11 +68,10 @@ def _fits(value: Any, hint: Any) -> bool:
     return isinstance(value, origin)
 
 
-def _fits_collection(value: Any, origin: type, parts: tuple[Any, ...]) -> bool:
+def _fits_collection(value: Any, origin: Any, parts: tuple[Any, ...]) -> bool:
     """Lists and tuples stand for each other, as YAML has no tuples; a string is none of them."""
     if issubclass(origin, Mapping):
-        pairs = value.items() if isinstance(value, Mapping) else [()]
-        return all(len(pair) == 2 and (not parts or all(map(_fits, pair, parts))) for pair in pairs)
+        return isinstance(value, Mapping) and all(all(map(_fits, pair, parts)) for pair in value.items() if parts)
     if isinstance(value, (str, bytes)) or not isinstance(value, (list, tuple, origin)):
         return False
     if issubclass(origin, tuple) and parts and parts[-1] is not Ellipsis:
@@ -80,7 +80,8 @@ def _fits_collection(value: Any, origin: type, parts: tuple[Any, ...]) -> bool:
 
 
 def _is_number(value: Any, *of: type) -> bool:
-    return isinstance(value, of) and not isinstance(value, bool) and math.isfinite(value)  # True is an int in Python
+    number = isinstance(value, of) and not isinstance(value, bool)  # True is an int in Python
+    return number and (isinstance(value, int) or math.isfinite(value))
 
 
 def _described(hint: Any) -> str:
