@@ -129,7 +129,7 @@ def block_mean(x: Tensor, layout: list[Tensor], block_size: int, stride: int) ->
 
 @block_mean.register_fake
 def _(x: Tensor, layout: list[Tensor], block_size: int, stride: int) -> Tensor:
-    return x.new_empty(len(BatchLayout(*layout).summary_start), *x.shape[1:])
+    return x.new_empty(BatchLayout(*layout).summary_start.shape[0], *x.shape[1:])
 
 
 @torch.library.custom_op("nsa_kernels::block_mean_backward", mutates_args=())
@@ -139,7 +139,7 @@ def _block_mean_backward(grad: Tensor, layout: list[Tensor], block_size: int, st
 
 @_block_mean_backward.register_fake
 def _(grad: Tensor, layout: list[Tensor], block_size: int, stride: int) -> Tensor:
-    return grad.new_empty(len(BatchLayout(*layout).document_start), *grad.shape[1:])
+    return grad.new_empty(BatchLayout(*layout).document_start.shape[0], *grad.shape[1:])
 
 
 @torch.library.custom_op("nsa_kernels::block_linear", mutates_args=())
@@ -150,7 +150,7 @@ def block_linear(x: Tensor, weight: Tensor, layout: list[Tensor], block_size: in
 
 @block_linear.register_fake
 def _(x: Tensor, weight: Tensor, layout: list[Tensor], block_size: int, stride: int) -> Tensor:
-    return x.new_empty(x.shape[1], len(BatchLayout(*layout).summary_start), weight.shape[-1])
+    return x.new_empty(x.shape[1], BatchLayout(*layout).summary_start.shape[0], weight.shape[-1])
 
 
 @torch.library.custom_op("nsa_kernels::block_linear_backward", mutates_args=())
@@ -216,6 +216,7 @@ def compress(
     Source: arXiv:2502.11089, eq. 7.
     """
     layout = batch_layout(cu_seqlens, len(x), config) if layout is None else layout
+    config = config if weights is not None else config.within(x.shape[0])
     x, tensors = x.contiguous(), list(layout)
     sizes = (config.compress_block_size, config.compress_stride)
     summary = block_mean(x, tensors, *sizes)

@@ -141,6 +141,7 @@ def decode_attention(
         ValueError: shapes that disagree, or inputs that the chosen backend does not take.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    config = config.within(cache.k.shape[1]) if new is None else config
     B, H_KV = len(q), cache.k.shape[2]
     _check("q", q, (B, H_KV * (q.shape[1] // H_KV), cache.k.shape[3]))
     _check("gates", gates, (*q.shape[:2], 3))
@@ -261,7 +262,7 @@ def chunk_attention(
     Raises:
         ValueError: shapes that disagree, or inputs that the chosen backend does not take.
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale, config = q.shape[-1] ** -0.5 if scale is None else scale, config.within(len(k))
     (T, H, _), (L, H_KV, D_QK), M = q.shape, k.shape, len(sliding_k)
     _check("q", q, (T, H_KV * (H // H_KV), D_QK))
     _check("gates", gates, (T, H, 3))

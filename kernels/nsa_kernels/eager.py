@@ -190,6 +190,7 @@ def compress(x: Tensor, cu_seqlens: Tensor, config: NSAConfig, weights: Compress
 
     See `reference.compress`. Rows past the last block are zero.
     """
+    config = config if weights is not None else config.within(len(x))
     layout = compressed_layout(cu_seqlens, len(x), config)
     tokens = layout.start[:, None] + torch.arange(config.compress_block_size, device=x.device)  # [C, l]
     tokens = tokens.where(layout.is_block[:, None], 0)
@@ -237,6 +238,7 @@ def compressed_attention(
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attend each query to the visible block summaries; see `reference.compressed_attention`."""
+    config = config.within(len(q))
     runs = _visible_compressed_rows(cu_seqlens, config, len(q), len(compressed_k), 4 * q.shape[1])
     return _ChunkedAttention.apply(q, compressed_k, compressed_v, compressed_k.shape[1], _default_scale(q, scale), runs)
 
@@ -296,7 +298,7 @@ def block_selection(
     scale: float | None = None,
 ) -> Tensor:
     """Choose the n selection blocks of each query, int32 [T, H_kv, n]; see `reference.block_selection`."""
-    num_tokens, num_kv_heads = len(q), compressed_k.shape[1]
+    num_tokens, num_kv_heads, config = len(q), compressed_k.shape[1], config.within(len(q))
     runs = _visible_compressed_rows(cu_seqlens, config, num_tokens, len(compressed_k), 4 * q.shape[1])
     columns, weights = _importance_columns(cu_seqlens, config, num_tokens)
     layout = selection_layout(cu_seqlens, num_tokens, config)
@@ -334,8 +336,8 @@ def selected_attention(
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attend each query to the tokens of its selected blocks; see `reference.selected_attention`."""
-    num_tokens, num_kv_heads = k.shape[:2]
-    size = config.select_block_size
+    (num_tokens, num_kv_heads), config = k.shape[:2], config.within(len(k))
+    size, slots = config.select_block_size, -(-num_tokens // config.select_block_size)
     layout = selection_layout(cu_seqlens, num_tokens, config)
     tokens = (layout.start[:, None] + torch.arange(size, device=q.device)).clamp(max=num_tokens - 1)  # [B, l']
 
@@ -343,12 +345,12 @@ def selected_attention(
         return x.index_select(0, tokens.flatten()).unflatten(0, tokens.shape).permute(2, 0, 1, 3).flatten(0, 1)
 
     position = document_positions(cu_seqlens, num_tokens)[:, None, None]
-    chosen = block_indices.long()
+    chosen = block_indices[..., :slots].long()
     first = layout.cu_blocks[document_index(cu_seqlens, num_tokens)][:, None, None]
     head_rows = torch.arange(num_kv_heads, device=q.device)[:, None] * len(layout.block)
     rows = (first + chosen.clamp(min=0)) + head_rows  # [T, H_kv, n]
     visible = (position + 1 - chosen * size).clamp(max=size).where(chosen >= 0, 0)
-    bytes_per_query = 4 * num_kv_heads * config.selected_tokens * max(q.shape[-1], q.shape[1] // num_kv_heads)
+    bytes_per_query = 4 * num_kv_heads * chosen.shape[-1] * size * max(q.shape[-1], q.shape[1] // num_kv_heads)
     blocks = _KeyBlocks(rows, visible, size, _chunk_size(q.device, bytes_per_query))
     return _ChunkedAttention.apply(q, as_blocks(k), as_blocks(v), num_kv_heads, _default_scale(q, scale), blocks)
 

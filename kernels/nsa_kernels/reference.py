@@ -113,6 +113,7 @@ def block_importance(
 
     Source: arXiv:2502.11089, eq. 8-10.
     """
+    config = config.within(len(q))
     l, d, select_size = config.compress_block_size, config.compress_stride, config.select_block_size
     T, H_kv = len(q), compressed_k.shape[1]
     J = max(math.ceil((end - start) / select_size) for start, end in _documents(cu_seqlens))
@@ -202,7 +203,7 @@ def selected_attention(
 
     Source: arXiv:2502.11089, eq. 5 and 12.
     """
-    H_kv, G, size = k.shape[1], _group_size(q.shape[1], k.shape[1]), config.select_block_size
+    H_kv, G, size = k.shape[1], _group_size(q.shape[1], k.shape[1]), config.within(len(k)).select_block_size
     rows = []
     for start, end in _documents(cu_seqlens):
         for t in range(end - start):

@@ -79,7 +79,7 @@ def _varlen(
     window_size: int | None,
 ) -> Tensor:
     """One call for all documents; where queries are fewer than keys they are the last ones."""
-    window = (-1 if window_size is None else window_size - 1, 0)
+    window = (-1 if window_size is None or window_size >= longest[1] else window_size - 1, 0)
     options: dict[str, Any] = {"enable_gqa": True} if _VARLEN_HAS_GQA else {}
     if not _VARLEN_HAS_GQA:
         group_size = q.shape[1] // k.shape[1]
