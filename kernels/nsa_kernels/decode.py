@@ -15,6 +15,7 @@ from nsa_kernels.attention import Backend, stages_of
 from nsa_kernels.decode_eager import Keys
 from nsa_kernels.errors import SettingError
 from nsa_kernels.geometry import CompressionWeights, NSAConfig, NSAOutput
+from nsa_kernels.precision import computed_as_given
 from nsa_kernels.rotary import apply_rotary
 
 # B sequences, S and W slots, C rows, T new tokens of a chunk, L tokens so far, H query heads, H_kv KV heads, n blocks.
@@ -68,6 +69,7 @@ class NewToken(NamedTuple):
 
 
 @torch.no_grad()
+@computed_as_given
 def append_tokens(
     q: Tensor,
     pairs: Sequence[NewTokens],
@@ -106,6 +108,7 @@ def append_tokens(
 
 
 @torch.no_grad()
+@computed_as_given
 def decode_attention(
     q: Tensor,
     gates: Tensor,
@@ -182,6 +185,7 @@ def decode_attention(
 
 
 @torch.no_grad()
+@computed_as_given
 def decode_dense_attention(
     q: Tensor,
     k: Tensor,
@@ -227,6 +231,7 @@ def decode_dense_attention(
 
 
 @torch.no_grad()
+@computed_as_given
 def chunk_attention(
     q: Tensor,
     gates: Tensor,
