@@ -15,6 +15,7 @@ from nsa_kernels import eager, reference
 from nsa_kernels.errors import SettingError
 from nsa_kernels.geometry import CompressionWeights, NSAConfig, NSAOutput
 from nsa_kernels.packing import BatchLayout, batch_layout
+from nsa_kernels.precision import without_autocast
 from nsa_kernels.rotary import apply_rotary
 
 Backend = Literal["auto", "triton", "eager", "reference"]
@@ -46,7 +47,8 @@ def native_sparse_attention(
 ) -> NSAOutput:
     """Attend each query through the compressed, the selected and the sliding branch and sum them by their gates.
 
-    Documents are packed end to end and never see each other. Query head h reads KV head h // (H / H_kv).
+    Documents are packed end to end and never see each other. Query head h reads KV head h // (H / H_kv). Autocast
+    changes nothing: inputs are computed with in the dtypes that they have.
 
     Args:
         q: queries with their position applied, [T, H, D_qk].
@@ -88,11 +90,12 @@ def native_sparse_attention(
         raise SettingError(f"block_indices must be [T, H_kv, n], {slots} here, got {tuple(block_indices.shape)}")
     branches = _Branches(k, v, sliding_k, sliding_v, compress_k, compress_v, k_weights, v_weights, compressed_rotary)
     stages = stages_of(backend, q, v, config)
-    if stages is reference or stages is eager:
-        return _separate_stages(stages, q, branches, gates, cu_seqlens, config, block_indices, scale)
-    layout = batch_layout(cu_seqlens, len(q), config) if layout is None else layout
-    block_indices = None if block_indices is None else block_indices.int()
-    return _joined_branches(stages, q, branches, gates, cu_seqlens, config, block_indices, scale, layout)
+    with without_autocast(q):
+        if stages is reference or stages is eager:
+            return _separate_stages(stages, q, branches, gates, cu_seqlens, config, block_indices, scale)
+        layout = batch_layout(cu_seqlens, len(q), config) if layout is None else layout
+        block_indices = None if block_indices is None else block_indices.int()
+        return _joined_branches(stages, q, branches, gates, cu_seqlens, config, block_indices, scale, layout)
 
 
 class _Branches(NamedTuple):

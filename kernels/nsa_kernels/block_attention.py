@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa_kernels.block_lists import MAX_TILE_QUERIES, inverse_list, unite
+from nsa_kernels.geometry import filled_slots
 from nsa_kernels.primitives import (
     HIDDEN,
     LOG2_E,
@@ -224,9 +225,9 @@ def _sum_parts_kernel(
     block_start_ptr, block_end_ptr,  # [B]
     out_ptr,  # [T, H_KV, D]
     num_blocks,
-    H_KV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    H_KV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """One program sums the parts of one block and KV head, in order, if it has more than one item."""
+    """One program sums the parts of ROWS tokens of one block and KV head, in order, if it has more than one item."""
     block, kv_head = tl.program_id(0), tl.program_id(1)
     row = kv_head * num_blocks + block
     items = tl.load(row_items_ptr + row)
@@ -236,10 +237,10 @@ def _sum_parts_kernel(
             tl.load(block_end_ptr + block),
             tl.load(row_part_ptr + row),
         )
-        s = tl.arange(0, BLOCK_SIZE)
+        s = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
         exists = start + s < end
         mask = exists[:, None] & (tl.arange(0, BLOCK_D)[None, :] < D)
-        total = tl.zeros([BLOCK_SIZE, BLOCK_D], tl.float32)
+        total = tl.zeros([ROWS, BLOCK_D], tl.float32)
         for i in range(items):
             rows = wide(part + i) * BLOCK_SIZE + s
             total += tl.load(parts_ptr + rows[:, None] * D + tl.arange(0, BLOCK_D)[None, :], mask=mask, other=0.0)
@@ -265,6 +266,7 @@ def forward(
     The keys may begin `past` tokens before the queries; `document_start` counts them.
     """
     (T, H, D_QK), (_, H_KV, D_V) = q.shape, v.shape
+    block_indices = without_empty_slots(block_indices, k, block_size)
     if tiles_fit_hopper(q, v, block_size) and D_QK == D_V == _SHARED_HEAD_DIM and H // H_KV >= _LEAST_SHARED:
         from nsa_kernels import block_attention_hopper
 
@@ -289,6 +291,7 @@ def backward_q(
     (T, H, D_QK), (_, H_KV, D_V) = q.shape, v.shape
     dq = torch.empty_like(q)
     tile = union_tile("selected_dq", q, v, block_size)
+    block_indices = without_empty_slots(block_indices, k, block_size)
     unions = unite(block_indices, document_start, block_size, tile.queries)
     _dq_kernel[(ceil_div(T, tile.queries), H_KV)](
         q, block_descriptor(k, tile.keys), block_descriptor(v, tile.keys), do, lse, delta, *unions,
@@ -307,6 +310,7 @@ def backward_kv(
     (T, H, D_QK), (_, H_KV, D_V) = q.shape, v.shape
     tile = launch("selected_dkv", q, max(D_QK, D_V), H // H_KV)
     tile = tile._replace(keys=min(tile.keys, block_size))
+    block_indices = without_empty_slots(block_indices, k, block_size)
     lists = inverse_list(block_indices, first_block, len(block_start), max(_ITEM_LENGTH, T // _ITEMS))
     grads = torch.empty_like(k), torch.empty_like(v)
     parts = [x.new_empty(lists.num_parts, block_size, x.shape[-1], dtype=torch.float32) for x in (k, v)]
@@ -325,11 +329,17 @@ def backward_kv(
             dot_precision(q.dtype), num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
     for part, out in zip(parts, grads, strict=True):
-        _sum_parts_kernel[(len(block_start), H_KV)](
+        rows = min(block_size, _SUMMED_ROWS)
+        _sum_parts_kernel[(len(block_start), H_KV, block_size // rows)](
             part, lists.row_part, lists.row_items, block_start, block_end, out, len(block_start),
-            H_KV, out.shape[-1], padded(out.shape[-1]), block_size,
+            H_KV, out.shape[-1], padded(out.shape[-1]), block_size, rows,
         )  # fmt: skip
     return grads
+
+
+def without_empty_slots(block_indices: Tensor, k: Tensor, block_size: int) -> Tensor:
+    """The slots of block_indices [T, H_kv, n] that can hold a block of the keys k, where n is unusually large."""
+    return block_indices[..., : filled_slots(block_indices.shape[-1], block_size, len(k))].contiguous()
 
 
 HOPPER_ROWS = 64
@@ -341,6 +351,9 @@ def tiles_fit_hopper(q: Tensor, v: Tensor, block_size: int) -> bool:
     group_size = q.shape[1] // v.shape[1]
     return fits_hopper(q, v) and group_size in (2, 4, 8, 16, 32, 64) and block_size % HOPPER_ROWS == 0
 
+
+_SUMMED_ROWS = 128
+"""Tokens of a block whose parts a program sums."""
 
 _ITEMS, _ITEM_LENGTH = 16, 512
 """A block that every query chose is cut into so many items, of at least so many queries: few sums, and none so long

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsa_kernels.geometry import NSAConfig
+from nsa_kernels.geometry import NSAConfig, filled_slots
 from nsa_kernels.packing import BatchLayout, batch_layout
 from nsa_kernels.primitives import (
     LOG2_E,
@@ -268,12 +268,12 @@ def _block_selection(
 
     With `past` tokens before the first query `document_start` is -past.
     """
-    l, d, size, n, *_ = sizes  # noqa: E741
+    l, d, size, n, *forced = sizes  # noqa: E741
     (T, H, D), H_KV, R, S = q.shape, compressed_k.shape[1], size // d, l // d
-    reach = reach_of(l, d, size)
-    indices = torch.empty(T, H_KV, n, dtype=torch.int32, device=q.device)
+    reach, slots = reach_of(l, d, size), filled_slots(n, size, past + T)
+    indices = torch.empty(T, H_KV, slots, dtype=torch.int32, device=q.device)
     tile = launch("importance", q, D, H // H_KV)
-    queries = min(tile.rows, power_of_two(n * size + 1) // 2)
+    queries = min(tile.rows, power_of_two(slots * size + 1) // 2)
     keys = max(tile.keys, R * power_of_two(max(reach, 1)))
     chunk = max(queries, _CHUNK_BYTES // (4 * H_KV * ceil_div(past + T, size)) // queries * queries)
     q_desc, k_desc = block_descriptor(q, queries), block_descriptor(compressed_k, keys)
@@ -283,15 +283,15 @@ def _block_selection(
         tiles, rows = ceil_div(J * R, keys), (H_KV, stop - begin)
         importance = torch.empty(*rows, J, dtype=torch.float32, device=q.device)
         spill = importance.new_empty(*rows, tiles, reach * (reach + 1) // 2)
-        if n < J:
+        if slots < J:
             _importance_kernel[(tiles, ceil_div(stop - begin, queries), H_KV)](
                 q_desc, k_desc, lse, document_start, first, end, importance, spill,
-                begin, stop, J, scale * LOG2_E.value, n * size,
+                begin, stop, J, scale * LOG2_E.value, slots * size,
                 H_KV, H // H_KV, padded(D), R, S, reach, queries, keys,
                 dot_precision(q.dtype), num_warps=tile.num_warps, num_stages=tile.num_stages,
             )  # fmt: skip
-        _rank(importance, spill, document_start, first, end, indices, begin, keys, sizes)
-    return indices
+        _rank(importance, spill, document_start, first, end, indices, begin, keys, [l, d, size, slots, *forced])
+    return torch.nn.functional.pad(indices, (0, n - slots), value=-1) if slots < n else indices
 
 
 @_block_selection.register_fake
@@ -330,7 +330,7 @@ def block_selection(
     Source: arXiv:2502.11089, eq. 8-11.
     """
     layout = batch_layout(cu_seqlens, len(q), config) if layout is None else layout
-    scale = check_inputs(q, compressed_k, compressed_k, scale)
+    scale, config = check_inputs(q, compressed_k, compressed_k, scale), config.within(past + q.shape[0])
     sizes = [
         config.compress_block_size,
         config.compress_stride,

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from nsa_kernels.geometry import CompressionWeights, NSAConfig
 from nsa_kernels.packing import BatchLayout, batch_layout
+from nsa_kernels.precision import linear_map, without_autocast
 from nsa_kernels.primitives import ceil_div, padded, store_rows
 
 # T packed tokens, C rows of compressed blocks, H KV heads, D head dim, l tokens in a compression block, d its stride.
@@ -43,13 +44,16 @@ def _mean_kernel(
 def _gather_kernel(
     x_ptr,  # [T, H, D]
     summary_start_ptr,  # [C]
+    kept_ptr,  # [H, C], which blocks are copied; all if None
     out_ptr,  # [H, C, l * D]
     num_tokens, num_rows,
     H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_SIZE: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """One program copies one block of one head; an unused row gets zeros."""
+    """One program copies one block of one head; an unused row gets zeros, and so does one that is not kept."""
     c, head = tl.program_id(0), tl.program_id(1)
     start = tl.load(summary_start_ptr + c)
+    if kept_ptr is not None:
+        start = tl.where(tl.load(kept_ptr + head.to(tl.int64) * num_rows + c) != 0, start, num_tokens)
     token, column = tl.arange(0, TOKENS), tl.arange(0, BLOCK_D)
     inside = (token < BLOCK_SIZE)[:, None] & (column < D)[None, :]
     rows = (start + token).to(tl.int64) * H + head
@@ -104,12 +108,12 @@ def _scatter(grad: Tensor, head_dim: int, layout: list[Tensor], block_size: int,
     return out
 
 
-def _gather(x: Tensor, layout: list[Tensor], block_size: int) -> Tensor:
-    """The blocks of each head, flattened token by token, [H, C, l * D]."""
+def _gather(x: Tensor, layout: list[Tensor], block_size: int, kept: Tensor | None = None) -> Tensor:
+    """The blocks of each head, flattened token by token, [H, C, l * D]; zeros where `kept` [H, C] is 0."""
     T, H, D = x.shape
     start = BatchLayout(*layout).summary_start
     out = x.new_empty(H, len(start), block_size * D)
-    _gather_kernel[(len(start), H)](x, start, out, T, len(start), H, D, padded(D), block_size, padded(block_size))
+    _gather_kernel[(len(start), H)](x, start, kept, out, T, len(start), H, D, padded(D), block_size, padded(block_size))
     return out
 
 
@@ -129,7 +133,7 @@ def block_mean(x: Tensor, layout: list[Tensor], block_size: int, stride: int) ->
 
 @block_mean.register_fake
 def _(x: Tensor, layout: list[Tensor], block_size: int, stride: int) -> Tensor:
-    return x.new_empty(len(BatchLayout(*layout).summary_start), *x.shape[1:])
+    return x.new_empty(BatchLayout(*layout).summary_start.shape[0], *x.shape[1:])
 
 
 @torch.library.custom_op("nsa_kernels::block_mean_backward", mutates_args=())
@@ -139,26 +143,29 @@ def _block_mean_backward(grad: Tensor, layout: list[Tensor], block_size: int, st
 
 @_block_mean_backward.register_fake
 def _(grad: Tensor, layout: list[Tensor], block_size: int, stride: int) -> Tensor:
-    return grad.new_empty(len(BatchLayout(*layout).document_start), *grad.shape[1:])
+    return grad.new_empty(BatchLayout(*layout).document_start.shape[0], *grad.shape[1:])
 
 
 @torch.library.custom_op("nsa_kernels::block_linear", mutates_args=())
 def block_linear(x: Tensor, weight: Tensor, layout: list[Tensor], block_size: int, stride: int) -> Tensor:
     """Each flattened block times its head's matrix: x [T, H, D], weight [H, l * D, M] -> [H, C, M]."""
-    return torch.bmm(_gather(x, layout, block_size), weight)
+    with without_autocast(x):
+        return torch.bmm(_gather(x, layout, block_size), weight)
 
 
 @block_linear.register_fake
 def _(x: Tensor, weight: Tensor, layout: list[Tensor], block_size: int, stride: int) -> Tensor:
-    return x.new_empty(x.shape[1], len(BatchLayout(*layout).summary_start), weight.shape[-1])
+    return x.new_empty(x.shape[1], BatchLayout(*layout).summary_start.shape[0], weight.shape[-1])
 
 
 @torch.library.custom_op("nsa_kernels::block_linear_backward", mutates_args=())
 def _block_linear_backward(
     grad: Tensor, x: Tensor, weight: Tensor, layout: list[Tensor], block_size: int, stride: int
 ) -> tuple[Tensor, Tensor]:
-    grad_weight = torch.bmm(_gather(x, layout, block_size).mT, grad)
-    grad_blocks = torch.bmm(grad, weight.mT)  # [H, C, l * D]
+    kept = (grad != 0).any(-1).int()  # what has no gradient gives none, not even 0 times infinity
+    with without_autocast(x):
+        grad_weight = torch.bmm(_gather(x, layout, block_size, kept).mT, grad)
+        grad_blocks = torch.bmm(grad, weight.mT)  # [H, C, l * D]
     return _scatter(grad_blocks, x.shape[-1], layout, block_size, stride, mean=False), grad_weight
 
 
@@ -216,19 +223,18 @@ def compress(
     Source: arXiv:2502.11089, eq. 7.
     """
     layout = batch_layout(cu_seqlens, len(x), config) if layout is None else layout
+    config = config if weights is not None else config.within(x.shape[0])
     x, tensors = x.contiguous(), list(layout)
     sizes = (config.compress_block_size, config.compress_stride)
     summary = block_mean(x, tensors, *sizes)
     if weights is None:
         return summary
     weight, e = weights.in_weight.to(x.dtype), weights.position_embedding.flatten(1).unsqueeze(1)  # [H_kv, 1, l * D]
-    bias = torch.bmm(e, weights.in_weight) + weights.in_bias.unsqueeze(1)  # [H_kv, 1, M]
+    bias = linear_map(e, weights.in_weight) + weights.in_bias.unsqueeze(1)  # [H_kv, 1, M]
     mapped = block_linear(x, weight, tensors, *sizes) + bias.to(x.dtype)  # [H_kv, C, M]
     if weights.out_weight is not None and weights.out_bias is not None:
-        hidden = torch.nn.functional.silu(mapped)
-        mapped = torch.baddbmm(
-            weights.out_bias.to(x.dtype).unsqueeze(1), hidden, weights.out_weight.to(x.dtype)
-        )  # [H_kv, C, D]
+        mapped = linear_map(mapped, weights.out_weight.to(x.dtype), activated=True)  # [H_kv, C, D]
+        mapped = mapped + weights.out_bias.to(x.dtype).unsqueeze(1)
     used = (layout.summary_start < len(x))[:, None, None]
     return (summary + mapped.transpose(0, 1)).where(used, 0.0)
 

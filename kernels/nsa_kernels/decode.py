@@ -15,6 +15,7 @@ from nsa_kernels.attention import Backend, stages_of
 from nsa_kernels.decode_eager import Keys
 from nsa_kernels.errors import SettingError
 from nsa_kernels.geometry import CompressionWeights, NSAConfig, NSAOutput
+from nsa_kernels.precision import computed_as_given
 from nsa_kernels.rotary import apply_rotary
 
 # B sequences, S and W slots, C rows, T new tokens of a chunk, L tokens so far, H query heads, H_kv KV heads, n blocks.
@@ -68,6 +69,7 @@ class NewToken(NamedTuple):
 
 
 @torch.no_grad()
+@computed_as_given
 def append_tokens(
     q: Tensor,
     pairs: Sequence[NewTokens],
@@ -106,6 +108,7 @@ def append_tokens(
 
 
 @torch.no_grad()
+@computed_as_given
 def decode_attention(
     q: Tensor,
     gates: Tensor,
@@ -141,6 +144,7 @@ def decode_attention(
         ValueError: shapes that disagree, or inputs that the chosen backend does not take.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    config = config.within(cache.k.shape[1]) if new is None else config
     B, H_KV = len(q), cache.k.shape[2]
     _check("q", q, (B, H_KV * (q.shape[1] // H_KV), cache.k.shape[3]))
     _check("gates", gates, (*q.shape[:2], 3))
@@ -181,6 +185,7 @@ def decode_attention(
 
 
 @torch.no_grad()
+@computed_as_given
 def decode_dense_attention(
     q: Tensor,
     k: Tensor,
@@ -226,6 +231,7 @@ def decode_dense_attention(
 
 
 @torch.no_grad()
+@computed_as_given
 def chunk_attention(
     q: Tensor,
     gates: Tensor,
@@ -261,7 +267,7 @@ def chunk_attention(
     Raises:
         ValueError: shapes that disagree, or inputs that the chosen backend does not take.
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale, config = q.shape[-1] ** -0.5 if scale is None else scale, config.within(len(k))
     (T, H, _), (L, H_KV, D_QK), M = q.shape, k.shape, len(sliding_k)
     _check("q", q, (T, H_KV * (H // H_KV), D_QK))
     _check("gates", gates, (T, H, 3))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nsa_kernels.eager import Candidates, attend, rank, summarise
 from nsa_kernels.geometry import CompressionWeights, NSAConfig, NSAOutput
+from nsa_kernels.precision import linear_map
 from nsa_kernels.rotary import apply_rotary
 
 # B sequences, T queries of each, H query heads, H_kv KV heads, G = H / H_kv, D head dim, S keys, C summaries, n chosen
@@ -66,7 +67,7 @@ def started_blocks(
         else:
             inputs = (tokens + learned.position_embedding.transpose(0, 1)).where(seen, 0.0)
             inputs = inputs.transpose(2, 3).flatten(3).flatten(0, 1).transpose(0, 1)  # [H_kv, B * S, l * D]
-            mapped = torch.bmm(inputs, learned.in_weight).transpose(0, 1)
+            mapped = linear_map(inputs, learned.in_weight).transpose(0, 1)
             maps.append(mapped.float().contiguous().unflatten(0, block.shape))
     return *sums, *maps
 

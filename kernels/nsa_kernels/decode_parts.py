@@ -247,10 +247,11 @@ def dense_attention(
 ) -> Tensor:
     """`decode.decode_dense_attention` of contiguous tensors."""
     sizes, slots = sizes_of(q, k, v), k.shape[1]
+    window_size = min(window_size or 0, LONGEST_WINDOW)
     parts, (early, overlap) = sizes.num_parts(window_size or slots, _READING, q.device), early_start(q.device)
     o, stats = sizes.parts(parts, q)
     _parts_kernel[(parts, sizes.H_KV, sizes.B)](
-        q, k, v, positions, o, stats, slots, scale * LOG2_E.value, window_size or 0, *sizes.heads,
+        q, k, v, positions, o, stats, slots, scale * LOG2_E.value, window_size, *sizes.heads,
         sizes.keys, dot_precision(q.dtype), early, **_READING.options, **overlap,
     )  # fmt: skip
     out = q.new_empty(*q.shape[:2], sizes.D_V)
@@ -261,6 +262,8 @@ def dense_attention(
     return out
 
 
+LONGEST_WINDOW = 2**30
+"""Beyond it a window holds all tokens, and positions less a window stay int32."""
 _STAGE_BYTES = 2**15
 """Keys and values that a step of a loop loads, three steps ahead: what fits the shared memory of every chip."""
 _READING = Launch()

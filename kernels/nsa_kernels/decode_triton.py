@@ -27,6 +27,7 @@ from torch import Tensor
 
 from nsa_kernels.block_selection import FORCED, best_soon, plane_weight, reach_of
 from nsa_kernels.decode_parts import (
+    LONGEST_WINDOW,
     Launch,
     load_keys,
     load_queries,
@@ -39,7 +40,7 @@ from nsa_kernels.decode_parts import (
 from nsa_kernels.decode_summaries_triton import attend_summaries, older_summaries, reading_launch, rotated_pairs
 from nsa_kernels.early_start import await_launch_before, early_start, let_next_begin
 from nsa_kernels.elementwise_triton import whole_rows
-from nsa_kernels.geometry import NSAConfig, NSAOutput
+from nsa_kernels.geometry import NSAConfig, NSAOutput, filled_slots
 from nsa_kernels.primitives import (
     HIDDEN,
     LOG2_E,
@@ -265,12 +266,13 @@ def sparse_attention(
     sizes, precision, scale_log2 = sizes_of(q, k, v), dot_precision(q.dtype), scale * LOG2_E.value
     q, gates, (early, overlap) = whole_rows(q), whole_rows(gates), early_start(q.device)
     B, H_KV, GROUP, _, D_V, keys = sizes
-    size, n = config.select_block_size, config.num_selected_blocks
+    size, window = config.select_block_size, min(config.window_size, LONGEST_WINDOW)
+    n = filled_slots(config.num_selected_blocks, size, k.shape[1])
     J = k.shape[1] // size
     blocks = min(_SEGMENT, padded(J))
     segments = ceil_div(J, blocks)
     reading = reading_launch(q, sizes)
-    window_parts = min(sizes.num_parts(config.window_size, reading, q.device), _WINDOW_PARTS)
+    window_parts = min(sizes.num_parts(window, reading, q.device), _WINDOW_PARTS)
     tokens_parts = window_parts + sizes.num_parts(n * size, _TOKENS, q.device)
 
     planes = 1 + reach_of(config.compress_block_size, config.compress_stride, size)
@@ -302,7 +304,7 @@ def sparse_attention(
     _tokens_kernel[(tokens_parts, H_KV, B)](
         *queries, k, v, sliding_k, sliding_v, positions, indices, tokens_o, tokens_stats,
         q.stride(0), k.shape[1], sliding_k.shape[1], window_parts, scale_log2, rotated_pairs(queries), n, size,
-        config.window_size, *sizes.heads, min(keys, size), precision, early, **_TOKENS.options, **overlap,
+        window, *sizes.heads, min(keys, size), precision, early, **_TOKENS.options, **overlap,
     )  # fmt: skip
     out = q.new_empty(B, H_KV * GROUP, D_V)
     at_once = min(power_of_two(tokens_parts - window_parts), max(1, _MERGED_ROWS // rows))
@@ -310,7 +312,8 @@ def sparse_attention(
         gates, compressed_o, tokens_o, tokens_stats, out, gates.stride(0), window_parts, tokens_parts,
         H_KV, GROUP, rows, D_V, _COLUMNS, at_once, gate_logits, early, **overlap,
     )  # fmt: skip
-    return NSAOutput(out, indices)
+    empty = config.num_selected_blocks - n
+    return NSAOutput(out, torch.nn.functional.pad(indices, (0, empty), value=-1) if empty else indices)
 
 
 _TOKENS = Launch(num_stages=2)

@@ -3,7 +3,10 @@
 Same stages, names and results as `reference.py`, but vectorised and with bounded memory. Queries are processed a
 chunk at a time, forward saves the inputs, the output and the log-sum-exp, and backward recomputes each chunk's
 probabilities from them: beside its inputs and outputs a stage holds one chunk of scores. Scores, softmax and
-gradients are computed in float32 (float64 for float64 inputs).
+gradients are computed in float32 (float64 for float64 inputs), whatever autocast says.
+
+Infinity and NaN reach those that see them and no others. A matrix product does not know who sees what, and 0 times
+infinity is NaN: such numbers are taken out of it, and NaN is put where they belong.
 """
 
 from collections.abc import Iterator
@@ -21,6 +24,7 @@ from nsa_kernels.packing import (
     selection_layout,
     visible_summaries,
 )
+from nsa_kernels.precision import computed_as_given, linear_map, without_autocast
 
 # T packed tokens, H query heads, H_kv KV heads, G = H / H_kv, D head dim, C rows of compressed blocks, n selected
 # blocks, l' tokens in one of them. Inside a chunk: B independent problems of M query rows and N keys each.
@@ -42,8 +46,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> tuple[Tensor, Ten
     row_max = row_max.masked_fill(row_max == float("-inf"), 0.0)
     p = scores.sub_(row_max).exp_()
     row_sum = p.sum(-1, keepdim=True)
-    seen = row_sum > 0
-    o = torch.bmm(p, v).div_(row_sum.masked_fill(~seen, 1.0))
+    seen = row_sum != 0
+    o = torch.bmm(p, _without(v, v.isfinite()) if _may_be_infinite(v) else v).div_(row_sum.masked_fill(~seen, 1.0))
+    if _may_be_infinite(v):
+        spoilt = ~(hidden | v.isfinite().all(-1).unsqueeze(1))
+        o.masked_fill_(spoilt.any(-1, keepdim=True), float("nan"))
     lse = torch.where(seen, row_max + row_sum.log(), 0.0)
     return o, lse.squeeze(-1)
 
@@ -52,10 +59,45 @@ def _attend_backward(
     q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, lse: Tensor, delta: Tensor, grad_o: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v from the saved lse [B, M, 1] and delta = sum(o * grad_o) [B, M, 1]."""
+    if any(map(_may_be_infinite, (q, k, v, lse, delta, grad_o))):
+        return _attend_backward_of_finite_pairs(q, k, v, hidden, lse, delta, grad_o)
     p = _scores(q, k, hidden).sub_(lse).exp_()
     grad_v = torch.bmm(p.mT, grad_o)
     grad_scores = torch.bmm(grad_o, v.mT).sub_(delta).mul_(p)
     return torch.bmm(grad_scores, k), torch.bmm(grad_scores.mT, q), grad_v
+
+
+def _attend_backward_of_finite_pairs(
+    q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, lse: Tensor, delta: Tensor, grad_o: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`_attend_backward` where some numbers are not finite; a row without a gradient gives none."""
+    active = (grad_o != 0).any(-1, keepdim=True)  # [B, M, 1]
+    weighs = q.isfinite().all(-1, keepdim=True) & lse.isfinite() & grad_o.isfinite().all(-1, keepdim=True)
+    scored = weighs & delta.isfinite()
+    known, key = k.isfinite().all(-1).unsqueeze(1), v.isfinite().all(-1).unsqueeze(1)  # [B, 1, N]
+    seen = ~hidden & active
+    spoilt_p, spoilt_scores = seen & ~(weighs & known), seen & ~(scored & known & key)  # [B, M, N]
+    q, k, v, grad_o = (_without(x, x.isfinite()) for x in (q, k, v, grad_o))
+    p = _scores(q, k, hidden).sub_(_without(lse, lse.isfinite())).exp_()
+    p.masked_fill_(hidden | ~(active & weighs) | ~known, 0.0)
+    grad_v = torch.bmm(p.mT, grad_o)
+    p.masked_fill_(~(scored & key), 0.0)
+    grad_scores = torch.bmm(grad_o, v.mT).sub_(_without(delta, delta.isfinite())).mul_(p)
+    nan, queries, keys = float("nan"), spoilt_scores.any(-1, keepdim=True), spoilt_scores.any(1).unsqueeze(-1)
+    return (
+        torch.bmm(grad_scores, k).masked_fill_(queries, nan),
+        torch.bmm(grad_scores.mT, q).masked_fill_(keys, nan),
+        grad_v.masked_fill_(spoilt_p.any(1).unsqueeze(-1), nan),
+    )
+
+
+def _may_be_infinite(x: Tensor) -> bool:
+    """Whether to look for infinity and NaN: a CPU knows by the sum, for another device the host would wait."""
+    return x.device.type != "cpu" or not bool(x.sum().isfinite())
+
+
+def _without(x: Tensor, finite: Tensor) -> Tensor:
+    return x.where(finite, 0.0)
 
 
 @dataclass(frozen=True)
@@ -132,6 +174,13 @@ class _ChunkedAttention(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, num_kv_heads: int, scale: float, chunks: _KeyRuns | _KeyBlocks
     ) -> tuple[Tensor, Tensor]:
+        with without_autocast(q):
+            return _ChunkedAttention._forward(ctx, q, k, v, num_kv_heads, scale, chunks)
+
+    @staticmethod
+    def _forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, num_kv_heads: int, scale: float, chunks: _KeyRuns | _KeyBlocks
+    ) -> tuple[Tensor, Tensor]:
         dtype = torch.promote_types(q.dtype, torch.float32)
         o = q.new_empty(*q.shape[:2], v.shape[-1])
         lse = q.new_empty(q.shape[:2], dtype=dtype)
@@ -153,6 +202,11 @@ class _ChunkedAttention(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_o: Tensor, _grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+        with without_autocast(grad_o):
+            return _ChunkedAttention._backward(ctx, grad_o)
+
+    @staticmethod
+    def _backward(ctx: Any, grad_o: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, o, lse = ctx.saved_tensors
         num_kv_heads, scale, chunks = ctx.num_kv_heads, ctx.scale, ctx.chunks
         dtype = lse.dtype
@@ -190,6 +244,7 @@ def compress(x: Tensor, cu_seqlens: Tensor, config: NSAConfig, weights: Compress
 
     See `reference.compress`. Rows past the last block are zero.
     """
+    config = config if weights is not None else config.within(len(x))
     layout = compressed_layout(cu_seqlens, len(x), config)
     tokens = layout.start[:, None] + torch.arange(config.compress_block_size, device=x.device)  # [C, l]
     tokens = tokens.where(layout.is_block[:, None], 0)
@@ -202,10 +257,9 @@ def summarise(blocks: Tensor, weights: CompressionWeights | None = None) -> Tens
     summary = blocks.mean(1, dtype=torch.promote_types(blocks.dtype, torch.float32))  # [C, H_kv, D]
     if weights is not None:
         inputs = blocks.permute(2, 0, 1, 3) + weights.position_embedding.unsqueeze(1)  # [H_kv, C, l, D]
-        mapped = torch.baddbmm(weights.in_bias.unsqueeze(1), inputs.flatten(2), weights.in_weight)
+        mapped = linear_map(inputs.flatten(2), weights.in_weight) + weights.in_bias.unsqueeze(1)
         if weights.out_weight is not None and weights.out_bias is not None:
-            hidden = torch.nn.functional.silu(mapped)
-            mapped = torch.baddbmm(weights.out_bias.unsqueeze(1), hidden, weights.out_weight)
+            mapped = linear_map(mapped, weights.out_weight, activated=True) + weights.out_bias.unsqueeze(1)
         summary = summary + mapped.transpose(0, 1)
     return summary.to(blocks.dtype)
 
@@ -237,6 +291,7 @@ def compressed_attention(
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attend each query to the visible block summaries; see `reference.compressed_attention`."""
+    config = config.within(len(q))
     runs = _visible_compressed_rows(cu_seqlens, config, len(q), len(compressed_k), 4 * q.shape[1])
     return _ChunkedAttention.apply(q, compressed_k, compressed_v, compressed_k.shape[1], _default_scale(q, scale), runs)
 
@@ -287,6 +342,7 @@ def rank(importance: Tensor, candidates: Candidates, config: NSAConfig) -> Tenso
 
 
 @torch.no_grad()
+@computed_as_given
 def block_selection(
     q: Tensor,
     compressed_k: Tensor,
@@ -296,7 +352,7 @@ def block_selection(
     scale: float | None = None,
 ) -> Tensor:
     """Choose the n selection blocks of each query, int32 [T, H_kv, n]; see `reference.block_selection`."""
-    num_tokens, num_kv_heads = len(q), compressed_k.shape[1]
+    num_tokens, num_kv_heads, config = len(q), compressed_k.shape[1], config.within(len(q))
     runs = _visible_compressed_rows(cu_seqlens, config, num_tokens, len(compressed_k), 4 * q.shape[1])
     columns, weights = _importance_columns(cu_seqlens, config, num_tokens)
     layout = selection_layout(cu_seqlens, num_tokens, config)
@@ -334,8 +390,8 @@ def selected_attention(
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attend each query to the tokens of its selected blocks; see `reference.selected_attention`."""
-    num_tokens, num_kv_heads = k.shape[:2]
-    size = config.select_block_size
+    (num_tokens, num_kv_heads), config = k.shape[:2], config.within(len(k))
+    size, slots = config.select_block_size, -(-num_tokens // config.select_block_size)
     layout = selection_layout(cu_seqlens, num_tokens, config)
     tokens = (layout.start[:, None] + torch.arange(size, device=q.device)).clamp(max=num_tokens - 1)  # [B, l']
 
@@ -343,12 +399,12 @@ def selected_attention(
         return x.index_select(0, tokens.flatten()).unflatten(0, tokens.shape).permute(2, 0, 1, 3).flatten(0, 1)
 
     position = document_positions(cu_seqlens, num_tokens)[:, None, None]
-    chosen = block_indices.long()
+    chosen = block_indices[..., :slots].long()
     first = layout.cu_blocks[document_index(cu_seqlens, num_tokens)][:, None, None]
     head_rows = torch.arange(num_kv_heads, device=q.device)[:, None] * len(layout.block)
     rows = (first + chosen.clamp(min=0)) + head_rows  # [T, H_kv, n]
     visible = (position + 1 - chosen * size).clamp(max=size).where(chosen >= 0, 0)
-    bytes_per_query = 4 * num_kv_heads * config.selected_tokens * max(q.shape[-1], q.shape[1] // num_kv_heads)
+    bytes_per_query = 4 * num_kv_heads * chosen.shape[-1] * size * max(q.shape[-1], q.shape[1] // num_kv_heads)
     blocks = _KeyBlocks(rows, visible, size, _chunk_size(q.device, bytes_per_query))
     return _ChunkedAttention.apply(q, as_blocks(k), as_blocks(v), num_kv_heads, _default_scale(q, scale), blocks)
 

@@ -131,6 +131,7 @@ def _gated_branches_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v, sliding_k, sliding_v, compressed_k, compressed_v and gates."""
     where, do = BatchLayout(*layout), do.contiguous()
+    block_indices = block_attention.without_empty_slots(block_indices, k, block_size)
     (T, H, D_QK), (_, H_KV, D_V) = q.shape, v.shape
     delta, lse_shifted = (q.new_empty(3, T, H, dtype=torch.float32) for _ in range(2))
     grad_gates, dq = torch.empty_like(gates), torch.empty_like(q)
@@ -237,4 +238,4 @@ def gated_sum(
         factor = check_inputs(q, keys, values, scale)
     pairs = (x.contiguous() for x in (q, k, v, sliding_k, sliding_v, compressed_k, compressed_v))
     branch = (gates.contiguous(), block_indices.contiguous(), compressed_o, compressed_lse)
-    return gated_branches(*pairs, *branch, list(layout), config.select_block_size, factor)[0]
+    return gated_branches(*pairs, *branch, list(layout), config.within(q.shape[0]).select_block_size, factor)[0]

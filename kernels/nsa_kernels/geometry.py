@@ -1,11 +1,12 @@
 """The sizes that define Native Sparse Attention, checked once (arXiv:2502.11089, sec. 3.3)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from torch import Tensor
 
 from nsa_kernels.errors import SettingError
+from nsa_kernels.settings import check_types
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,7 +14,7 @@ class NSAConfig:
     """Block sizes, counts and window of one NSA layer.
 
     Raises:
-        ValueError: a size is not positive, the stride does not divide a block size, or the forced blocks
+        ValueError: a size is not a positive integer, the stride does not divide a block size, or the forced blocks
             outnumber the selected ones.
     """
 
@@ -39,6 +40,7 @@ class NSAConfig:
     """Tokens in the sliding window, the query's own included (w)."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in (
             "compress_block_size",
             "compress_stride",
@@ -67,6 +69,36 @@ class NSAConfig:
     def selected_tokens(self) -> int:
         """Tokens that the selection branch can reach at once (n · l'): up to there it equals full attention."""
         return self.num_selected_blocks * self.select_block_size
+
+    def within(self, num_tokens: int) -> "NSAConfig":
+        """A config that means the same in documents of up to so many tokens, its block sizes fit for kernels.
+
+        Of sizes that no document reaches one is like another. Only unusual ones are compared with `num_tokens`: under
+        torch.compile its value would hold for the graph.
+        """
+        l, d, size = self.compress_block_size, self.compress_stride, self.select_block_size  # noqa: E741
+        if max(l, size) <= _USUAL_SIZE:
+            return self
+        most = max(num_tokens, _LEAST_SIZE)
+        if d > most:
+            l = d = size = 1 << most.bit_length()  # noqa: E741
+        else:
+            l = min(l, (most // d + 1) * d)  # noqa: E741
+            size = min(size, -(-most // d) * d if size & (size - 1) else 1 << (most - 1).bit_length())
+        return replace(self, compress_block_size=l, compress_stride=d, select_block_size=size)
+
+
+def filled_slots(num_slots: int, block_size: int, num_tokens: int) -> int:
+    """How many slots of a query can hold a block in documents of up to so many tokens, or a few more.
+
+    They come before the others, which hold -1. Powers of two, so that kernels are compiled for few of them.
+    """
+    blocks = -(-num_tokens // block_size)
+    return min(num_slots, max(_USUAL_SLOTS, 1 << (blocks - 1).bit_length()))
+
+
+_USUAL_SIZE, _LEAST_SIZE, _USUAL_SLOTS = 4096, 64, 32
+"""Block sizes in tokens up to which nothing is looked at, what they are not reduced below; and slots of a query."""
 
 
 class CompressionWeights(NamedTuple):

@@ -42,7 +42,7 @@ def compressed_layout(cu_seqlens: Tensor, num_tokens: int, config: NSAConfig) ->
 
     The number of rows is C = max(T // d, 1): no packing of T tokens has more blocks.
     """
-    offsets = cu_seqlens.long()
+    config, offsets = config.within(num_tokens), cu_seqlens.long()
     lengths = offsets.diff()
     block_size, stride = config.compress_block_size, config.compress_stride
     counts = torch.where(lengths >= block_size, (lengths - block_size) // stride + 1, 0)
@@ -59,6 +59,7 @@ def visible_summaries(cu_seqlens: Tensor, num_tokens: int, config: NSAConfig) ->
 
     They are the blocks that lie wholly in its past or present.
     """
+    config = config.within(num_tokens)
     first = compressed_layout(cu_seqlens, num_tokens, config).cu_blocks[document_index(cu_seqlens, num_tokens)]
     past = document_positions(cu_seqlens, num_tokens) + 1 - config.compress_block_size
     return first, first + (past.div(config.compress_stride, rounding_mode="floor") + 1).clamp(min=0)
@@ -69,6 +70,7 @@ def compressed_block_centres(cu_seqlens: Tensor, num_tokens: int, config: NSACon
 
     A block summary is rotated (RoPE) at this position. Unused rows hold the centre of block 0.
     """
+    config = config.within(num_tokens)
     layout = compressed_layout(cu_seqlens, num_tokens, config)
     return layout.block * config.compress_stride + config.compress_block_size // 2
 
@@ -88,7 +90,7 @@ def selection_layout(cu_seqlens: Tensor, num_tokens: int, config: NSAConfig) -> 
 
     The number of rows is B = T // l' + N: no packing of T tokens in N documents has more blocks.
     """
-    offsets = cu_seqlens.long()
+    config, offsets = config.within(num_tokens), cu_seqlens.long()
     size = config.select_block_size
     counts = (offsets.diff() + size - 1) // size
     cu_blocks = torch.cat([offsets.new_zeros(1), counts.cumsum(0)])
@@ -113,9 +115,11 @@ class KeyRuns(NamedTuple):
 
 def sliding_runs(document_start: Tensor, document_end: Tensor, window_size: int) -> KeyRuns:
     """The last `window_size` tokens of its document for each token, its own included."""
-    token = torch.arange(len(document_start), device=document_start.device, dtype=torch.int32)
+    token = torch.arange(document_start.shape[0], device=document_start.device, dtype=torch.int32)
+    window_size = min(window_size, torch.iinfo(torch.int32).max)
     first = torch.maximum(token - (window_size - 1), document_start)
-    return KeyRuns(first, token + 1, token, torch.minimum(token + window_size, document_end))
+    seen_to = token + (document_end - token).clamp(max=window_size)  # no sum is above the end
+    return KeyRuns(first, token + 1, token, seen_to)
 
 
 class BatchLayout(NamedTuple):
@@ -155,7 +159,7 @@ def batch_layout(cu_seqlens: Tensor, num_tokens: int, config: NSAConfig) -> Batc
         num_tokens: T.
         config: block sizes.
     """
-    offsets = cu_seqlens.long()
+    config, offsets = config.within(num_tokens), cu_seqlens.long()
     document = document_index(cu_seqlens, num_tokens)
     document_start, document_end = offsets[document].int(), offsets[document + 1].int()
     first_summary, end_summary = visible_summaries(cu_seqlens, num_tokens, config)

@@ -26,7 +26,8 @@ def sparse_attention(
     seen = (token + (L - T + 1 - config.compress_block_size)).div(config.compress_stride, rounding_mode="floor")
     none = torch.zeros_like(token)
     compressed = KeyRuns(none, (seen + 1).clamp(min=0), none, none)
-    window = KeyRuns((token + (M - T + 1 - config.window_size)).clamp(min=0), token + (M - T + 1), none, none)
+    window_size = min(config.window_size, M)
+    window = KeyRuns((token + (M - T + 1 - window_size)).clamp(min=0), token + (M - T + 1), none, none)
     if not len(summaries[0]):  # a descriptor wants a row, though nobody sees it
         summaries = (
             summaries[0].new_zeros(1, *summaries[0].shape[1:]),

@@ -21,6 +21,7 @@ from torch.nn.functional import silu
 
 from nsa_kernels.errors import SettingError
 from nsa_kernels.geometry import CompressionWeights, NSAConfig, NSAOutput
+from nsa_kernels.precision import contract
 from nsa_kernels.rotary import apply_rotary
 
 
@@ -113,6 +114,7 @@ def block_importance(
 
     Source: arXiv:2502.11089, eq. 8-10.
     """
+    config = config.within(len(q))
     l, d, select_size = config.compress_block_size, config.compress_stride, config.select_block_size
     T, H_kv = len(q), compressed_k.shape[1]
     J = max(math.ceil((end - start) / select_size) for start, end in _documents(cu_seqlens))
@@ -202,7 +204,7 @@ def selected_attention(
 
     Source: arXiv:2502.11089, eq. 5 and 12.
     """
-    H_kv, G, size = k.shape[1], _group_size(q.shape[1], k.shape[1]), config.select_block_size
+    H_kv, G, size = k.shape[1], _group_size(q.shape[1], k.shape[1]), config.within(len(k)).select_block_size
     rows = []
     for start, end in _documents(cu_seqlens):
         for t in range(end - start):
@@ -345,10 +347,10 @@ def _summary(x: Tensor, weights: CompressionWeights | None) -> Tensor:
     if weights is None:
         return mean
     u = (x.transpose(0, 1) + weights.position_embedding).flatten(1)  # [H_kv, l * D], token by token
-    y = torch.einsum("hi,him->hm", u, weights.in_weight) + weights.in_bias  # [H_kv, M]
+    y = contract("hi,him->hm", u, weights.in_weight) + weights.in_bias  # [H_kv, M]
     if weights.out_weight is not None and weights.out_bias is not None:
-        y = torch.einsum("hm,hmd->hd", silu(y), weights.out_weight) + weights.out_bias
-    return mean + y
+        y = contract("hm,hmd->hd", silu(y), weights.out_weight) + weights.out_bias
+    return (mean + y).to(x.dtype)
 
 
 def _group_size(num_heads: int, num_kv_heads: int) -> int:
@@ -362,7 +364,7 @@ def _scores(q: Tensor, k: Tensor, scale: float | None) -> Tensor:
     """q_h · k_s · scale of one query: q [H, D_qk], k [S, H_kv, D_qk] -> [H_kv, G, S]."""
     (H, D_qk), H_kv = q.shape, k.shape[1]
     grouped = q.view(H_kv, _group_size(H, H_kv), D_qk)  # head h belongs to KV head h // G
-    return torch.einsum("kgd,skd->kgs", grouped, k) * (D_qk**-0.5 if scale is None else scale)
+    return contract("kgd,skd->kgs", grouped, k) * (D_qk**-0.5 if scale is None else scale)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
@@ -371,7 +373,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> tuple[Tenso
     With no key (S = 0) the sum is empty, so o = 0, and lse is 0 by definition.
     """
     scores = _scores(q, k, scale)  # [H_kv, G, S]
-    o = torch.einsum("kgs,skd->kgd", scores.softmax(-1), v).flatten(0, 1)  # [H, D_v]
+    o = contract("kgs,skd->kgd", scores.softmax(-1), v).flatten(0, 1)  # [H, D_v]
     lse = (scores.logsumexp(-1) if len(k) else scores.sum(-1)).flatten()  # [H]
     return o, lse.to(torch.promote_types(lse.dtype, torch.float32))
 

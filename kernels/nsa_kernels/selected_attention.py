@@ -78,7 +78,7 @@ def selected_attention(
         q: queries, [T, H, D_qk].
         k: keys, [T, H_kv, D_qk].
         v: values, [T, H_kv, D_v].
-        block_indices: int32 [T, H_kv, n], -1 for none; relative to the query's document, none twice.
+        block_indices: int32 [T, H_kv, n], ascending, then -1 for none; relative to the query's document, none twice.
         cu_seqlens: document offsets, int32 [N + 1].
         config: block sizes.
         scale: factor of the scores, positive; 1 / sqrt(D_qk) by default.
@@ -90,6 +90,6 @@ def selected_attention(
     Source: arXiv:2502.11089, eq. 5 and 12.
     """
     layout = batch_layout(cu_seqlens, len(q), config) if layout is None else layout
-    scale = check_inputs(q, k, v, scale)
+    scale, config = check_inputs(q, k, v, scale), config.within(q.shape[0])
     tensors = q.contiguous(), k.contiguous(), v.contiguous(), block_indices.contiguous()
     return _selected_attention(*tensors, list(layout), config.select_block_size, scale)

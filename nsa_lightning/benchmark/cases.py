@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
 from nsa_kernels.errors import SettingError
+from nsa_kernels.settings import check_types
 
 InputKind = Literal["random", "overlap"]
 DocumentMix = Literal["one", "mixed", "equal_1k"]
@@ -121,6 +122,7 @@ class KernelSettings:
     overwrite: bool
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_choices("documents", self.documents, get_args(DocumentMix))
         check_choices("inputs", self.inputs, get_args(InputKind))
         check_choices("dtype", [self.dtype], DTYPES)

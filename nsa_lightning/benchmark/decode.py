@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nsa_kernels.errors import SettingError
+from nsa_kernels.settings import check_types
 
 from nsa_lightning.benchmark.cases import (
     DTYPES,
@@ -54,6 +55,7 @@ class DecodeSettings:
     overwrite: bool
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_choices("dtype", [self.dtype], DTYPES)
         if not self.shapes and self.config is None:
             raise SettingError("shapes must name at least one where config names no model, got none")

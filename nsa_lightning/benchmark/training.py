@@ -16,6 +16,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 from nsa_kernels.errors import SettingError
+from nsa_kernels.settings import check_types
 
 from nsa_lightning.benchmark.cases import RESULTS_NAME, DocumentMix, check_choices, check_filled, check_output
 from nsa_lightning.benchmark.results import write_whole
@@ -50,6 +51,7 @@ class TrainingSettings:
     fit: list[str]
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_choices("documents", [self.documents], get_args(DocumentMix))
         for name in ("lengths", "attention"):
             check_filled(name, getattr(self, name))

@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 
 import torch
 from nsa_kernels.errors import SettingError
+from nsa_kernels.settings import check_types
 from torch import Tensor
 
 from nsa_lightning.checkpoint.continuation import write_continuation
@@ -44,6 +45,9 @@ class RopeChange:
 
     theta: float | None = None
     """Base of the frequencies."""
+
+    def __post_init__(self) -> None:
+        check_types(self, "rope.")
 
     def apply(self, rope: RopeConfig, max_seq_len: int) -> RopeConfig:
         """The changed embedding of a model made for `max_seq_len` tokens.

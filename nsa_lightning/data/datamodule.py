@@ -9,6 +9,7 @@ import lightning as L
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_info
 from nsa_kernels.errors import SettingError
+from nsa_kernels.settings import check_arguments
 from numpy.typing import NDArray
 
 from nsa_lightning.data.best_fit import BEST_FIT
@@ -85,6 +86,7 @@ class PackedTextDataModule(L.LightningDataModule):
         verify_checksums: bool = False,
     ) -> None:
         super().__init__()
+        check_arguments(PackedTextDataModule.__init__, locals(), "data.")
         self.sources = _listed(sources)
         self.include = _listed(include)
         self.exclude = _listed(exclude)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nsa_kernels.errors import SettingError
+from nsa_kernels.settings import check_types
 
 from nsa_lightning.data.storage import is_url
 from nsa_lightning.data.token_store import TokenStore
@@ -24,6 +25,9 @@ class MixtureSet:
 
     weight: float = 1.0
     """The set's share of the sequences, beside the weights of the others."""
+
+    def __post_init__(self) -> None:
+        check_types(self, "data.mixture: ")
 
 
 def check_origin(sources: Sequence[str], prepared: str | None, mixture: Mapping[str, MixtureSet]) -> None:

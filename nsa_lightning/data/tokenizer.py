@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from nsa_kernels.errors import SettingError
+from nsa_kernels.settings import check_types
 from numpy.typing import NDArray
 
 from nsa_lightning.data.documents import text_fraction
@@ -52,6 +53,7 @@ class TokenizerConfig:
     """The token of `path` that ends each document. Left out: the first usual name it knows, such as <|endoftext|>."""
 
     def __post_init__(self) -> None:
+        check_types(self, "data.tokenizer.")
         if self.vocab_size < MIN_VOCAB_SIZE:
             raise SettingError(f"data.tokenizer.vocab_size must be at least {MIN_VOCAB_SIZE}, got {self.vocab_size}")
         if self.path is None and self.end_of_text not in (None, END_OF_TEXT):

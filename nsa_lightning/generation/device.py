@@ -3,7 +3,7 @@
 import os
 from bisect import bisect_right
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from nsa_kernels.errors import SettingError
@@ -41,7 +41,13 @@ def use_device(name: str) -> torch.device:
 
 
 def choose_dtype(name: DtypeName, device: torch.device) -> torch.dtype:
-    """The type of that name; `auto` is bfloat16 on a GPU and float32 on a CPU."""
+    """The type of that name; `auto` is bfloat16 on a GPU and float32 on a CPU.
+
+    Raises:
+        ValueError: there is no such name.
+    """
+    if name not in get_args(DtypeName):
+        raise SettingError(f"dtype must be one of {', '.join(get_args(DtypeName))}, got {name!r}")
     return _DTYPES.get(name, torch.bfloat16 if device.type == "cuda" else torch.float32)
 
 

@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 
 import torch
 from nsa_kernels.errors import SettingError
+from nsa_kernels.settings import check_types
 
 from nsa_lightning.data.tokenizer import Tokenizer
 from nsa_lightning.generation.decoder import Decoder
@@ -33,6 +34,7 @@ class StopConfig:
     """Strings that end an answer and are not part of it."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.max_new_tokens < 1:
             raise SettingError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
         if "" in self.stop:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from nsa_kernels.errors import SettingError
+from nsa_kernels.settings import check_types
 from torch import Tensor
 
 # B sequences, V tokens in the vocabulary.
@@ -33,6 +34,7 @@ class SamplingConfig:
     """Every prompt's own random numbers start from it: its answer does not depend on the other prompts."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         if not 0 <= self.temperature < float("inf"):
             raise SettingError(f"temperature must be at least 0 and finite, got {self.temperature}")
         if self.top_k is not None and self.top_k < 1:

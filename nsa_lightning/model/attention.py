@@ -18,12 +18,13 @@ from nsa_kernels.eager import summarise
 from nsa_kernels.elementwise import rotate
 from nsa_kernels.errors import SettingError
 from nsa_kernels.packing import BatchLayout
+from nsa_kernels.settings import check_arguments
 from torch import Tensor, nn
 
 from nsa_lightning.model.cache import Chunk, LayerTokens, Step
 from nsa_lightning.model.context_parallel import ContextParallel
 from nsa_lightning.model.fused_attention import chunk_causal_attention, packed_causal_attention
-from nsa_lightning.model.joint_projection import JointProjection
+from nsa_lightning.model.joint_projection import JointProjection, outputs
 from nsa_lightning.model.statistics import BranchStatistics, branch_statistics
 
 AttentionKind = Literal["nsa", "full", "sliding"]
@@ -37,7 +38,7 @@ class NSALayerConfig(NSAConfig):
     """Geometry and learned parts of the NSA layers (arXiv:2502.11089).
 
     Raises:
-        ValueError: as NSAConfig, or a hidden size is not positive.
+        ValueError: as NSAConfig, an unknown name, or a hidden size that is not positive.
     """
 
     compression: Literal["mean", "linear", "mlp"] = "mlp"
@@ -127,11 +128,12 @@ class DenseAttention(KeyValue):
 
     def join_projections(self) -> None:
         """Compute all maps of the input as one when decoding; they are not trained any more."""
-        self._joint = self._joint or JointProjection(self.maps())
+        if self._joint is None or not self._joint.holds(self.maps()):
+            self._joint = JointProjection(self.maps())
 
     def mapped(self, x: Tensor) -> Iterator[Tensor]:
         """The output of each of `maps`."""
-        return iter([one(x) for one in self.maps()] if self._joint is None else self._joint(x))
+        return iter(outputs(self._joint, self.maps(), x))
 
     def query_heads(self, q: Tensor) -> Tensor:
         """Projected queries by head before their rotation, normed, [T, H, D_qk]."""
@@ -347,6 +349,7 @@ def is_new_part(name: str) -> bool:
 
 def build_attention(kind: AttentionKind, shape: LayerShape, nsa: NSALayerConfig, sliding_window: int) -> DenseAttention:
     """The attention layer of that name."""
+    check_arguments(build_attention, locals())
     if kind == "nsa":
         return NSAttention(shape, nsa)
     return DenseAttention(shape, window_size=sliding_window if kind == "sliding" else None)

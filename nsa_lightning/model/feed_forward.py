@@ -3,7 +3,7 @@
 from nsa_kernels.elementwise import silu_product
 from torch import Tensor, nn
 
-from nsa_lightning.model.joint_projection import JointProjection
+from nsa_lightning.model.joint_projection import JointProjection, outputs
 
 
 class FeedForward(nn.Module):
@@ -18,9 +18,13 @@ class FeedForward(nn.Module):
 
     def join_projections(self) -> None:
         """Compute gate and up as one from now on; they are not trained any more."""
-        self._joint = self._joint or JointProjection([self.gate_proj, self.up_proj])
+        if self._joint is None or not self._joint.holds(self._maps()):
+            self._joint = JointProjection(self._maps())
+
+    def _maps(self) -> list[nn.Linear]:
+        return [self.gate_proj, self.up_proj]
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, hidden_size] -> [T, hidden_size]."""
-        gate, up = (self.gate_proj(x), self.up_proj(x)) if self._joint is None else self._joint(x)
+        gate, up = outputs(self._joint, self._maps(), x)
         return self.down_proj(silu_product(gate, up))

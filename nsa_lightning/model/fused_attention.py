@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from nsa_kernels import eager
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
@@ -26,7 +27,8 @@ def packed_causal_attention(
     """Attend each query to the tokens of its own document up to itself.
 
     On CUDA in bf16 or fp16 this is one call of `varlen_attn`. Elsewhere the documents are taken one by one, which
-    reads `cu_seqlens` on the host.
+    reads `cu_seqlens` on the host. On a CPU infinity and NaN reach no token before theirs; PyTorch's kernels multiply
+    them by the weight of 0 that an earlier token gives them, so that within a document all would be NaN.
 
     Args:
         q: [T, H, D_qk].
@@ -41,6 +43,8 @@ def packed_causal_attention(
     """
     if _takes_varlen(q, v):
         return _varlen(q, k, v, (cu_seqlens, cu_seqlens), (max_seqlen, max_seqlen), window_size)
+    if q.device.type == "cpu" and not all(bool(x.sum().isfinite()) for x in (q, k, v)):
+        return eager.sliding_attention(q, k, v, cu_seqlens, window_size or len(q))[0]
     lengths = cu_seqlens.diff().tolist()
     documents = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
     return torch.cat([_document_attention(*document, window_size) for document in documents])
@@ -79,7 +83,7 @@ def _varlen(
     window_size: int | None,
 ) -> Tensor:
     """One call for all documents; where queries are fewer than keys they are the last ones."""
-    window = (-1 if window_size is None else window_size - 1, 0)
+    window = (-1 if window_size is None or window_size >= longest[1] else window_size - 1, 0)
     options: dict[str, Any] = {"enable_gqa": True} if _VARLEN_HAS_GQA else {}
     if not _VARLEN_HAS_GQA:
         group_size = q.shape[1] // k.shape[1]

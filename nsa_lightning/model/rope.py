@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 from nsa_kernels.errors import SettingError
+from nsa_kernels.settings import check_types
 from torch import Tensor, nn
 
 # T packed tokens, R rotated dimensions of a head.
@@ -16,7 +17,8 @@ class RopeConfig:
     """Frequencies of the rotary embedding and how they are scaled beyond the length they were trained at.
 
     Raises:
-        ValueError: a value is out of range, or a scaling lacks its factor or original length.
+        ValueError: a value is out of range or of another type, an unknown name, or a scaling without its factor or
+            original length.
     """
 
     theta: float = 10000.0
@@ -47,6 +49,7 @@ class RopeConfig:
     """yarn: multiplies cosines and sines; 0.1 ln(factor) + 1 if not given."""
 
     def __post_init__(self) -> None:
+        check_types(self, "rope.")
         if self.theta <= 1:
             raise SettingError(f"rope.theta must be above 1, got {self.theta}")
         if self.factor < 1:

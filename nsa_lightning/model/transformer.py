@@ -8,6 +8,7 @@ import torch
 from nsa_kernels.elementwise import add_norm
 from nsa_kernels.errors import SettingError
 from nsa_kernels.packing import batch_layout, compressed_block_centres
+from nsa_kernels.settings import check_arguments, check_types
 from torch import Tensor, nn
 
 from nsa_lightning.model.attention import (
@@ -32,7 +33,7 @@ class TransformerConfig:
     """Sizes and choices of the decoder.
 
     Raises:
-        ValueError: sizes that do not fit each other.
+        ValueError: sizes that do not fit each other, an unknown name, or a value of another type.
     """
 
     vocab_size: int = 4096
@@ -87,6 +88,7 @@ class TransformerConfig:
     """Use the input embedding as output embedding."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in (
             "vocab_size",
             "hidden_size",
@@ -162,6 +164,7 @@ class Block(nn.Module):
 
     def __init__(self, config: TransformerConfig, attention: AttentionKind, recompute: Recompute = "none") -> None:
         super().__init__()
+        check_arguments(Block.__init__, locals())
         self.recompute = recompute
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.self_attn = build_attention(attention, config.layer_shape, config.nsa, config.sliding_window)
@@ -228,6 +231,7 @@ class Transformer(nn.Module):
 
     def __init__(self, config: TransformerConfig, recompute: Recompute = "none") -> None:
         super().__init__()
+        check_arguments(Transformer.__init__, locals())
         self.config = config
         self.parallel = ContextParallel()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from lightning.pytorch.strategies import Strategy
 from nsa_kernels.errors import SettingError
+from nsa_kernels.settings import check_types
 from torch import Tensor
 
 from nsa_lightning.checkpoint.directory import read_config
@@ -36,6 +37,7 @@ class Distillation:
     """Multiple of the divergence from its predictions, in nats a token, that is added to the loss."""
 
     def __post_init__(self) -> None:
+        check_types(self, "distillation.")
         if not 0 < self.weight < float("inf"):
             raise SettingError(f"distillation.weight must be above 0 and finite, got {self.weight}")
 

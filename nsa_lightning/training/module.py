@@ -11,6 +11,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from nsa_kernels.errors import SettingError
+from nsa_kernels.settings import check_arguments
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
@@ -71,6 +72,7 @@ class LanguageModel(LightningModule):
         super().__init__()
         if isinstance(transformer, dict):  # load_from_checkpoint hands over the saved settings
             transformer = TransformerConfig.from_dict(transformer)
+        check_arguments(LanguageModel.__init__, locals(), "model.")
         if init_from is not None:
             transformer = _with_its_vocabulary(transformer, Path(init_from))
         distillation.check(transformer.vocab_size)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from nsa_kernels.errors import SettingError
+from nsa_kernels.settings import check_arguments, check_types
 from torch import nn
 from torch.optim import Optimizer
 
@@ -38,6 +39,7 @@ class NewParts:
     without new parts trains from its first step."""
 
     def __post_init__(self) -> None:
+        check_types(self, "new_parts.")
         if not 0 < self.lr_factor < float("inf"):
             raise SettingError(f"new_parts.lr_factor must be above 0 and finite, got {self.lr_factor}")
         if self.freeze_others_steps < 0:
@@ -95,6 +97,7 @@ class Schedule(ABC):
     """
 
     def __init__(self, warmup_steps: int = 100, final_ratio: float = 0.1) -> None:
+        check_arguments(Schedule.__init__, locals(), "schedule.")
         if warmup_steps < 0:
             raise SettingError(f"schedule.warmup_steps must be at least 0, got {warmup_steps}")
         if not 0 <= final_ratio <= 1:
@@ -142,6 +145,7 @@ class WarmupStableDecay(Schedule):
 
     def __init__(self, warmup_steps: int = 100, decay_ratio: float = 0.2, final_ratio: float = 0.0) -> None:
         super().__init__(warmup_steps, final_ratio)
+        check_arguments(WarmupStableDecay.__init__, locals(), "schedule.")
         if not 0 < decay_ratio <= 1:
             raise SettingError(f"schedule.decay_ratio must be above 0 and at most 1, got {decay_ratio}")
         self.decay_ratio = decay_ratio

@@ -14,6 +14,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.plugins import MixedPrecision, Precision
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from nsa_kernels.errors import SettingError
+from nsa_kernels.settings import check_arguments
 from torch import Tensor, distributed
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy
@@ -72,6 +73,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         save_distributed_checkpoint: bool = True,
         async_checkpoint: bool = False,
     ) -> None:
+        check_arguments(FSDP2Strategy.__init__, locals())
         super().__init__(save_distributed_checkpoint=save_distributed_checkpoint)
         if async_checkpoint and not save_distributed_checkpoint:
             raise SettingError("async_checkpoint must be false with save_distributed_checkpoint=false, got true")

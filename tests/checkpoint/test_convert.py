@@ -161,7 +161,7 @@ def test_a_tied_output_layer_that_is_written_out_and_derived_tables_are_left_out
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "mscale": 2.0}}, [], "mscale=2.0 of RoPE scaling yarn"),
         ({"rope_scaling": {"rope_type": "linear"}}, [], "RoPE scaling linear must give its factor"),
         ({"intermediate_size": 50}, [], "down_proj.weight is (32, 48), must be (32, 50)"),
-        ({"rope_theta": "large"}, [], "is not a dense model's: '<=' not supported"),
+        ({"rope_theta": "large"}, [], "rope.theta must be a finite number, got 'large'"),
         ({"num_hidden_layers": 1}, [], "has left over model.layers.1.input_layernorm.weight"),
         ({"num_hidden_layers": 3}, [], "lacks model.layers.2.input_layernorm.weight"),
         ({"tie_word_embeddings": True}, ["--nsa.compress_stride", "5"], "compress_stride must divide"),

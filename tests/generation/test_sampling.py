@@ -104,7 +104,7 @@ def test_logits_that_are_not_finite_are_refused(temperature):
     ("setting", "value", "rule"),
     [
         ("temperature", -0.1, "at least 0"),
-        ("temperature", math.nan, "at least 0"),
+        ("temperature", math.nan, "a finite number"),
         ("top_k", 0, "at least 1"),
         ("top_p", 0.0, "above 0 and at most 1"),
         ("top_p", 1.1, "above 0 and at most 1"),

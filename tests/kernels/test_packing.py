@@ -1,5 +1,6 @@
 """The layouts of a packed batch against plain Python loops."""
 
+import sys
 from dataclasses import replace
 
 import pytest
@@ -167,3 +168,24 @@ def test_layouts_read_no_value_back_to_the_host(layout):
         with pytest.raises(Exception, match=r"item|data-dependent|_local_scalar_dense"):
             int(offsets.sum())  # what the mode would say of a read
     assert parts is not None
+
+
+@pytest.mark.parametrize("window_size", [2**31 - 1, 2**31, sys.maxsize])
+def test_a_window_of_any_size_ends_with_its_document(window_size):
+    start, end = torch.tensor([0, 0, 0, 3, 3]).int(), torch.tensor([3, 3, 3, 5, 5]).int()
+    runs = sliding_runs(start, end, window_size)
+    assert all(x.dtype == torch.int32 for x in runs)
+    assert runs.first.tolist() == start.tolist()
+    assert runs.seen_to.tolist() == end.tolist()
+
+
+def test_only_sizes_that_no_document_reaches_are_replaced():
+    config = NSAConfig(compress_block_size=2**40, compress_stride=16, select_block_size=2**50)
+    fitting = config.within(10_000)
+    assert fitting.compress_stride == 16
+    assert fitting.compress_block_size == 10_016
+    assert fitting.select_block_size == 2**14
+    assert config.within(2**51) == config
+    assert NSAConfig().within(1) == NSAConfig()
+    assert NSAConfig(select_block_size=4096, window_size=sys.maxsize).within(1).select_block_size == 4096
+    assert config.within(1).select_block_size == 64

@@ -3,6 +3,7 @@
 The interpreter computes bfloat16 wrongly and knows no tensor cores; `test_triton_cuda.py` covers the rest.
 """
 
+import sys
 import zlib
 from dataclasses import replace
 
@@ -54,6 +55,18 @@ GEOMETRIES = {
         num_local_blocks=1, window_size=3,
     ),
 }  # fmt: skip
+
+
+LARGEST = 2**62  # a power of two, as the kernels want blocks
+WINDOWS = (2**31, sys.maxsize)
+HUGE = {
+    **{f"window of {window}": replace(RANKED, window_size=window) for window in WINDOWS},
+    "selection blocks": replace(RANKED, select_block_size=LARGEST, num_selected_blocks=3),
+    "compression blocks": replace(RANKED, compress_block_size=LARGEST),
+    "every block": replace(RANKED, compress_block_size=LARGEST, compress_stride=LARGEST, select_block_size=LARGEST),
+    "selected blocks": replace(RANKED, num_selected_blocks=1000),
+    "local blocks": replace(RANKED, num_selected_blocks=1000, num_init_blocks=0, num_local_blocks=1000),
+}
 
 
 def every(names):
@@ -160,6 +173,19 @@ def test_whole_operator_for_other_geometries(name):
     compared, _ = compare_whole(inputs, config)
     assert compared >= {"out", "block_indices", "d q", "d k", "d compress_k", "d v_weights.in_weight"}
     assert ranked_rows(inputs, config) > 5
+
+
+@pytest.mark.parametrize("name", HUGE)
+def test_sizes_that_no_document_reaches_mean_all_of_it(name):
+    config, lengths = HUGE[name], [3, 11, 1]
+    inputs = small(lengths, config, kind="mean", rotary=False)
+    compared, blocks = compare_whole(inputs, config)
+    assert {"out", "d q", "d v", "d gates"} <= compared
+    assert ("d compress_k" in compared) == ("compression" not in name and "every" not in name)
+    assert blocks.shape[2] == config.num_selected_blocks
+    if name.startswith(("selected", "local")):
+        assert blocks[13, 0, :4].tolist() == [0, 1, 2, -1]
+        assert (blocks[..., 3:] == -1).all()
 
 
 @pytest.mark.parametrize(

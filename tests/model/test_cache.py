@@ -1,6 +1,8 @@
 """The cache against the forward pass on whole documents, at every position."""
 
+import copy
 import dataclasses
+import pickle
 
 import pytest
 import torch
@@ -89,12 +91,69 @@ def test_joined_projections_change_no_weight_and_no_result(name):
     assert len(joint) <= len(memory) - 3 * len(model.layers)  # they share memory now
 
 
-def test_weights_that_are_read_into_a_joined_model_are_those_it_decodes_with():
+def replaced(model, other):
+    """Weights and biases, one by one, by what comes from outside: `other` by name."""
+    for name, parameter in model.named_parameters():
+        parameter.data = other[name].clone()
+    return model
+
+
+def updated(model, other):
+    """Every weight and bias by an optimizer."""
+    model.requires_grad_(True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    for name, parameter in model.named_parameters():
+        parameter.grad = parameter.detach() - other[name]
+    optimizer.step()
+    return model.requires_grad_(False)
+
+
+def read(model, other, **options):
+    model.load_state_dict(other, **options)
+    return model
+
+
+CHANGES = {
+    "read": read,
+    "assigned": lambda model, other: read(model, other, assign=True),
+    "copied and read": lambda model, other: read(copy.deepcopy(model), other),
+    "pickled and read": lambda model, other: read(pickle.loads(pickle.dumps(model)), other),
+    "narrowed, widened and read": lambda model, other: read(model.half().double(), other),
+    "replaced": replaced,
+    "updated": updated,
+    "joined again": lambda model, other: (replaced(model, other).join_projections(), model)[1],
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_joined_model_decodes_with_the_weights_that_it_has(change):
     model, tokens = build(**VARIANTS["qwen"]), text(12)
     other = {name: torch.randn_like(weight) for name, weight in model.state_dict().items()}
     model.join_projections()
-    model.load_state_dict(other)
-    assert_close(decoded(model, allocate(model), tokens), whole(model, tokens))
+    before = decoded(model, allocate(model), tokens)
+    model = CHANGES[change](model, other)
+    expected = whole(model, tokens)
+    assert_close(decoded(model, allocate(model), tokens), expected)
+    assert not torch.allclose(before, expected)
+
+
+def test_a_copy_of_a_joined_model_has_weights_of_its_own():
+    model, tokens = build(), text(12)
+    model.join_projections()
+    expected = decoded(model, allocate(model), tokens)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.zero_()
+    assert torch.equal(decoded(model, allocate(model), tokens), expected)
+
+
+def test_weights_that_train_again_get_their_gradient_though_they_are_joined():
+    model = build(attention=["full"])
+    model.join_projections()
+    model.requires_grad_(True)
+    whole(model, text(12)).square().sum().backward()
+    assert all(parameter.grad.any() for name, parameter in model.named_parameters() if name != "lm_head.weight")
 
 
 @pytest.mark.parametrize("name", VARIANTS)

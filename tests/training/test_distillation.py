@@ -91,7 +91,7 @@ def test_the_teacher_is_frozen_in_the_dtype_of_computation(teacher, precision, d
 
 def test_a_teacher_that_cannot_be_is_named(tmp_path, teacher):
     for weight in (0, float("nan"), float("inf")):
-        with pytest.raises(ValueError, match=f"distillation.weight must be above 0 and finite, got {weight}"):
+        with pytest.raises(ValueError, match=f"distillation.weight must be .*finite.*, got {weight}"):
             Distillation(weight=weight)
     with pytest.raises(ValueError, match=r"distillation.teacher must be a directory with a readable config.json"):
         language_model(distillation={"teacher": str(tmp_path)})

@@ -69,7 +69,7 @@ def test_training_beyond_the_end_stays_at_the_final_ratio():
         (lambda: WarmupCosine(warmup_steps=-1), "schedule.warmup_steps must be at least 0, got -1"),
         (lambda: WarmupCosine(final_ratio=1.5), "schedule.final_ratio must be from 0 to 1, got 1.5"),
         (lambda: NewParts(lr_factor=0.0), "new_parts.lr_factor must be above 0 and finite, got 0.0"),
-        (lambda: NewParts(lr_factor=float("nan")), "new_parts.lr_factor must be above 0 and finite, got nan"),
+        (lambda: NewParts(lr_factor=float("nan")), "new_parts.lr_factor must be a finite number, got nan"),
         (lambda: NewParts(freeze_others_steps=-1), "new_parts.freeze_others_steps must be at least 0, got -1"),
         (lambda: WarmupStableDecay(decay_ratio=0.0), "schedule.decay_ratio must be above 0 and at most 1, got 0.0"),
     ],

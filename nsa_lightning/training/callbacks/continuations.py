@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from nsa_kernels.errors import SettingError
+from nsa_kernels.settings import check_arguments
 from torch import Tensor
 
 from nsa_lightning.data.batch import IGNORE_INDEX, PackedBatch
@@ -39,6 +40,7 @@ class Continuations(Callback):
         batch_size: int = 8,
         path: str | None = None,
     ) -> None:
+        check_arguments(Continuations.__init__, locals(), "generate.")
         for name, value in (("prompt_tokens", prompt_tokens), ("batch_size", batch_size)):
             if value < 1:
                 raise SettingError(f"generate.{name} must be at least 1, got {value}")

@@ -7,6 +7,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from nsa_kernels.errors import SettingError
+from nsa_kernels.settings import check_arguments
 from torch import Tensor
 
 from nsa_lightning.model.statistics import NEAR, NUM_DISTANCE_BINS, NUM_GATE_BINS, BranchStatistics
@@ -69,6 +70,7 @@ class GateMonitor(Callback):
     """
 
     def __init__(self, every_n_steps: int | None = None, picture_every: int = 10) -> None:
+        check_arguments(GateMonitor.__init__, locals(), "gate_monitor.")
         if every_n_steps is not None and every_n_steps < 1:
             raise SettingError(f"gate_monitor.every_n_steps must be at least 1, got {every_n_steps}")
         if picture_every < 0:

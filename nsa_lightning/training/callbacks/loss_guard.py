@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from nsa_kernels.errors import SettingError
+from nsa_kernels.settings import check_arguments
 from torch import Tensor, distributed
 from torch.optim import Optimizer
 
@@ -51,6 +52,7 @@ class LossGuard(Callback):
     def __init__(
         self, skip: bool = False, max_skips: int = 10, spike_ratio: float | None = 3.0, window: int = 100
     ) -> None:
+        check_arguments(LossGuard.__init__, locals(), "loss_guard.")
         if max_skips < 1:
             raise SettingError(f"loss_guard.max_skips must be at least 1, got {max_skips}")
         if spike_ratio is not None and spike_ratio <= 1:
