@@ -134,10 +134,13 @@ def _loss_and_gradient(logits: Tensor, targets: Tensor, ignore_index: int) -> tu
     """Summed loss of a chunk and its gradient in the logits [T, vocab_size], in their dtype; uses the logits up."""
     scored = targets != ignore_index
     targets, wide = targets.where(scored, 0), logits.to(_wide(logits.dtype))
-    lse = wide.logsumexp(-1, keepdim=True)
-    loss = (lse - wide.gather(1, targets[:, None])).squeeze(1).where(scored, 0.0).sum()
-    chosen = torch.arange(logits.shape[1], device=logits.device) == targets[:, None]
-    gradient = wide.sub_(lse).exp_().sub_(chosen.to(wide.dtype)).masked_fill_(~scored[:, None], 0.0)
+    shifted = wide.sub_(wide.amax(-1, keepdim=True))
+    chosen = shifted.gather(1, targets[:, None])
+    likely = shifted.exp_()
+    total = likely.sum(-1, keepdim=True)
+    loss = (total.log() - chosen).squeeze(1).where(scored, 0.0).sum()
+    is_target = torch.arange(logits.shape[1], device=logits.device) == targets[:, None]
+    gradient = likely.div_(total).sub_(is_target.to(wide.dtype)).masked_fill_(~scored[:, None], 0.0)
     return loss, gradient.to(logits.dtype)
 
 
