@@ -14,7 +14,6 @@ from nsa_kernels.errors import SettingError
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 
 from nsa_lightning.checkpoint.directory import read_config
 from nsa_lightning.checkpoint.weights import WeightFiles, load_weights
@@ -38,6 +37,7 @@ from nsa_lightning.training.optimizer import (
     parameter_groups,
     scale_new_parts,
 )
+from nsa_lightning.training.resume import ConfiguredSchedule, keep_configured, training_settings
 from nsa_lightning.training.strategy import FSDP2Strategy
 
 _NOMINAL_TOKENS = 2**13
@@ -93,6 +93,8 @@ class LanguageModel(LightningModule):
         self.before_step: Callable[[Optimizer, Tensor, Tensor], None] | None = None  # optimizer, loss, gradient norm
         self.attention_statistics: dict[int, BranchStatistics] = {}
         self._cu_seqlens: Tensor | None = None
+        self._settings: dict[str, Any] = {}  # of training, for its checkpoints
+        self._saved_settings: dict[str, Any] = {}  # those of the checkpoint that it resumes from
         self._step_sums: Tensor | None = None  # of the batches of this step so far, over all ranks
         self._gradient_scale: Tensor | None = None  # makes a mean of the gradients of several batches
 
@@ -141,8 +143,14 @@ class LanguageModel(LightningModule):
             raise SettingError(
                 f"trainer.max_steps must be at least 1 for the learning-rate schedule, got {total_steps}"
             )
-        scheduler = LambdaLR(optimizer, group_schedules(optimizer, self.new_parts, self.schedule, total_steps))
+        schedules = group_schedules(optimizer, self.new_parts, self.schedule, total_steps)
+        scheduler = ConfiguredSchedule(optimizer, schedules)
+        self._settings = training_settings(optimizer, self.schedule, total_steps, self.new_parts, self.distillation)
+        optimizer.register_load_state_dict_pre_hook(self._keep_configured)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _keep_configured(self, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        return keep_configured(optimizer, state, self._saved_settings, self._settings)
 
     def forward(self, batch: PackedBatch, watch: bool = False) -> TransformerOutput:
         """Final hidden states of a packed batch."""
@@ -282,9 +290,14 @@ class LanguageModel(LightningModule):
         if self.before_step is not None and getattr(self.trainer.precision_plugin, "scaler", None) is None:
             self.before_step(optimizer, self.global_loss, norm)
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the settings of training, for a run that resumes with others to say so."""
+        checkpoint["training_settings"] = self._settings
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another model, naming what differs."""
         check_same_sizes(checkpoint["state_dict"], self.state_dict())
+        self._saved_settings = checkpoint.get("training_settings", {})
         saved = checkpoint.get("hyper_parameters", {}).get("transformer", {})
         changed = _differences(saved, dataclasses.asdict(self.transformer_config))
         if changed:
