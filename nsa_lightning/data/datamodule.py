@@ -188,6 +188,7 @@ class PackedTextDataModule(L.LightningDataModule):
             fingerprint=self._fingerprint(),
             curriculum=self.curriculum,
             accumulate=getattr(self.trainer, "accumulate_grad_batches", 1),
+            limit=getattr(self.trainer, "limit_train_batches", 1.0),
         )
         if self._train_loader is not None:
             loader.load_state_dict(self._train_loader.state_dict())

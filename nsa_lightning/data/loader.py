@@ -90,12 +90,16 @@ class ResumableLoader(PackedLoader):
     The place moves when a batch is handed out, not when a worker makes it, and counts sequences of all ranks: a run may
     go on with another number of ranks, workers or sequences in a batch.
 
+    A pass ends with its epoch, or where it is limited after so many batches, in the middle of an epoch: so all of them
+    have as many, and a run that resumes takes the steps of one that was never stopped.
+
     Args:
         dataset: the split.
         fingerprint: what the order of the data depends on, by the name of its setting.
         epoch: the epoch to begin with.
         curriculum: by optimizer step, from which on it holds, the longest piece of a document in tokens.
         accumulate: batches in an optimizer step.
+        limit: batches in a pass, or their share of an epoch's if it is a float, as trainer.limit_train_batches.
         options: those of `PackedLoader`.
     """
 
@@ -107,6 +111,7 @@ class ResumableLoader(PackedLoader):
         epoch: int = 0,
         curriculum: Mapping[int, int] | None = None,
         accumulate: int = 1,
+        limit: int | float = 1.0,
         **options: Any,
     ) -> None:
         super().__init__(dataset, **options)
@@ -117,19 +122,25 @@ class ResumableLoader(PackedLoader):
         self.steps = 0  # optimizer steps before this pass
         self._curriculum = sorted((curriculum or {}).items(), reverse=True)
         self._accumulate = accumulate
+        whole = self._batches_from(0)
+        least = limit if isinstance(limit, int) else int(whole * limit)
+        self._limit = least if least < whole else None
         self._handed_out = False  # anything since its place was loaded
 
     def __len__(self) -> int:
-        """Batches of this pass, as Lightning counts them: those before a stop and those that are left."""
+        """Batches of this pass, as Lightning counts them: those before a stop and those that are left.
+
+        Where passes are limited, those of an epoch: Lightning applies the limit itself, once for all passes.
+        """
+        if self._limit is not None:
+            return self._batches_from(0)
         return self.batches + self._batches_from(self.consumed)
 
     def __iter__(self) -> Iterator[PackedBatch]:
         # Eager, for Lightning asks for the length between `iter` and the first batch. It may also call `iter` more than
         # once before it takes a batch: that must change nothing.
-        if self.consumed >= self.num_sequences:
-            self.epoch, self.consumed = self.epoch + 1, 0
-            self._begin_pass()
-        elif self._handed_out:
+        ended = self.consumed >= self.num_sequences if self._limit is None else self.batches >= self._limit
+        if ended or self._handed_out:
             self._begin_pass()
         return self._count()
 
@@ -164,13 +175,24 @@ class ResumableLoader(PackedLoader):
     def _begin_pass(self) -> None:
         self.steps += -(-self.batches // self._accumulate)  # the last step of a pass may have fewer batches
         self.batches = 0
+        self._end_epoch()
+
+    def _end_epoch(self) -> None:
+        if self.consumed >= self.num_sequences:
+            self.epoch, self.consumed = self.epoch + 1, 0
 
     def _count(self) -> Iterator[PackedBatch]:
-        for batch in self._stream(self.epoch, self.consumed, self.batches):
-            self.consumed = min(self.consumed + self.global_batch, self.num_sequences)
-            self.batches += 1
-            self._handed_out = True
-            yield batch
+        while True:
+            for batch in self._stream(self.epoch, self.consumed, self.batches):
+                self.consumed = min(self.consumed + self.global_batch, self.num_sequences)
+                self.batches += 1
+                self._handed_out = True
+                yield batch
+                if self.batches == self._limit:
+                    return
+            if self._limit is None:
+                return
+            self._end_epoch()
 
 
 _PLACE = ("epoch", "consumed", "batches", "steps")

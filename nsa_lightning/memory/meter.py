@@ -136,8 +136,4 @@ def scratch_bytes(func: Any, args: Any) -> int:
     if name == "torch_attn::_varlen_attn_backward":  # dq in float32, dk and dv of every query head
         q, k = args[1], args[2]
         return int(4 * q.numel() + (2 * q.numel() * q.element_size() if q.shape[1] != k.shape[1] else 0))
-    if name == "torch_nn::_linear_cross_entropy_batch_chunked":  # logits and hidden states of a chunk, in float32
-        (vocab_size, hidden_size), chunk, policy = args[1].shape, args[8], args[9]
-        whole_gradients = {"compact": 0, "balanced": 1}.get(policy, 2)  # of the weight, in float32
-        return int(4 * (chunk * (vocab_size + hidden_size) + whole_gradients * vocab_size * hidden_size))
     return 0

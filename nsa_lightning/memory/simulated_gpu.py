@@ -49,7 +49,7 @@ def simulated_gpu() -> Generator[None, None, None]:
         stack.enter_context(patch.object(KernelInterface, "__getitem__", lambda kernel, grid: _no_launch))
         stack.enter_context(patch.object(Tensor, "is_cuda", True))
         stack.enter_context(patch.object(F, "rms_norm", _rms_norm))
-        stack.enter_context(patch.object(loss, "fused_walk", lambda: _walk))
+        stack.enter_context(patch.object(loss, "fused_walk", lambda _: _walk))
         stack.enter_context(FakeTensorMode())
         stack.callback(early_start.cache_clear)  # what it keeps of a device is not the simulated one's
         yield

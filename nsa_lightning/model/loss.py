@@ -1,4 +1,11 @@
-"""Next-token losses that never hold the logits of a whole sequence."""
+"""Next-token losses that never hold the logits of a whole sequence.
+
+    loss = sum over the scored tokens of -log softmax(hidden @ weight.T)[target]
+
+Products are taken in the dtype of computation; log-sum-exp, losses and every sum over tokens, that of the weight's
+gradient too, in float32. `F.linear_cross_entropy` of torch 2.13 sums in the dtype of its input: with bfloat16 the loss
+is off by up to a nat a token.
+"""
 
 import functools
 from collections.abc import Callable
@@ -7,14 +14,18 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-_CHUNK_LOGITS = 2**27
-"""Logits that are held at once where torch has no fused loss."""
+_CHUNK_LOGITS, _CPU_CHUNK_LOGITS = 2**27, 2**22
+"""Logits that are held at once: enough to fill a GPU, few enough for the caches of a CPU."""
+
+_Walk = Callable[..., tuple[Tensor, Tensor]]
+"""From the logits of a chunk of tokens, and more of each token, to their summed loss and its gradient in the logits."""
 
 
 def summed_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
     """Sum of -log softmax(hidden @ weight.T)[target] over the targets that are not ignored, in nats.
+
+    Its graph can be walked backward once.
 
     Args:
         hidden: final hidden states, [T, hidden_size]; under autocast they are cast to its dtype.
@@ -25,68 +36,26 @@ def summed_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignore
     Returns:
         A float32 scalar; 0 where every target is ignored.
     """
-    hidden, weight = _as_computed(hidden, weight)
+    dtype = _compute_dtype(hidden)
     with torch.autocast(hidden.device.type, enabled=False):
-        if not hasattr(F, "linear_cross_entropy"):  # before torch 2.13
-            return chunked_cross_entropy(hidden, weight, targets, ignore_index)
-        options = torch.nn.LinearCrossEntropyOptions()
-        return F.linear_cross_entropy(
-            hidden, weight, targets, ignore_index=ignore_index, reduction="sum", options=options
-        ).float()
+        return chunked_cross_entropy(hidden, weight, targets, ignore_index, dtype)
 
 
-def chunked_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
-    """`summed_cross_entropy` for torch without a fused one; its graph can be walked backward once."""
+def chunked_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, dtype: torch.dtype | None = None
+) -> Tensor:
+    """`summed_cross_entropy` with products in `dtype`, that of `hidden` if not given, whatever autocast says."""
+    dtype = dtype or hidden.dtype
     if not (torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)):
-        return token_cross_entropy(hidden, weight, targets, ignore_index).sum()
-    return cast("Tensor", _ChunkedCrossEntropy.apply(hidden, weight, targets, ignore_index))
-
-
-class _ChunkedCrossEntropy(torch.autograd.Function):
-    """The gradients are computed along with the loss: logits are needed once, and those of one chunk at a time."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
-        walk = fused_walk() if hidden.is_cuda else _loss_and_gradient
-        loss = hidden.new_zeros((), dtype=torch.float32)
-        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
-        chunk = max(1, _CHUNK_LOGITS // len(weight))
-        for h, y, grad_h in zip(hidden.split(chunk), targets.split(chunk), grad_hidden.split(chunk), strict=True):
-            nats, gradient = walk(h @ weight.T, y, ignore_index)
-            loss += nats
-            torch.mm(gradient, weight, out=grad_h)
-            grad_weight.addmm_(gradient.T, h)
-            del gradient  # before the next chunk's logits
-        ctx.save_for_backward(grad_hidden, grad_weight)
-        return loss
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden.mul_(grad), grad_weight.mul_(grad), None, None
-
-
-def _loss_and_gradient(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """Summed loss of a chunk and its gradient in the logits [T, vocab_size], in their dtype; uses the logits up."""
-    scored = targets != ignore_index
-    targets, logits_32 = targets.where(scored, 0), logits.float()
-    lse = logits_32.logsumexp(-1, keepdim=True)
-    loss = (lse - logits_32.gather(1, targets[:, None])).squeeze(1).where(scored, 0.0).sum()
-    chosen = torch.arange(logits.shape[1], device=logits.device) == targets[:, None]
-    gradient = logits_32.sub_(lse).exp_().sub_(chosen.float()).masked_fill_(~scored[:, None], 0.0)
-    return loss, gradient.to(logits.dtype)
-
-
-@functools.cache
-def fused_walk() -> Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]:
-    """`_loss_and_gradient` for a GPU: two passes over the logits instead of a dozen."""
-    return torch.compile(_loss_and_gradient)
+        return token_cross_entropy(hidden.to(dtype), weight, targets, ignore_index).sum()
+    walk = _walk(_loss_and_gradient, hidden)
+    return _summed(hidden, weight, dtype, lambda logits, y: walk(logits, y, ignore_index), targets)
 
 
 def summed_divergence(
     hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, compared: Tensor
 ) -> Tensor:
-    """Sum of KL(teacher || model) over the next tokens' distributions, in nats; logits of one chunk at a time.
+    """Sum of KL(teacher || model) over the next tokens' distributions, in nats; no gradient reaches the teacher.
 
     Args:
         hidden: the model's final hidden states, [T, hidden_size]; cast as in `summed_cross_entropy`.
@@ -98,27 +67,21 @@ def summed_divergence(
     Returns:
         A float32 scalar; 0 where no token is compared.
     """
+    dtype, teacher_dtype = _compute_dtype(hidden), _compute_dtype(teacher_hidden)
+    teacher_hidden = teacher_hidden.detach().to(teacher_dtype)
+    teacher_weight = teacher_weight.detach().to(teacher_dtype)
+    walk = _walk(_divergence_and_gradient, hidden)
 
-    def chunk_divergence(hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, compared: Tensor) -> Tensor:
-        own = (hidden @ weight.T).float().log_softmax(-1)
-        teacher = (teacher_hidden @ teacher_weight.T).float().log_softmax(-1)
-        return (teacher.exp() * (teacher - own)).sum(-1).where(compared, 0.0).sum()
+    def compare(logits: Tensor, teacher_hidden: Tensor, compared: Tensor) -> tuple[Tensor, Tensor]:
+        return walk(logits, teacher_hidden @ teacher_weight.T, compared)
 
-    hidden, weight = _as_computed(hidden, weight)
-    teacher_hidden, teacher_weight = _as_computed(teacher_hidden, teacher_weight)
-    chunk = max(1, _CHUNK_LOGITS // len(weight))
-    parts = [
-        checkpoint(chunk_divergence, h, weight, t, c, use_reentrant=False, preserve_rng_state=False)
-        for h, t, c in zip(hidden.split(chunk), teacher_hidden.split(chunk), compared.split(chunk), strict=True)
-    ]
-    return torch.stack(parts).sum()
+    return _summed(hidden, weight, dtype, compare, teacher_hidden, compared)
 
 
 @torch.no_grad()
 def token_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
     """Loss of every token in nats, float32 [T], 0 where the target is ignored; arguments as `summed_cross_entropy`."""
-    chunk = max(1, _CHUNK_LOGITS // len(weight))
-    weight = weight.to(hidden.dtype)
+    chunk, weight = _chunk_tokens(weight), weight.to(hidden.dtype)
     losses = [
         F.cross_entropy((h @ weight.T).float(), y, ignore_index=ignore_index, reduction="none")
         for h, y in zip(hidden.split(chunk), targets.split(chunk), strict=True)
@@ -126,8 +89,90 @@ def token_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_
     return torch.cat(losses)
 
 
-def _as_computed(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in the dtype of the product: autocast's where it is on, for the norm before it leaves float32."""
-    if torch.is_autocast_enabled(hidden.device.type):
-        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
-    return hidden, weight.to(hidden.dtype)
+def _summed(hidden: Tensor, weight: Tensor, dtype: torch.dtype, walk: _Walk, *rows: Tensor) -> Tensor:
+    """What `walk` returns for each chunk of tokens and their `rows`, summed; products are in `dtype`."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        return cast("Tensor", _ChunkedLoss.apply(hidden, weight, dtype, walk, *rows))
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """The gradients are computed along with the loss: logits are needed once, and those of one chunk at a time."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, dtype: torch.dtype, walk: _Walk, *rows: Tensor) -> Tensor:
+        ctx.dtypes = hidden.dtype, weight.dtype
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        loss = hidden.new_zeros((), dtype=torch.float32)
+        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=_wide(dtype))
+        chunk = _chunk_tokens(weight)
+        for h, grad_h, *row in zip(*(x.split(chunk) for x in (hidden, grad_hidden, *rows)), strict=True):
+            nats, gradient = walk(h @ weight.T, *row)
+            loss += nats
+            torch.mm(gradient, weight, out=grad_h)
+            _add_product(grad_weight, gradient.T, h)
+            del gradient  # before the next chunk's logits
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        scaled = (x.mul_(grad).to(dtype) for x, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True))
+        return (*scaled, *(None for _ in ctx.needs_input_grad[2:]))
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add left @ right in the dtype of `total`, which may be wider than theirs."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    elif total.is_cuda:
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+    else:
+        total.addmm_(left.to(total.dtype), right.to(total.dtype))
+
+
+def _loss_and_gradient(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """Summed loss of a chunk and its gradient in the logits [T, vocab_size], in their dtype; uses the logits up."""
+    scored = targets != ignore_index
+    targets, wide = targets.where(scored, 0), logits.to(_wide(logits.dtype))
+    shifted = wide.sub_(wide.amax(-1, keepdim=True))
+    chosen = shifted.gather(1, targets[:, None])
+    likely = shifted.exp_()
+    total = likely.sum(-1, keepdim=True)
+    loss = (total.log() - chosen).squeeze(1).where(scored, 0.0).sum()
+    is_target = torch.arange(logits.shape[1], device=logits.device) == targets[:, None]
+    gradient = likely.div_(total).sub_(is_target.to(wide.dtype)).masked_fill_(~scored[:, None], 0.0)
+    return loss, gradient.to(logits.dtype)
+
+
+def _divergence_and_gradient(logits: Tensor, teacher_logits: Tensor, compared: Tensor) -> tuple[Tensor, Tensor]:
+    """Summed divergence of a chunk and its gradient in the logits [T, vocab_size], in their dtype."""
+    own, teacher = (x.to(_wide(x.dtype)).log_softmax(-1) for x in (logits, teacher_logits))
+    likely = teacher.exp()
+    divergence = (likely * (teacher - own)).sum(-1).where(compared, 0.0).sum()
+    gradient = (own.exp() - likely).masked_fill(~compared[:, None], 0.0)
+    return divergence, gradient.to(logits.dtype)
+
+
+def _walk(walk: _Walk, hidden: Tensor) -> _Walk:
+    return fused_walk(walk) if hidden.is_cuda else walk
+
+
+@functools.cache
+def fused_walk(walk: _Walk) -> _Walk:
+    """A walk for a GPU: two passes over the logits instead of a dozen."""
+    return torch.compile(walk)
+
+
+def _chunk_tokens(weight: Tensor) -> int:
+    return max(1, (_CHUNK_LOGITS if weight.is_cuda else _CPU_CHUNK_LOGITS) // len(weight))
+
+
+def _compute_dtype(hidden: Tensor) -> torch.dtype:
+    """Of the products: autocast's where it is on, for the norm before it leaves float32."""
+    kind = hidden.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums over values in `dtype`: float32, unless they are wider."""
+    return torch.promote_types(dtype, torch.float32)

@@ -2,7 +2,11 @@
 
 import os
 import shutil
+import socket
+import time
 from collections.abc import Mapping
+from contextlib import suppress
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +16,15 @@ from lightning.pytorch.utilities import rank_zero_warn
 from nsa_kernels.errors import SettingError
 from torch import Tensor
 
-from nsa_lightning.training.sharded_checkpoint import META, read_contents, read_meta, read_whole
+from nsa_lightning.training.sharded_checkpoint import META, check_shards, read_contents, read_meta, read_whole
+
+_ABANDONED_AFTER = 3600.0
+"""Seconds without a write after which what another machine was saving counts as left over from a killed save."""
 
 
 def save_file(content: Any, path: Path) -> None:
     """Write a file that is either the old one or the new one, whole, whenever the process ends."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = beside(path, "tmp")
     with temporary.open("wb") as file:
         torch.save(content, file)
         file.flush()
@@ -29,14 +36,56 @@ def publish(temporary: Path, path: Path) -> None:
     """Put a complete checkpoint in the place of the previous one.
 
     A directory cannot be replaced in one step: for a moment the previous one has the suffix `.old`, where
-    `find_checkpoints` sees it.
+    `find_checkpoints` sees it. Another run may put its own there at the same time.
     """
-    old = path.with_name(path.name + ".old")
-    if path.is_dir():
-        remove(old)
-        path.rename(old)
-    temporary.replace(path)
+    old = beside(path, "old")
+    while True:
+        if path.is_dir() or (temporary.is_dir() and path.exists()):
+            remove(old)
+            with suppress(FileNotFoundError):
+                path.rename(old)
+        try:
+            temporary.replace(path)
+        except OSError:
+            if not path.exists():
+                raise
+        else:
+            break
     remove(old)
+    _remove_litter(path)
+
+
+def beside(path: Path, suffix: str) -> Path:
+    """A name beside a checkpoint that no other process uses: it tells which one does."""
+    return path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.{suffix}")
+
+
+def _remove_litter(path: Path) -> None:
+    """Remove what saves of this checkpoint left that were killed, and nothing that a running process may be writing."""
+    for suffix in ("tmp", "old"):
+        for litter in (path.with_name(f"{path.name}.{suffix}"), *path.parent.glob(f"{escape(path.name)}.*-*.{suffix}")):
+            with suppress(OSError):  # another run may remove it as well
+                if litter.exists() and _is_abandoned(litter):
+                    remove(litter)
+
+
+def _is_abandoned(litter: Path) -> bool:
+    """Whether its process, if of this machine, is gone; of another machine, whether nothing was written for long."""
+    owner, _, pid = litter.stem.rpartition("-")
+    if owner.endswith(f".{socket.gethostname()}") and pid.isdigit():
+        return not _is_running(int(pid))
+    newest = max(file.stat().st_mtime for file in (litter, *litter.glob("**/*")))
+    return newest < time.time() - _ABANDONED_AFTER
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # of another user
+        return True
+    return True
 
 
 def remove(path: Path) -> None:
@@ -57,6 +106,7 @@ def read_summary(path: Path, setting: str = "ckpt_path") -> dict[str, Any]:
         raise SettingError(f"{setting} must be a checkpoint of nsa fit, got the directory {path}, which lacks {META}")
     try:
         if path.is_dir():
+            check_shards(path)
             summary = read_meta(path)
             shapes = {name: torch.empty(entry.size, device="meta") for name, entry in read_contents(path).items()}
             prefix = "state_dict."
@@ -100,7 +150,7 @@ def consolidate(checkpoint: str, output: str) -> int:
 
     Args:
         checkpoint: directory that `nsa fit` wrote with `--trainer.strategy fsdp2`.
-        output: file to write.
+        output: file to write; its directory is made if there is none.
 
     Returns:
         0.
@@ -112,15 +162,22 @@ def consolidate(checkpoint: str, output: str) -> int:
         raise SettingError(f"checkpoint must be a directory of nsa fit, got {checkpoint}")
     if Path(output).exists():
         raise SettingError(f"output must not exist, got {output}")
-    read_summary(Path(checkpoint))
+    read_summary(Path(checkpoint), "checkpoint")
+    try:
+        Path(output).parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingError(f"output must be a file that can be written, got {output}: {error.strerror}") from error
     save_file(read_whole(Path(checkpoint)), Path(output))
     print(f"{output}: {Path(output).stat().st_size / 1e9:.2f} GB")
     return 0
 
 
 def find_checkpoints(root: Path) -> list[Path]:
-    """Everything under a directory that looks like a checkpoint, complete or not, the last written first."""
-    found = [path for path in root.glob("**/*.ckpt*") if path.is_file() or (path / META).is_file()]
+    """Everything under a directory that looks like a checkpoint, complete or not, the last written first.
+
+    Of directories that a save was killed in, or is writing, those that hold everything.
+    """
+    found = [p for p in root.glob("**/*.ckpt*") if p.is_file() or p.suffix == ".ckpt" or (p / META).is_file()]
     return sorted(found, key=_written, reverse=True)
 
 
@@ -147,7 +204,8 @@ def find_best(root: Path) -> Path | None:
 
 
 def _written(path: Path) -> float:
-    return (path / META if path.is_dir() else path).stat().st_mtime
+    meta = path / META
+    return (meta if meta.is_file() else path).stat().st_mtime
 
 
 class RunCheckpointIO(TorchCheckpointIO):
@@ -168,5 +226,6 @@ class RunCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Read a file or a directory; tensors and plain types only."""
         if Path(path).is_dir():
+            read_summary(Path(path))
             return read_whole(Path(path))
         return super().load_checkpoint(path, *args, **kwargs | {"weights_only": True})

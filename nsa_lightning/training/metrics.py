@@ -9,7 +9,7 @@ from torch.nn import Module
 from torchmetrics import Metric
 
 POSITION_BUCKETS = [0, *(2**exponent for exponent in range(8, 25))]
-"""First position of each bucket of `LossByPosition`; it ends where the next begins."""
+"""First predicting position of each bucket of `LossByPosition`; it ends where the next begins."""
 
 
 class _ExactSums(Metric):
@@ -66,7 +66,10 @@ class LanguageModelingMetrics(_ExactSums):
 
 
 class LossByPosition(_ExactSums):
-    """Loss (nats a token) by how far into its document a token is predicted, in buckets that double."""
+    """Loss (nats a token) by the position in its document from which a token is predicted, in buckets that double.
+
+    The token at position p predicts the one at p + 1, and counts at p.
+    """
 
     nats: Tensor
     tokens: Tensor
@@ -76,7 +79,7 @@ class LossByPosition(_ExactSums):
         super().__init__(nats=size, tokens=size)
 
     def update(self, losses: Tensor, positions: Tensor, scored: Tensor) -> None:
-        """Add the losses [T] of the tokens at positions [T] in their documents, where `scored` [T]."""
+        """Add the losses [T] of what the tokens at positions [T] of their documents predict, where `scored` [T]."""
         starts = torch.tensor(POSITION_BUCKETS[1:], device=positions.device)
         bucket = torch.bucketize(positions, starts, right=True)
         self.nats.index_add_(0, bucket, losses.double().where(scored, 0.0))

@@ -1,7 +1,7 @@
 """The LightningModule: it wires the decoder, its loss, optimizer and metrics together, and nothing more."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ from nsa_kernels.settings import check_arguments
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 
 from nsa_lightning.checkpoint.directory import read_config
 from nsa_lightning.checkpoint.weights import WeightFiles, load_weights
@@ -39,7 +38,11 @@ from nsa_lightning.training.optimizer import (
     parameter_groups,
     scale_new_parts,
 )
+from nsa_lightning.training.resume import ConfiguredSchedule, keep_configured, training_settings
 from nsa_lightning.training.strategy import FSDP2Strategy
+
+_NOMINAL_TOKENS = 2**13
+"""What the loss of a batch is divided by until the tokens of its step are known; of the usual size, for float16."""
 
 
 class LanguageModel(LightningModule):
@@ -92,6 +95,10 @@ class LanguageModel(LightningModule):
         self.before_step: Callable[[Optimizer, Tensor, Tensor], None] | None = None  # optimizer, loss, gradient norm
         self.attention_statistics: dict[int, BranchStatistics] = {}
         self._cu_seqlens: Tensor | None = None
+        self._settings: dict[str, Any] = {}  # of training, for its checkpoints
+        self._saved_settings: dict[str, Any] = {}  # those of the checkpoint that it resumes from
+        self._step_sums: Tensor | None = None  # of the batches of this step so far, over all ranks
+        self._gradient_scale: Tensor | None = None  # makes a mean of the gradients of several batches
 
     def configure_model(self) -> None:
         """Build the decoder, once, sharded if the strategy says so: on the meta device, then its weights in place.
@@ -138,8 +145,14 @@ class LanguageModel(LightningModule):
             raise SettingError(
                 f"trainer.max_steps must be at least 1 for the learning-rate schedule, got {total_steps}"
             )
-        scheduler = LambdaLR(optimizer, group_schedules(optimizer, self.new_parts, self.schedule, total_steps))
+        schedules = group_schedules(optimizer, self.new_parts, self.schedule, total_steps)
+        scheduler = ConfiguredSchedule(optimizer, schedules)
+        self._settings = training_settings(optimizer, self.schedule, total_steps, self.new_parts, self.distillation)
+        optimizer.register_load_state_dict_pre_hook(self._keep_configured)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _keep_configured(self, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        return keep_configured(optimizer, state, self._saved_settings, self._settings)
 
     def forward(self, batch: PackedBatch, watch: bool = False) -> TransformerOutput:
         """Final hidden states of a packed batch."""
@@ -155,35 +168,52 @@ class LanguageModel(LightningModule):
         return nats, (targets != IGNORE_INDEX).sum(), output
 
     def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
-        """This rank's share of the mean loss over the scored tokens of all ranks; logs that mean.
+        """This rank's share of the step's loss: the mean over the scored tokens of all ranks and of all its batches.
 
-        With a teacher, of its divergence too. A batch that is all padding has loss 0.
+        It logs that mean, and with a teacher the mean divergence over the tokens compared; those that are not add
+        nothing to the loss. A batch that is all padding has loss 0.
         """
         assert self.model is not None
         nats, tokens, output = self.summed_loss(batch, self.watch_attention)
-        loss, self.global_loss = self._mean_over_ranks(nats, tokens)
-        self.log("train/loss", self.global_loss, prog_bar=True)
+        totals = [nats, tokens]
         if self.teacher is not None:
-            divergence = self.teacher.divergence(self.model, output.hidden, batch)
-            share, mean = self._mean_over_ranks(*divergence)
-            self.log("train/distillation", mean)
-            loss = loss + self.distillation.weight * share
+            totals += self.teacher.divergence(self.model, output.hidden, batch)
+        accumulate = self.trainer.accumulate_grad_batches
+        if batch_idx % accumulate == 0:
+            self._step_sums = None
+        self._step_sums = self._sums_over_ranks(totals) + (0 if self._step_sums is None else self._step_sums)
+        global_nats, global_tokens, *compared = self._step_sums.float().unbind()
+        global_tokens = global_tokens.clamp(min=1)
+        self.global_loss = global_nats / global_tokens
+        self.log("train/loss", self.global_loss, prog_bar=True)
+        share = self.trainer.world_size / global_tokens  # strategies average gradients over the ranks
+        if accumulate > 1:  # the step's tokens are known after its last batch: see `backward`
+            self._gradient_scale = accumulate * _NOMINAL_TOKENS * share  # Lightning divides by `accumulate`
+            share = torch.full_like(share, 1 / _NOMINAL_TOKENS)
+        loss = nats * share
+        if compared:
+            self.log("train/distillation", compared[0] / compared[1].clamp(min=1))
+            loss = loss + self.distillation.weight * (totals[2] * share)
         self.attention_statistics = output.statistics
         self._cu_seqlens = batch.cu_seqlens
         return loss
 
-    def _mean_over_ranks(self, total: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
-        """This rank's share of a mean over what all ranks count, and that mean.
-
-        Strategies average gradients over the ranks, so the share is scaled by their number: the gradient is that of
-        one process with the same sequences.
-        """
-        sums = torch.stack([total.detach().double(), count.double()])
+    def _sums_over_ranks(self, totals: Sequence[Tensor]) -> Tensor:
+        """Numbers of this rank summed over all ranks, in float64."""
+        sums = torch.stack([total.detach().double() for total in totals])
         if torch.distributed.is_initialized():  # not through the strategy, which would wait for the device
             torch.distributed.all_reduce(sums)
-        global_total, global_count = sums.float().unbind()
-        global_count = global_count.clamp(min=1)
-        return total * (self.trainer.world_size / global_count), global_total / global_count
+        return sums
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """After the last batch of a step, make a mean of the gradient of all its batches, before anyone looks at it."""
+        super().backward(loss, *args, **kwargs)
+        if self._gradient_scale is None or self.trainer.fit_loop._should_accumulate():
+            return
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        gradients = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
+        torch._foreach_mul_(gradients, self._gradient_scale.to(gradients[0].device))
+        self._gradient_scale = None
 
     def validation_step(self, batch: PackedBatch, batch_idx: int) -> None:
         """Add the batch to the metrics."""
@@ -262,9 +292,14 @@ class LanguageModel(LightningModule):
         if self.before_step is not None and getattr(self.trainer.precision_plugin, "scaler", None) is None:
             self.before_step(optimizer, self.global_loss, norm)
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the settings of training, for a run that resumes with others to say so."""
+        checkpoint["training_settings"] = self._settings
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another model, naming what differs."""
         check_same_sizes(checkpoint["state_dict"], self.state_dict())
+        self._saved_settings = checkpoint.get("training_settings", {})
         saved = checkpoint.get("hyper_parameters", {}).get("transformer", {})
         changed = _differences(saved, dataclasses.asdict(self.transformer_config))
         if changed:

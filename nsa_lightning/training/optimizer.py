@@ -17,7 +17,7 @@ ADAMW_DEFAULTS: dict[str, Any] = {"lr": 3e-4, "betas": (0.9, 0.95), "weight_deca
 """Arguments of the AdamW that trains where no optimizer is configured."""
 
 
-_NEW = "new_parts_"
+NEW = "new_parts_"
 """Begins the names of the parameter groups of what a dense model does not have."""
 
 
@@ -53,7 +53,7 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     """
     groups: list[dict[str, Any]] = [
         {"params": [], "name": f"{prefix}{name}"} | settings
-        for prefix in ("", _NEW)
+        for prefix in ("", NEW)
         for name, settings in (("decayed", {}), ("undecayed", {"weight_decay": 0.0}))
     ]
     for name, parameter in model.named_parameters():
@@ -66,13 +66,13 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
 def scale_new_parts(optimizer: Optimizer, new_parts: NewParts) -> None:
     """Give the new parts of a fresh optimizer their learning rate."""
     for group in optimizer.param_groups:
-        if group["name"].startswith(_NEW):
+        if group["name"].startswith(NEW):
             group["lr"] *= new_parts.lr_factor
 
 
 def frozen_groups(optimizer: Optimizer, new_parts: NewParts, step: int) -> list[dict[str, Any]]:
     """The groups that the optimizer step `step`, counted from 0, leaves as they are."""
-    others = [group for group in optimizer.param_groups if not group["name"].startswith(_NEW)]
+    others = [group for group in optimizer.param_groups if not group["name"].startswith(NEW)]
     return others if step < new_parts.freeze_others_steps and len(others) < len(optimizer.param_groups) else []
 
 

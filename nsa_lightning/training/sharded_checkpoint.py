@@ -13,12 +13,17 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from nsa_kernels.errors import SettingError
 from torch import Tensor
 from torch.distributed.checkpoint import metadata as storage
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.optim import Optimizer
 
 META = "meta.pt"
+
+_ZIP_START, _ZIP_END, _ZIP_END_SIZE = b"PK\x03\x04", b"PK\x05\x06", 22
+"""How a tensor in a shard begins, and its last bytes: torch writes each as a zip archive without a comment."""
 
 Names = list[str]  # of parameters, in the order of their optimizer's groups
 
@@ -109,16 +114,50 @@ def read_contents(path: Path) -> dict[str, storage.TensorStorageMetadata]:
     return {name: entry for name, entry in contents.items() if isinstance(entry, storage.TensorStorageMetadata)}
 
 
+def check_shards(path: Path) -> None:
+    """Look at the size and the ends of every rank's file: what is missing, truncated or overwritten is found.
+
+    Raises:
+        ValueError: a file is not what was written.
+    """
+    spans: dict[str, tuple[int, int]] = {}
+    for info in (_Reader(path).read_metadata().storage_data or {}).values():
+        first, end = spans.get(info.relative_path, (info.offset, 0))
+        spans[info.relative_path] = min(first, info.offset), max(end, info.offset + info.length)
+    for name, (first, end) in sorted(spans.items()):
+        file = path / name
+        if not file.is_file():
+            raise SettingError(f"its file {name} is missing")
+        if file.stat().st_size < end:
+            raise SettingError(f"its file {name} is truncated: {file.stat().st_size} bytes of {end}")
+        with file.open("rb") as content:
+            content.seek(first)
+            begins = content.read(len(_ZIP_START))
+            content.seek(end - _ZIP_END_SIZE)
+            ends = content.read(len(_ZIP_END))
+        if (begins, ends) != (_ZIP_START, _ZIP_END):
+            raise SettingError(f"its file {name} does not hold what was written")
+
+
 def read_meta(path: Path) -> dict[str, Any]:
     """What a sharded checkpoint holds beside tensors."""
     return torch.load(path / META, weights_only=True, map_location="cpu")
+
+
+def _load(tensors: dict[str, Tensor], path: Path, **options: Any) -> None:
+    try:
+        dcp.load(tensors, storage_reader=_Reader(path), **options)
+    except CheckpointException as failed:  # damage that only reading everything finds
+        error, _ = next(iter(failed.failures.values()))
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise SettingError(f"the checkpoint {path} is damaged: {reason}") from failed
 
 
 def _fill(tensors: dict[str, Tensor], path: Path) -> None:
     """Read tensors whole, in this process alone."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as it should be
-        dcp.load(tensors, storage_reader=_Reader(path), no_dist=True)
+        _load(tensors, path, no_dist=True)
 
 
 def read_whole(path: Path) -> dict[str, Any]:
@@ -159,5 +198,5 @@ def read_shards(path: Path, parameters: dict[str, Tensor], optimizers: list[Opti
             wanted[f"{prefix}{name}.{key}"] = (
                 torch.zeros_like(like, dtype=dtype) if a_value_a_weight else torch.zeros(entry.size, dtype=dtype)
             )
-    dcp.load(wanted, storage_reader=_Reader(path))
+    _load(wanted, path)
     return join(wanted, meta)

@@ -25,7 +25,7 @@ from nsa_lightning.data.datamodule import PackedTextDataModule
 from nsa_lightning.model.context_parallel import ContextParallel
 from nsa_lightning.model.initialization import copy_whole
 from nsa_lightning.model.transformer import Transformer
-from nsa_lightning.training.checkpoints import check_same_sizes, publish, read_summary, remove, save_file
+from nsa_lightning.training.checkpoints import beside, check_same_sizes, publish, read_summary, remove, save_file
 from nsa_lightning.training.sharded_checkpoint import META, read_shards, split
 from nsa_lightning.training.sharding import shard_transformer
 
@@ -207,12 +207,12 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Write a directory with a file a rank, or one file; the previous one stays until the new one is complete."""
-        path = Path(self.broadcast(str(filepath)))
+        name = str(filepath)
+        path, temporary = (Path(each) for each in self.broadcast((name, str(beside(Path(name), "tmp")))))
         if not self._save_distributed_checkpoint:
             super(ModelParallelStrategy, self).save_checkpoint(checkpoint, path, storage_options)
             return
         self._finish_saving()
-        temporary = path.with_name(path.name + ".tmp")
         if self.is_global_zero:
             remove(temporary)
         self.barrier()

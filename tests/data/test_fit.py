@@ -34,9 +34,11 @@ class Recorder(L.LightningModule):
         self.weight = torch.nn.Parameter(torch.zeros(()))
         self.batches: list[PackedBatch] = []
         self.evaluated: list[PackedBatch] = []
+        self.steps: list[int] = []
 
     def training_step(self, batch: PackedBatch) -> torch.Tensor:
         self.batches.append(batch)
+        self.steps.append(self.global_step)
         return self.weight * 0.0
 
     def validation_step(self, batch: PackedBatch) -> None:
@@ -110,6 +112,28 @@ def test_a_resume_with_other_workers_and_a_limited_epoch_sees_the_same(
     resumed = fit(make_data(num_workers=1), ckpt=str(tmp_path / "step=7.ckpt"), **options).stream
     assert resumed == whole[7:]
     assert whole == fit(make_data(), max_steps=STEPS).stream
+
+
+@pytest.mark.parametrize("limit", [3, 4, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("accumulate", [2, 3])
+def test_a_resumed_run_takes_the_same_steps_whatever_limits_a_pass(
+    make_data: Callable[..., PackedTextDataModule], tmp_path: Path, limit: int | float, accumulate: int
+) -> None:
+    options = {"limit_train_batches": limit, "accumulate_grad_batches": accumulate, "max_steps": 9, "max_epochs": -1}
+    curriculum = {0: 4, 4: 16, 6: 32}
+
+    def run(*saving: L.Callback, ckpt: str | None = None) -> list[tuple[int, int, list[int]]]:
+        recorder = fit(make_data(curriculum=curriculum), *saving, ckpt=ckpt, **options)
+        return [
+            (step, batch.max_seqlen, batch.tokens.tolist())
+            for step, batch in zip(recorder.steps, recorder.batches, strict=True)
+        ]
+
+    whole = run(ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1))
+    for step in range(1, 9):
+        resumed = run(ckpt=str(tmp_path / f"step={step}.ckpt"))
+        assert resumed == [each for each in whole if each[0] >= step], step
+    assert {length for step, length, _ in whole if step >= 6} == {32}
 
 
 def test_a_run_resumes_on_another_number_of_ranks(

@@ -41,6 +41,13 @@ def write_corpus(root):
         (root / f"file_{index}.py").write_text("\n".join(lines))
 
 
+def write_uneven_corpus(root):
+    """Five small source files, of which no two fit into a sequence of 128 tokens."""
+    for index, functions in enumerate((7, 4, 4, 4, 7)):
+        lines = [f"def function_{index}_{i}(x):\n    return x * {i} + {index}\n" for i in range(functions)]
+        (root / f"file_{index}.py").write_text("\n".join(lines))
+
+
 def data_module(corpus, **changes):
     settings = {
         "sources": [str(corpus / "*.py")],

@@ -4,6 +4,8 @@ import contextlib
 import os
 import pickle
 import shutil
+import socket
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -13,8 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed.checkpoint.api import CheckpointException
 
+from nsa_lightning.training import checkpoints
 from nsa_lightning.training.checkpoints import (
     RunCheckpointIO,
+    beside,
+    consolidate,
     find_best,
     find_last,
     publish,
@@ -51,7 +56,7 @@ def checkpoint(step):
 
 def save_sharded(step, path):
     """What the strategy does on one rank."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = beside(path, "tmp")
     remove(temporary)
     tensors, rest = split(checkpoint(step), ORDERS)
     dcp.save(tensors, checkpoint_id=temporary, no_dist=True)
@@ -143,6 +148,120 @@ def test_truncated_checkpoints_are_passed_over(tmp_path, save):
     os.utime(damaged, (2e9, 2e9))
     with pytest.warns(UserWarning, match=r"passed over: ckpt_path must be a checkpoint of nsa fit, got .*version_1"):
         assert find_last(tmp_path) == older / "last.ckpt"
+
+
+def shard(path):
+    (file,) = path.glob("*.distcp")
+    return file
+
+
+def size(path):
+    return path.stat().st_size
+
+
+DAMAGE = {
+    "missing shard": (lambda path: shard(path).unlink(), "its file __0_0.distcp is missing"),
+    "truncated shard": (
+        lambda path: os.truncate(shard(path), shard(path).stat().st_size - 1),
+        r"is truncated: \d+ bytes",
+    ),
+    "empty shard": (lambda path: os.truncate(shard(path), 0), r"is truncated: 0 bytes of"),
+    "overwritten shard": (
+        lambda path: shard(path).write_bytes(bytes(shard(path).stat().st_size)),
+        "does not hold what",
+    ),
+    "no table of contents": (lambda path: (path / ".metadata").unlink(), ".metadata"),
+    "empty table of contents": (lambda path: os.truncate(path / ".metadata", 0), "Ran out of input"),
+    "no meta": (lambda path: (path / META).unlink(), f"lacks {META}"),
+    "empty": (lambda path: [file.unlink() for file in path.iterdir()], f"lacks {META}"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_directory_is_passed_over_and_named_by_its_fault(tmp_path, damage):
+    older, newer = tmp_path / "step1.ckpt", tmp_path / "step2.ckpt"
+    for step, path in enumerate((older, newer)):
+        save_sharded(step, path)
+    os.utime(older / META, (1, 1))
+    spoil, fault = DAMAGE[damage]
+    spoil(newer)
+    with pytest.warns(
+        UserWarning, match=f"passed over: ckpt_path must be a checkpoint of nsa fit, got .*step2.*{fault}"
+    ):
+        assert find_last(tmp_path) == older
+    with pytest.raises(ValueError, match=f"^checkpoint must be a checkpoint of nsa fit, got .*step2.ckpt.*{fault}"):
+        read_summary(newer, "checkpoint")
+    with pytest.raises(ValueError, match=f"^checkpoint must be .*step2.ckpt.*{fault}"):
+        consolidate(str(newer), str(tmp_path / "one.ckpt"))
+    with pytest.raises(ValueError, match=fault):
+        RunCheckpointIO().load_checkpoint(newer)
+    assert not (tmp_path / "one.ckpt").exists()
+
+
+def test_damage_that_reading_alone_finds_is_named(tmp_path):
+    path = tmp_path / "step1.ckpt"
+    save_sharded(1, path)
+    content = bytearray(shard(path).read_bytes())
+    content[100 : len(content) - 200] = bytes(len(content) - 300)
+    shard(path).write_bytes(content)
+    with pytest.raises(ValueError, match=r"^the checkpoint .*step1.ckpt is damaged: "):
+        RunCheckpointIO().load_checkpoint(path)
+
+
+def test_one_file_is_written_into_a_directory_that_is_made(tmp_path):
+    save_sharded(1, tmp_path / "step1.ckpt")
+    consolidate(str(tmp_path / "step1.ckpt"), str(tmp_path / "new" / "one.ckpt"))
+    assert_equal(torch.load(tmp_path / "new" / "one.ckpt", weights_only=True), checkpoint(1))
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"output must be a file that can be written, got .*file/one.ckpt"):
+        consolidate(str(tmp_path / "step1.ckpt"), str(tmp_path / "file" / "one.ckpt"))
+
+
+@pytest.mark.parametrize("save", [save_one_file, save_sharded])
+@pytest.mark.parametrize("other", [save_one_file, save_sharded])
+def test_two_runs_that_write_to_one_name_do_not_break_each_others_saves(tmp_path, monkeypatch, save, other):
+    """One saves whole while the other is about to put its own in its place."""
+    path = tmp_path / "last.ckpt"
+    save(1, path)
+    fsync, process = os.fsync, os.getpid()
+
+    def interrupted(descriptor):
+        fsync(descriptor)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", fsync)
+            patch.setattr(os, "getpid", lambda: process + 1)
+            patch.setattr(checkpoints, "_is_running", lambda pid: pid in (process, process + 1))
+            other(2, path)
+            assert read_summary(path)["global_step"] == 2
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", interrupted)
+        save(3, path)
+    assert read_summary(path)["global_step"] == 3
+    assert [each.name for each in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+def test_what_a_killed_save_left_is_removed_and_nothing_that_is_being_written(tmp_path):
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    here = socket.gethostname()
+    names = {
+        "last.ckpt.tmp": True,  # of an older version, long ago
+        f"last.ckpt.{here}-{ended.pid}.tmp": True,
+        f"last.ckpt.{here}-{ended.pid}.old": True,
+        f"last.ckpt.{here}-1.tmp": False,
+        "last.ckpt.else.where-7.tmp": False,
+        "last.ckpt.long.ago-7.tmp": True,
+        f"other.ckpt.{here}-{ended.pid}.tmp": False,  # another name: its own next save removes it
+    }
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "shard").touch()
+        if name.endswith(".ckpt.tmp") or "long.ago" in name:
+            os.utime(tmp_path / name / "shard", (1, 1))
+            os.utime(tmp_path / name, (1, 1))
+    save_sharded(1, tmp_path / "last.ckpt")
+    assert {name for name in names if not (tmp_path / name).exists()} == {name for name, gone in names.items() if gone}
 
 
 def test_the_last_checkpoint_is_the_last_written_and_knows_the_best(tmp_path):

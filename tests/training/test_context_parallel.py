@@ -6,7 +6,7 @@ import pytest
 import torch
 from support.dense import write_source
 from support.same_run import assert_same_run
-from support.training import data_module, fit, language_model, make_trainer, run_job
+from support.training import data_module, fit, language_model, make_trainer, run_job, write_uneven_corpus
 
 from nsa_lightning.model.context_parallel import ContextParallel
 from nsa_lightning.training.strategy import FSDP2Strategy
@@ -26,6 +26,7 @@ RUNS = {
         "val_check_interval": STEPS,
     },
 }
+UNEVEN = {"packing": "best_fit", "val_fraction": 0, "test_fraction": 0}
 SETTINGS = {"max_steps": STEPS, "max_epochs": -1}
 
 
@@ -55,12 +56,16 @@ def distilled(teacher):
 def together(folder, alone):
     """The runs of two ranks that share every batch."""
     saved = {"scores": True, "save_after": 1, "save": str(folder / "together.ckpt")}
+    (folder / "uneven").mkdir()
+    write_uneven_corpus(folder / "uneven")
     others = {
         "corpus": RUNS["corpus"] | saved,
         "resumed": RUNS["corpus"] | {"resume": str(folder / "alone.ckpt")},
         "bf16": RUNS["mixed"] | {"precision": "bf16-mixed"},
+        "accumulating": {"data": UNEVEN | {"batch_size": 1}, "model": {"transformer": MIXED},
+                         "corpus": str(folder / "uneven"), "accumulate_grad_batches": 2},
         "distilled": distilled(str(write_source(folder / "teacher", max_position_embeddings=70))),
-    }
+    }  # fmt: skip
     return job(folder, 2, **(RUNS | others))
 
 
@@ -71,6 +76,11 @@ def test_ranks_that_share_batches_train_as_one(together, alone, name):
     assert all((gradient.abs().amax((1, 2)) > 1e-7).all() for gradient in summaries)  # of every KV head
     assert summaries
     assert alone[name]["norms"][0] > 0.5  # the norm at which the test's trainer clips
+
+
+def test_ranks_that_share_batches_take_the_mean_over_all_tokens_of_a_step(together, folder):
+    data = {"data": UNEVEN | {"batch_size": 2}, "model": {"transformer": MIXED}}
+    assert_same_run(together["accumulating"], fit(folder, folder / "uneven", **SETTINGS, **data))
 
 
 def test_ranks_that_share_batches_learn_from_a_teacher_as_one(together, folder):

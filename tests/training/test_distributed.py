@@ -4,7 +4,7 @@ import pytest
 import torch
 from support.dense import write_source
 from support.same_run import assert_same_run
-from support.training import fit, run_job
+from support.training import fit, run_job, write_uneven_corpus
 from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy
@@ -16,6 +16,7 @@ from nsa_lightning.training.sharded_checkpoint import read_whole
 from nsa_lightning.training.sharding import shard_transformer
 
 FIRST, ALL = 3, 5  # steps before the checkpoint, and in all
+UNEVEN = {"packing": "best_fit", "val_fraction": 0, "test_fraction": 0}
 SCHEDULED = {"max_steps": ALL, "max_epochs": -1}
 FROZEN = {"new_parts": {"freeze_others_steps": FIRST + 1, "lr_factor": 3.0}}  # the last step trains everything
 
@@ -27,10 +28,19 @@ def single(folder):
 
 
 @pytest.fixture(scope="module")
-def jobs(folder, single):
+def uneven_alone(folder):
+    """Steps over four sequences of uneven numbers of tokens, of which a pass has five."""
+    (folder / "uneven").mkdir()
+    write_uneven_corpus(folder / "uneven")
+    return fit(folder / "acc", folder / "uneven", **SCHEDULED, data=UNEVEN | {"batch_size": 4})
+
+
+@pytest.fixture(scope="module")
+def jobs(folder, single, uneven_alone):
     """Runs of two processes, by name: one sequence a rank where the single process has two."""
     common = {"corpus": str(folder / "corpus"), "root": str(folder / "two"), "data": {"batch_size": 1}} | SCHEDULED
     first = {"save_after": FIRST}
+    uneven = {"corpus": str(folder / "uneven"), "data": UNEVEN | {"batch_size": 1}}
     distilled = {"model": {"distillation": {"teacher": str(write_source(folder / "teacher")), "weight": 2.0}}}
     runs = {
         "ddp": {"strategy": "ddp", "save": str(folder / "ddp.ckpt")} | first,
@@ -41,8 +51,10 @@ def jobs(folder, single):
         "selective": {"strategy": "fsdp2", "model": {"activation_checkpointing": "selective"}},
         "validating": {"strategy": "fsdp2", "limit_val_batches": 1.0, "val_check_interval": 2, "save_after": 4,
                        "save": str(folder / "validated.ckpt")},
-        "accumulating": {"strategy": "fsdp2", "accumulate_grad_batches": 2},
-        "reducing": {"strategy": "fsdp2_reducing", "accumulate_grad_batches": 2},
+        "accumulating ddp": {"strategy": "ddp", "accumulate_grad_batches": 2} | uneven,
+        "accumulating": {"strategy": "fsdp2", "accumulate_grad_batches": 2} | uneven,
+        "reducing": {"strategy": "fsdp2_reducing", "accumulate_grad_batches": 2} | uneven,
+        "offload accumulating": {"strategy": "fsdp2_offload", "accumulate_grad_batches": 2} | uneven,
         "bf16": {"strategy": "fsdp2", "precision": "bf16-mixed"},
         "poisoned ddp": {"strategy": "ddp", "poison": 2},
         "poisoned fsdp2": {"strategy": "fsdp2", "poison": 2},
@@ -72,10 +84,10 @@ def test_validation_in_a_sharded_run_scores_every_token_once(jobs, folder):
     assert set(expected["metrics"]) == {"val/loss", "val/perplexity", "val/bits_per_byte"} | by_position
 
 
-@pytest.mark.parametrize("name", ["accumulating", "reducing"])
-def test_accumulated_gradients_are_reduced_to_the_same_sum(jobs, folder, name):
-    expected = fit(folder / "acc", folder / "corpus", **SCHEDULED, accumulate_grad_batches=2)
-    assert_same_run(jobs[name], expected)
+@pytest.mark.parametrize("name", ["accumulating ddp", "accumulating", "reducing", "offload accumulating"])
+def test_a_step_over_several_batches_of_two_ranks_is_the_mean_over_all_their_tokens(jobs, uneven_alone, name):
+    """Of one batch in one process; each pass ends with a step of fewer, one of them all padding."""
+    assert_same_run(jobs[name], uneven_alone)
 
 
 def test_bf16_computes_in_bf16_and_keeps_float32_weights(jobs, single):

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
-from support.training import NSA, data_module, write_corpus
+from support.training import NSA, data_module, packed_batches, write_corpus
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from nsa_lightning.data.batch import IGNORE_INDEX
@@ -105,6 +105,15 @@ def test_the_loss_is_the_mean_over_scored_targets_counted_once(corpus):
     torch.testing.assert_close(nats, expected, rtol=1e-4, atol=1e-3)
     assert tokens == scored.sum()
     torch.testing.assert_close(module.predict_step(batch, 0).sum(), expected, rtol=1e-4, atol=1e-3)
+
+
+def test_a_loss_counts_at_the_position_of_the_token_that_predicts():
+    """A document of 258 tokens has 257 predictions, the last of them made at position 256."""
+    (batch,) = packed_batches([258], count=1)
+    module = language_model()
+    module.configure_model()
+    module.validation_step(batch, 0)
+    assert module.loss_by_position.tokens[:3].tolist() == [256, 1, 0]
 
 
 def test_training_logs_losses_gates_and_pictures(tmp_path, corpus, capsys):
