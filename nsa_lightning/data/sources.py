@@ -19,6 +19,7 @@ from nsa_kernels.errors import SettingError
 
 from nsa_lightning.data.storage import filesystem_of, is_url, open_binary, retried
 
+JSON_LINES = (".jsonl", ".ndjson")
 COMPRESSION = 4  # bytes of text that a byte of a compressed file is taken for
 
 log = logging.getLogger(__name__)
@@ -86,7 +87,7 @@ def parts_of(file: SourceFile, size: int) -> list[Part]:
     """Cut a file into parts of about `size` bytes of text, if its kind can be read from the middle."""
     kind = file_kind(file.name)
     whole = Part(file.name, 0, None, file.size)
-    if kind.endswith(".jsonl") and file.size > size:
+    if kind.endswith(JSON_LINES) and file.size > size:
         bounds = [*range(0, file.size, size), file.size]
         return [Part(file.name, start, stop, stop - start) for start, stop in itertools.pairwise(bounds)]
     if not kind.endswith((".gz", ".zst", ".parquet")):
