@@ -7,7 +7,7 @@ import io
 import json
 import logging
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, BinaryIO, NamedTuple, cast
 
@@ -48,6 +48,38 @@ def iter_documents(parts: Iterable[Part], text_field: str, *, skip_binary: bool 
             yield from _read_parquet(part, text_field)
         else:
             yield Document(part.name, _read_text(part.name, skip_binary))
+
+
+class PartRead(NamedTuple):
+    """A part of which all documents were read."""
+
+    part: Part
+    digest: str  # of their texts
+
+
+def read_parts(
+    parts: Iterable[Part], text_field: str, *, skip_binary: bool = False, read: Callable[[PartRead], None]
+) -> Iterator[Document]:
+    """Read documents as `iter_documents` does, and tell `read` of each part that is done."""
+    for part in parts:
+        digest = hashlib.blake2b(digest_size=16)
+        for document in iter_documents([part], text_field, skip_binary=skip_binary):
+            text = document.text.encode()
+            digest.update(len(text).to_bytes(8))
+            digest.update(text)
+            yield document
+        read(PartRead(part, digest.hexdigest()))
+
+
+def holds_still(found: PartRead, text_field: str, *, skip_binary: bool = False) -> bool:
+    """Whether a part has the documents that were read of it once."""
+    again: list[PartRead] = []
+    try:
+        for _ in read_parts([found.part], text_field, skip_binary=skip_binary, read=again.append):
+            pass
+    except SettingError:
+        return False
+    return again == [found]
 
 
 def text_fraction(text: str) -> float:

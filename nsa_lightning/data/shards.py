@@ -5,10 +5,11 @@ Beside its tokens a shard keeps what the set is merged from:
 lengths.npy   int64 [documents], those of train first, then val, then test
 counts.npy    int64 [splits, vocab_size]: how often each token follows another one of its document
 shard.json    how much the shard holds, and the checksums of its tokens
+parts.json    the parts of files that it was made of, each with a digest of its texts
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +19,8 @@ import numpy as np
 from nsa_kernels.errors import SettingError
 from numpy.typing import NDArray
 
-from nsa_lightning.data.documents import SPLITS, Document, split_of
+from nsa_lightning.data.documents import SPLITS, Document, PartRead, split_of
+from nsa_lightning.data.sources import Part
 from nsa_lightning.data.storage import whole_directory, whole_file
 from nsa_lightning.data.token_store import FORMAT_VERSION, Manifest, SplitSize, TokenStore, checksum, write_manifest
 from nsa_lightning.data.tokenizer import GROUP, Tokenizer
@@ -40,6 +42,7 @@ def write_shard(
     *,
     val_fraction: float,
     test_fraction: float,
+    parts: Sequence[PartRead] = (),
     order: tuple[int, int] | None = None,
     block_size: int = 2**27,
     progress: Callable[[int], None] = lambda _: None,
@@ -52,6 +55,7 @@ def write_shard(
         tokenizer: turns their text into tokens.
         val_fraction: share of documents held out for validation, by a hash of their text.
         test_fraction: share of documents held out for the test, by the same hash.
+        parts: what the documents come from; looked at once all of them have been read.
         order: what to shuffle the documents by, such as (seed, shard); None keeps their order.
         block_size: bytes of text that are shuffled, and held in memory, at a time.
         progress: told the tokens of each few documents.
@@ -71,6 +75,7 @@ def write_shard(
         writer.flush()
         files.close()
         writer.finish()
+        (directory / "parts.json").write_text(json.dumps(parts), encoding="utf-8")
 
 
 def read_shard(path: Path, dtype: str) -> Shard | None:
@@ -84,6 +89,14 @@ def read_shard(path: Path, dtype: str) -> Shard | None:
         return Shard(splits=splits, **state)
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def parts_of_shard(path: Path) -> list[PartRead]:
+    """What the shard at `path` was made of; nothing if that is not known."""
+    try:
+        return [PartRead(Part(*part), digest) for part, digest in json.loads((path / "parts.json").read_bytes())]
+    except (OSError, ValueError, TypeError):
+        return []
 
 
 def merge_shards(
