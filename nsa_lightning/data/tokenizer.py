@@ -5,12 +5,13 @@ import heapq
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from threading import Thread
+from typing import Any, TypeVar
 
 import numpy as np
 from nsa_kernels.errors import SettingError
@@ -18,6 +19,8 @@ from numpy.typing import NDArray
 
 from nsa_lightning.data.documents import text_fraction
 from nsa_lightning.data.storage import whole_file
+
+Result = TypeVar("Result")
 
 END_OF_TEXT = "<|endoftext|>"
 END_OF_TEXT_NAMES = (
@@ -35,6 +38,9 @@ END_OF_TEXT_NAMES = (
 
 MIN_VOCAB_SIZE = 257
 CHUNK = 2**18  # characters; a longer document is encoded in chunks, in parallel
+LONG_RUN = re.compile(r"(\S{1024}|\s{1024})")
+"""Training takes time by the square of a word's length, so that words are cut here: DNA, base64, a million spaces."""
+
 GROUP = 2**22  # characters whose encodings are alive at once: they take hundreds of bytes a token
 
 
@@ -137,7 +143,8 @@ class Tokenizer:
         """Tokens of each document, int64: the tokenizer's own start, such as BOS, the text and `end_of_text`."""
         parts = [[self._start] for _ in texts]
         for group in _groups(texts):
-            encodings = self._tokenizer.encode_batch_fast([chunk for _, chunk in group], add_special_tokens=False)
+            chunks = [chunk for _, chunk in group]
+            encodings = _interruptible(partial(self._tokenizer.encode_batch_fast, chunks, add_special_tokens=False))
             for (document, _), encoding in zip(group, encodings, strict=True):
                 parts[document].append(np.asarray(encoding.ids, dtype=np.int64))
         return [np.concatenate([*part, [self.end_of_text_id]]) for part in parts]
@@ -193,7 +200,8 @@ def vocab_size_of(path: str) -> int:
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Train a byte-level BPE whose one special token, <|endoftext|>, starts and ends each document.
 
-    The same texts give the same tokenizer. Few texts may not fill `vocab_size`.
+    The same texts give the same tokenizer. Few texts may not fill `vocab_size`. Longer words than any token of use are
+    cut for the training alone.
     """
     from tokenizers import Tokenizer as Library
     from tokenizers import decoders, models, pre_tokenizers, processors, trainers
@@ -207,11 +215,32 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    library.train_from_iterator(texts, trainer)
+    pieces = (piece for text in texts for piece in LONG_RUN.split(text) if piece)
+    _interruptible(partial(library.train_from_iterator, pieces, trainer))
     library.post_processor = processors.TemplateProcessing(
         single=f"{END_OF_TEXT} $A", special_tokens=[(END_OF_TEXT, library.token_to_id(END_OF_TEXT))]
     )
     return Tokenizer(library.to_str())
+
+
+def _interruptible(action: Callable[[], Result]) -> Result:
+    """What `action` returns. It runs in a thread, which Ctrl-C leaves behind: the library holds signals back."""
+    results: list[Result] = []
+    failures: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(action())
+        except BaseException as error:  # is raised below
+            failures.append(error)
+
+    thread = Thread(target=run, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.1)  # the system may hand the signal to any thread, and this one must wake up to act on it
+    if failures:
+        raise failures[0]
+    return results[0]
 
 
 def training_sample(texts: Iterable[str], max_characters: int = 2**25) -> list[str]:

@@ -1,8 +1,12 @@
 import json
+import os
 import random
 import re
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -130,6 +134,48 @@ def test_training_depends_on_the_texts_alone() -> None:
     )
     assert other.stdout.strip() == train_tokenizer(texts, 280).fingerprint
     assert train_tokenizer(texts, 270).fingerprint != train_tokenizer(texts, 280).fingerprint
+
+
+@pytest.mark.parametrize("word", ["ACGT", "\u6587\u5b57\u5316", " ", "a", "x\u0301", "{};"])
+def test_training_takes_time_by_the_length_of_a_word_and_not_by_its_square(word: str) -> None:
+    rng = random.Random(0)
+    short, long = ("".join(rng.choices(word, k=length)) for length in (10_000, 200_000))
+
+    def seconds(text: str) -> float:
+        start = time.process_time()
+        train_tokenizer([text], 300)
+        return time.process_time() - start
+
+    assert seconds(long) < 60 * max(seconds(short), 0.01)  # 400 times by the square
+
+
+def test_long_words_are_cut_in_training_alone() -> None:
+    texts = ["a word of" + "=" * 1000 + " text" * 9] * 3
+    library = tokenizers.Tokenizer(models.BPE())
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=290,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    library.train_from_iterator(texts, trainer)
+    trained = train_tokenizer(texts, 290)
+    assert json.loads(trained._state)["model"] == json.loads(library.to_str())["model"]
+    tokens = trained.encode_batch(["=" * 5000])[0]
+    assert trained.decode(tokens) == "=" * 5000
+    assert len(tokens) < 100
+
+
+@pytest.mark.parametrize("action", ["train", "encode"])
+def test_ctrl_c_is_answered_while_the_library_works(tokenizer: Tokenizer, action: str) -> None:
+    text = "".join(random.Random(0).choices("ACGT", k=1_000_000))
+    interrupt = threading.Timer(0.3, os.kill, [os.getpid(), signal.SIGINT])
+    start = time.monotonic()
+    interrupt.start()
+    with pytest.raises(KeyboardInterrupt):
+        train_tokenizer([text], 2000) if action == "train" else tokenizer.encode_batch([text] * 4)
+    assert time.monotonic() - start < 2.5  # all of it takes longer
 
 
 def test_training_fills_at_most_the_vocabulary_asked_for() -> None:
