@@ -10,6 +10,7 @@ import itertools
 import json
 import logging
 import os
+import shlex
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -322,8 +323,23 @@ def _summary(store: TokenStore, plan: Plan) -> str:
     for name, fraction in _fractions(plan).items():
         split = name.removesuffix("_fraction")
         if fraction and not manifest.splits[split].documents:
-            lines.append(f"no document fell to {split}: raise --{name}, {fraction:g} here, or prepare more documents")
-    return "\n".join([*lines, f"train on it: nsa fit --data.prepared {store.path}"])
+            lines.append(
+                f"no document fell to {split}: raise --{name}, {fraction:g} here, set it to 0 or prepare more documents"
+            )
+    if not manifest.splits["train"].documents:
+        lines.append("no document fell to train: lower --val_fraction and --test_fraction, or prepare more documents")
+    elif manifest.splits["val"].documents or not manifest.val_fraction:  # else nsa fit refuses the set
+        lines.append(f"train on it: nsa fit {_settings_of_a_fit()} --data.prepared {shlex.quote(str(store.path))}")
+    return "\n".join(lines)
+
+
+def _settings_of_a_fit() -> str:
+    """A config of ours that is there, or the least that `nsa fit` needs."""
+    ours = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
+    if not ours.is_file():  # they do not come with an installed package
+        return "--trainer.max_steps 1000"
+    below = ours.is_relative_to(Path.cwd())
+    return f"--config {shlex.quote(str(ours.relative_to(Path.cwd()) if below else ours))}"
 
 
 class _OldPlan(NamedTuple):
