@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from nsa_lightning.data.documents import SPLITS, Document, PartRead, split_of
 from nsa_lightning.data.sources import Part
-from nsa_lightning.data.storage import whole_directory, whole_file
+from nsa_lightning.data.storage import save_array, whole_directory, whole_file
 from nsa_lightning.data.token_store import (
     BYTE_COUNT,
     FORMAT_VERSION,
@@ -133,7 +133,7 @@ def merge_shards(
     for folder in folders:
         counts += np.load(folder / "counts.npy")
     with whole_file(path / "counts.npy") as stream:
-        np.save(stream, counts)
+        save_array(stream, counts)
     for name in SPLITS:
         with whole_file(path / f"{name}.offsets.npy") as stream:
             _write_offsets(stream, name, splits[name].documents, zip(folders, shards, strict=True))
@@ -261,8 +261,9 @@ class _ShardWriter:
             for name, size, counted in zip(SPLITS, self._first_bytes, self._counted, strict=True)
             if counted and name in splits
         }
-        np.save(self.path / "lengths.npy", np.concatenate(lengths))
-        np.save(self.path / "counts.npy", self._counts)
+        for name, values in ("lengths.npy", np.concatenate(lengths)), ("counts.npy", self._counts):
+            with (self.path / name).open("wb") as stream:
+                save_array(stream, values)
         shard = Shard(empty_documents=self.empty, splits=splits, checksums=checksums, first_bytes=first_bytes)
         (self.path / "shard.json").write_text(json.dumps(asdict(shard), indent=1), encoding="utf-8")
 

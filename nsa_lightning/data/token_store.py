@@ -26,7 +26,7 @@ from nsa_kernels.errors import SettingError
 from numpy.typing import NDArray
 
 from nsa_lightning.data.documents import SPLITS
-from nsa_lightning.data.storage import filesystem_of, is_url, open_binary, retried, whole_file
+from nsa_lightning.data.storage import filesystem_of, is_url, open_binary, retried, whole_file, writable
 from nsa_lightning.data.tokenizer import Tokenizer, load_tokenizer
 
 FORMAT_VERSION = 3
@@ -190,7 +190,8 @@ class TokenStore:
             )
         copy = self.cache_dir / f"remote-{self.fingerprint}" / name
         if not copy.exists():
-            copy.parent.mkdir(parents=True, exist_ok=True)
+            with writable(copy.parent):
+                copy.parent.mkdir(parents=True, exist_ok=True)
             with open_binary(place) as source, whole_file(copy) as stream:
                 digest = hashlib.blake2b(digest_size=16)
                 while block := source.read(2**22):
