@@ -97,12 +97,12 @@ class Tokenizer:
             raise SettingError(
                 f"data.tokenizer.end_of_text must name one of the tokenizer's tokens, it has none of {names}"
             )
-        self._check_ids()
         self.end_of_text = known[0]
         self.end_of_text_id = self._vocab[self.end_of_text]
         probe = self._tokenizer.encode("a")
         num_special = next((i for i, special in enumerate(probe.special_tokens_mask) if not special), 0)
         self._start = np.asarray(probe.ids[:num_special], dtype=np.int64)
+        self._check_ids()
 
     @property
     def fingerprint(self) -> str:
