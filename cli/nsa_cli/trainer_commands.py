@@ -19,6 +19,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from nsa_kernels.errors import SettingError
 
+from nsa_cli.data_origin import with_one_origin
 from nsa_cli.errors import print_error
 from nsa_lightning.data.datamodule import PackedTextDataModule
 from nsa_lightning.data.sets import configured_vocab_size
@@ -95,6 +96,10 @@ class NSACommandLine(LightningCLI):
             "model.transformer.vocab_size",
             compute_fn=configured_vocab_size,
         )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse `sys.argv`, where a later origin of the text takes the place of an earlier one."""
+        self.config = parser.parse_args(with_one_origin(sys.argv[1:]))
 
     def before_instantiate_classes(self) -> None:
         """Check what would otherwise fail late or unclearly."""

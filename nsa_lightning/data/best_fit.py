@@ -99,16 +99,16 @@ def write_plan(path: Path, offsets: NDArray[np.int64], seq_len: int) -> None:
             stack.enter_context((folder / f"{name}.bin").open("wb")) for name in ("bounds", "documents", "long")
         )
         num_documents, num_whole, end = len(offsets) - 1, 0, 0
-        np.int64(0).tofile(bounds)
+        bounds.write(np.int64(0).tobytes())  # not tofile, which does not tell of a full disk
         for packed in pack_best_fit(offsets, seq_len):
-            packed.documents.astype(_document_type(offsets)).tofile(documents)
-            (end + np.cumsum(packed.sizes)).tofile(bounds)
+            documents.write(packed.documents.astype(_document_type(offsets)).tobytes())
+            bounds.write((end + np.cumsum(packed.sizes)).tobytes())
             end += len(packed.documents)
-            np.stack([packed.long, num_whole + np.cumsum(packed.whole) - packed.whole], axis=1).tofile(long)
+            long.write(np.stack([packed.long, num_whole + np.cumsum(packed.whole) - packed.whole], axis=1).tobytes())
             num_whole += int(packed.whole.sum())
         # Ends: an empty file cannot be mapped.
-        np.array(num_documents, dtype=_document_type(offsets)).tofile(documents)
-        np.array([num_documents, num_whole]).tofile(long)
+        documents.write(np.array(num_documents, dtype=_document_type(offsets)).tobytes())
+        long.write(np.array([num_documents, num_whole]).tobytes())
 
 
 def _document_type(offsets: NDArray[np.int64]) -> type[np.unsignedinteger[Any]]:

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import lightning as L
 import numpy as np
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from nsa_kernels.errors import SettingError
 from nsa_kernels.settings import check_arguments
 from numpy.typing import NDArray
@@ -34,11 +34,12 @@ class PackedTextDataModule(L.LightningDataModule):
     Exactly one of `sources`, `prepared` and `mixture` says where the text comes from.
 
     Args:
-        sources: files, directories, globs (`**` for any depth) and URLs of text, code, `.jsonl` and `.parquet`; text
-            and jsonl also as `.gz` and `.zst`. `~` is expanded, and `{stdlib}` stands for Python's standard library.
+        sources: files, directories, globs (`**` for any depth) and URLs of text, code, `.json(l)` and `.parquet`; text
+            and json(l) also as `.gz` and `.zst`. `~` is expanded, and `{stdlib}` stands for Python's standard library.
             They are prepared once, in the cache.
         include: globs of the files to read among `sources`; left out, all.
         exclude: globs of files and directories to leave out; a relative one, such as `test_*.py`, at any depth.
+            One that matches nothing is told.
         text_field: the field of a jsonl line, or the column of a parquet file, that holds the text.
         skip_binary: take a file of `sources` that is no UTF-8 text for an empty document, and go on.
         tokenizer: how text becomes tokens; a prepared set has its own.
@@ -142,7 +143,7 @@ class PackedTextDataModule(L.LightningDataModule):
         totals, val_counts = train.sum(axis=1), val.sum(axis=0)
         counts = self._shares * totals.sum() / np.maximum(totals, 1) @ train
         bits = val_counts @ -np.log2((counts + 1) / (counts + 1).sum())
-        return float(bits / (val_counts @ self.tokenizer.byte_lengths))
+        return float(bits / sum(map(self._scored_bytes, self.stores)))
 
     def prepare_data(self) -> None:
         """Tokenise the sources and plan the sequences, unless the cache has them; verify the sets if asked to."""
@@ -168,6 +169,12 @@ class PackedTextDataModule(L.LightningDataModule):
         self._tokenizer = common_tokenizer(
             dict(zip(self._configured, self._stores, strict=True)), self.tokenizer_config
         )
+        for store in self._stores:
+            if store.manifest.first_bytes is None and not self._tokenizer.is_byte_level:
+                rank_zero_warn(
+                    f"{store.path} was prepared by an earlier release, which did not count the bytes that its tokens "
+                    "stand for: bits per byte are an estimate; prepare it again to have them exact"
+                )
         for split in {"fit": ("train", "val"), "test": ("test",)}.get(stage, ("val",)):
             if not (stage == "fit" and split == "val" and not self._has_validation()):
                 self._check_split(split)
@@ -315,6 +322,12 @@ class PackedTextDataModule(L.LightningDataModule):
         assert self._places is not None
         return [open_set(*named, self.cache_dir) for named in zip(self._configured, self._places, strict=True)]
 
+    def _scored_bytes(self, store: TokenStore) -> int:
+        """Bytes of the validation documents, without their first tokens."""
+        if store.manifest.first_bytes is None:
+            return int(store.token_counts("val") @ self.tokenizer.byte_lengths)
+        return store.manifest.splits["val"].bytes - store.manifest.first_bytes["val"]
+
     def _has_validation(self) -> bool:
         return any(store.manifest.val_fraction > 0 for store in self.stores)
 
@@ -340,7 +353,10 @@ class PackedTextDataModule(L.LightningDataModule):
         return self._loader(split, PackedLoader, self._dataset(splits, order))
 
     def _dataset(self, splits: list[PackedSplit], order: Order) -> PackedDataset:
-        return PackedDataset(splits, order, self.tokenizer.byte_lengths, self.tokenizer.end_of_text_id)
+        lengths = self.tokenizer.byte_lengths
+        if splits[0].tokens.name == "train" and not self.tokenizer.is_byte_level:
+            lengths = np.zeros_like(lengths)  # they would be an estimate, and nobody asks for them
+        return PackedDataset(splits, order, lengths, self.tokenizer.end_of_text_id)
 
     def _loader(self, split: str, kind: type[Loader], dataset: PackedDataset, **options: Any) -> Loader:
         """The loader of a split; the one before it, if there was one, ends its workers."""

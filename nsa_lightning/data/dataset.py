@@ -18,6 +18,7 @@ from nsa_lightning.data.best_fit import BEST_FIT, BestFitPlan, write_plan
 from nsa_lightning.data.order import Order
 from nsa_lightning.data.packing import PackPlan, Row, SequentialPlan, pack_documents
 from nsa_lightning.data.sets import Packing
+from nsa_lightning.data.storage import writable
 from nsa_lightning.data.token_store import TokenStore
 
 
@@ -114,8 +115,10 @@ class PackedDataset(Dataset[Tensor | SettingError]):
 
 def _make_plan(path: Path, offsets: NDArray[np.int64], seq_len: int) -> None:
     """Write a plan, unless another process does; what one left that was killed is removed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.parent / "plans.lock"):
+    with writable(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        acquired = FileLock(path.parent / "plans.lock").acquire()
+    with acquired:
         for leftover in path.parent.glob(f"{path.name}.tmp-*"):
             shutil.rmtree(leftover)
         if not path.exists():

@@ -106,7 +106,15 @@ class Row(NamedTuple):
 
     def read(self) -> NDArray[np.int64]:
         """The tokens of all pieces."""
-        return self.split.read(self.split.offsets[self.pieces.documents] + self.pieces.starts, self.lengths)
+        return self.split.read(self._starts, self.lengths)
+
+    def read_byte_counts(self) -> NDArray[np.int64] | None:
+        """The bytes of text that each token stands for, if the set keeps them."""
+        return self.split.read_byte_counts(self._starts, self.lengths) if self.split.has_byte_counts else None
+
+    @property
+    def _starts(self) -> NDArray[np.int64]:
+        return self.split.offsets[self.pieces.documents] + self.pieces.starts
 
 
 def pack_documents(
@@ -124,7 +132,7 @@ def pack_documents(
     Args:
         rows: the sequences; None for one that is all padding.
         seq_len: tokens in a sequence.
-        byte_lengths: UTF-8 bytes of each token, int64 [vocab_size].
+        byte_lengths: UTF-8 bytes of each token, int64 [vocab_size]; what the set keeps of its tokens comes first.
         padding: the token to fill with.
         max_seqlen: longer pieces are cut every so many tokens, into documents of their own.
 
@@ -142,15 +150,20 @@ def pack_documents(
     np.subtract(np.arange(len(tokens)), np.repeat(cu_seqlens[:-1], parts), out=positions)
     tokens[:] = padding
     scored = np.zeros(len(tokens), dtype=bool)
+    target_bytes = np.zeros(len(tokens), dtype=np.int64)
     for row, own, start in zip(rows, pieces, range(0, len(tokens), seq_len), strict=True):
         if row is not None:
             real = slice(start, start + int(own.sum()))
             tokens[real] = row.read()
             scored[real] = True
+            counts = row.read_byte_counts()
+            target_bytes[real] = byte_lengths[tokens[real]] if counts is None else counts
     scored[cu_seqlens[1:] - 1] = False
     targets[:] = IGNORE_INDEX
     np.copyto(targets[:-1], tokens[1:], where=scored[:-1])
-    batch.target_bytes.fill_(int(byte_lengths[targets[scored]].sum()))
+    target_bytes[:-1] = target_bytes[1:]
+    target_bytes[~scored] = 0
+    np.add.reduceat(target_bytes, cu_seqlens[:-1], out=batch.target_bytes.numpy())
     return flat
 
 

@@ -1,7 +1,8 @@
 """Sources to a prepared set: planned, tokenised shard by shard, in parallel, and taken up again after a stop.
 
 The plan is written first and the manifest last. In between every shard appears whole or not at all, so whoever comes
-after a stop keeps the whole ones. What comes out depends on the plan alone.
+after a stop keeps the whole ones. What comes out depends on the plan alone, but where files change after a stop, a bad
+one that is mended for example: then the shards that were whole by then, and still fit, stay as they are.
 """
 
 import hashlib
@@ -9,17 +10,26 @@ import itertools
 import json
 import logging
 import os
+import shlex
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
 
 from nsa_kernels.errors import SettingError
 
-from nsa_lightning.data.documents import iter_documents, split_of
-from nsa_lightning.data.shards import merge_shards, permutation, read_shard, shard_path, token_dtype
+from nsa_lightning.data.documents import PartRead, holds_still, iter_documents, split_of
+from nsa_lightning.data.shards import (
+    merge_shards,
+    parts_of_shard,
+    permutation,
+    read_shard,
+    shard_path,
+    token_dtype,
+)
 from nsa_lightning.data.sources import Part, SourceFile, find_files, parts_of
 from nsa_lightning.data.storage import is_url, whole_file, writable
 from nsa_lightning.data.token_store import FORMAT_VERSION, TokenStore
@@ -48,12 +58,19 @@ class Plan:
         """Changes with any setting, and with the name, size or time of modification of any file."""
         return hashlib.blake2b(json.dumps([self.settings, self.files]).encode(), digest_size=12).hexdigest()
 
-    def shards(self) -> list[list[Part]]:
-        """The parts that make each shard: shuffled by the seed, about `shard_size` bytes of text."""
+    def parts(self) -> list[Part]:
+        """What is read of all files at a time."""
+        size = max(int(self.settings["shard_size"]) // PARTS_A_SHARD, 1)
+        return list(itertools.chain.from_iterable(parts_of(file, size) for file in self.files))
+
+    def shards(self, kept: Sequence[list[Part]] = ()) -> list[list[Part]]:
+        """The parts that make each shard: those of `kept`, and the others shuffled by the seed.
+
+        A shard has about `shard_size` bytes of text.
+        """
         size, seed = int(self.settings["shard_size"]), int(self.settings["seed"])
-        parts = list(
-            itertools.chain.from_iterable(parts_of(file, max(size // PARTS_A_SHARD, 1)) for file in self.files)
-        )
+        taken = set(itertools.chain.from_iterable(kept))
+        parts = [part for part in self.parts() if part not in taken]
         shards: list[list[Part]] = []
         room = 0
         for index in permutation(len(parts), (seed, len(parts))):
@@ -63,7 +80,7 @@ class Plan:
                 room = size
             shards[-1].append(part)
             room -= part.size
-        return shards
+        return [*kept, *shards]
 
 
 def make_plan(
@@ -136,7 +153,8 @@ def prepare(plan: Plan, path: Path, num_workers: int | None = None) -> TokenStor
             path.mkdir(parents=True, exist_ok=True)
         with _alone_at(path):
             _prepare(plan, path, num_workers)
-    _check_same_plan(plan, path)
+    if words := _changes(plan, _read_plan(plan, path), path):
+        raise SettingError(words)
     return TokenStore(path)
 
 
@@ -164,10 +182,10 @@ def prepare_set(
     Args:
         output_dir: directory of the set. With verify also a URL.
         sources: files, directories, globs (** for any depth) and fsspec URLs (s3://..., https://...) of text, code,
-            .jsonl and .parquet; text and jsonl also as .gz and .zst. ~ is expanded, and {stdlib} stands for Python's
-            standard library. A protocol may need a package of its own, such as s3fs.
+            .json(l) and .parquet; all but parquet also as .gz and .zst. ~ is expanded, and {stdlib} stands for
+            Python's standard library. A protocol may need a package of its own, such as s3fs.
         include: globs of the files to read; left out, all. A relative one, such as *.c, at any depth.
-        exclude: globs of files and directories to leave out; the same.
+        exclude: globs of files and directories to leave out; the same. One that matches nothing is told.
         text_field: the field of a jsonl line, or the column of a parquet file, that holds the text.
         skip_binary: take a file that is no UTF-8 text for an empty document, and go on.
         tokenizer: how text becomes tokens.
@@ -228,13 +246,13 @@ def check_fractions(val_fraction: float, test_fraction: float) -> None:
 def _prepare(plan: Plan, path: Path, num_workers: int | None) -> None:
     if (path / "manifest.json").exists():  # by now
         return
-    if (path / "plan.json").exists():
-        _check_same_plan(plan, path)
-    else:
-        with whole_file(path / "plan.json") as stream:
-            stream.write(json.dumps({"settings": plan.settings, "files": plan.files}, indent=0).encode())
     _remove_leftovers(path)
-    shards = plan.shards()
+    if (path / "plan.json").exists():
+        kept = _take_up(plan, path)
+    else:
+        kept = []
+        _write_plan(plan, path, kept)
+    shards = plan.shards(kept)
     tokenizer = _open_tokenizer(plan, path, shards)
     fractions = _fractions(plan)
     job = ShardJob(
@@ -247,13 +265,13 @@ def _prepare(plan: Plan, path: Path, num_workers: int | None) -> None:
         **fractions,
     )
     dtype = token_dtype(tokenizer).name
-    missing = [number for number in range(len(shards)) if read_shard(shard_path(path, number), dtype) is None]
+    missing = [number for number, parts in enumerate(shards) if not _is_whole(shard_path(path, number), dtype, parts)]
     workers = min(MOST_WORKERS, _num_cores()) if num_workers is None else num_workers
     try:
         tokenise_shards(job, shards, missing, workers)
     except SettingError as error:
-        kept = sum(read_shard(shard_path(path, number), dtype) is not None for number in range(len(shards)))
-        raise SettingError(f"{error}; {kept} of {len(shards)} shards are whole and kept for the next run") from error
+        whole = sum(_is_whole(shard_path(path, number), dtype, parts) for number, parts in enumerate(shards))
+        raise SettingError(f"{error}; {whole} of {len(shards)} shards are whole and kept for the next run") from error
     finally:
         _remove_leftovers(path)
     merge_shards(path, len(shards), tokenizer, **fractions)
@@ -305,15 +323,44 @@ def _summary(store: TokenStore, plan: Plan) -> str:
     for name, fraction in _fractions(plan).items():
         split = name.removesuffix("_fraction")
         if fraction and not manifest.splits[split].documents:
-            lines.append(f"no document fell to {split}: raise --{name}, {fraction:g} here, or prepare more documents")
-    return "\n".join([*lines, f"train on it: nsa fit --data.prepared {store.path}"])
+            lines.append(
+                f"no document fell to {split}: raise --{name}, {fraction:g} here, set it to 0 or prepare more documents"
+            )
+    if not manifest.splits["train"].documents:
+        lines.append("no document fell to train: lower --val_fraction and --test_fraction, or prepare more documents")
+    elif manifest.splits["val"].documents or not manifest.val_fraction:  # else nsa fit refuses the set
+        lines.append(f"train on it: nsa fit {_settings_of_a_fit()} --data.prepared {shlex.quote(str(store.path))}")
+    return "\n".join(lines)
 
 
-def _check_same_plan(plan: Plan, path: Path) -> None:
-    """Refuse to mix what was made by another plan with this one."""
+def _settings_of_a_fit() -> str:
+    """A config of ours that is there, or the least that `nsa fit` needs."""
+    ours = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
+    if not ours.is_file():  # they do not come with an installed package
+        return "--trainer.max_steps 1000"
+    below = ours.is_relative_to(Path.cwd())
+    return f"--config {shlex.quote(str(ours.relative_to(Path.cwd()) if below else ours))}"
+
+
+class _OldPlan(NamedTuple):
+    """What an earlier call wrote of its plan."""
+
+    files: dict[str, list[Any]]  # size and version, by name
+    kept: list[list[Part]]  # the parts of the first shards, where they were made for other files
+
+
+def _write_plan(plan: Plan, path: Path, kept: list[list[Part]]) -> None:
+    with whole_file(path / "plan.json") as stream:
+        state = {"settings": plan.settings, "files": plan.files, "kept": kept}
+        stream.write(json.dumps(state, indent=0).encode())
+
+
+def _read_plan(plan: Plan, path: Path) -> _OldPlan:
+    """The plan of the set at `path`; one with other settings is refused."""
     try:
         state = json.loads((path / "plan.json").read_bytes())
         settings, files = state["settings"], {name: rest for name, *rest in state["files"]}
+        old = _OldPlan(files, [[Part(*part) for part in parts] for parts in state.get("kept", [])])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SettingError(
             f"{path / 'plan.json'} is not the plan of a prepared set: {error!r}; {_another(path)}"
@@ -323,12 +370,59 @@ def _check_same_plan(plan: Plan, path: Path) -> None:
             raise SettingError(
                 f"{path} was prepared with {name}={settings.get(name)!r}, got {value!r}; {_another(path)}"
             )
+    return old
+
+
+def _changes(plan: Plan, old: _OldPlan, path: Path) -> str:
+    """How the files differ from those of the old plan; nothing if they do not."""
     now = {name: rest for name, *rest in plan.files}
-    changed = [name for name in files.keys() & now.keys() if files[name] != now[name]]
-    kinds = {"changed": changed, "gone": files.keys() - now.keys(), "new": now.keys() - files.keys()}
+    changed = [name for name in old.files.keys() & now.keys() if old.files[name] != now[name]]
+    kinds = {"changed": changed, "gone": old.files.keys() - now.keys(), "new": now.keys() - old.files.keys()}
     words = [f"{len(names)} files are {kind}, such as {min(names)}" for kind, names in kinds.items() if names]
-    if words:
-        raise SettingError(f"{path} was prepared from other files: {'; '.join(words)}; {_another(path)}")
+    return f"{path} was prepared from other files: {'; '.join(words)}; {_another(path)}" if words else ""
+
+
+def _take_up(plan: Plan, path: Path) -> list[list[Part]]:
+    """The shards of an unfinished set that are kept because its files have changed since; nothing if they have not.
+
+    A shard is kept where its parts are parts of the plan too, and those of changed files hold the same documents. It
+    takes a low number, and what is left is laid in shards anew.
+    """
+    old = _read_plan(plan, path)
+    words = _changes(plan, old, path)
+    if not words:
+        return old.kept
+    planned, now = set(plan.parts()), {name: rest for name, *rest in plan.files}
+    field, skip_binary = str(plan.settings["text_field"]), bool(plan.settings["skip_binary"])
+
+    def fits(found: PartRead) -> bool:
+        name = found.part.name
+        same_file = old.files.get(name) == now.get(name)
+        return found.part in planned and (same_file or holds_still(found, field, skip_binary=skip_binary))
+
+    folders = [folder for folder in path.glob("shards/*") if folder.name.isdecimal()]
+    folders.sort(key=lambda folder: int(folder.name))
+    made = {folder: parts for folder in folders if (parts := parts_of_shard(folder))}
+    fitting = {folder: parts for folder, parts in made.items() if all(map(fits, parts))}
+    if made and not fitting:
+        raise SettingError(words)
+    log.warning("%s: its files have changed, %d of %d shards are used again", path, len(fitting), len(made))
+    kept = [[each.part for each in parts] for parts in fitting.values()]
+    _write_plan(plan, path, kept)
+    with writable(path):
+        for folder in folders:
+            if folder not in fitting:
+                shutil.rmtree(folder)
+        for number, folder in enumerate(fitting):
+            folder.rename(shard_path(path, number))
+        if not kept:  # a tokenizer that was trained has seen the files of the old plan
+            (path / "tokenizer.json").unlink(missing_ok=True)
+    return kept
+
+
+def _is_whole(folder: Path, dtype: str, parts: Sequence[Part]) -> bool:
+    """Whether `folder` is a whole shard of these parts."""
+    return read_shard(folder, dtype) is not None and [each.part for each in parts_of_shard(folder)] == list(parts)
 
 
 def _another(path: Path) -> str:
@@ -337,8 +431,9 @@ def _another(path: Path) -> str:
 
 def _remove_leftovers(path: Path) -> None:
     """What a process left that was killed as it wrote."""
-    for leftover in [*path.glob("*.tmp-*"), *path.glob("shards/*.tmp-*")]:
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    with writable(path):
+        for leftover in [*path.glob("*.tmp-*"), *path.glob("shards/*.tmp-*")]:
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
 
 @contextmanager
@@ -347,11 +442,12 @@ def _alone_at(path: Path) -> Iterator[None]:
     from filelock import FileLock, Timeout
 
     lock = FileLock(path / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        log.warning("another process prepares %s, waiting for it", path)
-        lock.acquire()
+    with writable(path / ".lock"):
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            log.warning("another process prepares %s, waiting for it", path)
+            lock.acquire()
     try:
         yield
     finally:

@@ -5,10 +5,11 @@ Beside its tokens a shard keeps what the set is merged from:
 lengths.npy   int64 [documents], those of train first, then val, then test
 counts.npy    int64 [splits, vocab_size]: how often each token follows another one of its document
 shard.json    how much the shard holds, and the checksums of its tokens
+parts.json    the parts of files that it was made of, each with a digest of its texts
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,10 +19,23 @@ import numpy as np
 from nsa_kernels.errors import SettingError
 from numpy.typing import NDArray
 
-from nsa_lightning.data.documents import SPLITS, Document, split_of
-from nsa_lightning.data.storage import whole_directory, whole_file
-from nsa_lightning.data.token_store import FORMAT_VERSION, Manifest, SplitSize, TokenStore, checksum, write_manifest
+from nsa_lightning.data.documents import SPLITS, Document, PartRead, split_of
+from nsa_lightning.data.sources import Part
+from nsa_lightning.data.storage import save_array, whole_directory, whole_file
+from nsa_lightning.data.token_store import (
+    BYTE_COUNT,
+    FORMAT_VERSION,
+    Manifest,
+    SplitSize,
+    TokenStore,
+    checksum,
+    count_file,
+    write_manifest,
+)
 from nsa_lightning.data.tokenizer import GROUP, Tokenizer
+
+COUNTED = ("val", "test")
+"""Splits that are scored in bits per byte: where the tokenizer is not byte-level, the bytes of each token are kept."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +44,8 @@ class Shard:
 
     empty_documents: int  # skipped
     splits: dict[str, SplitSize]  # those that have documents
-    checksums: dict[str, str]  # of their tokens
+    checksums: dict[str, str]  # of their tokens, and of the byte counts
+    first_bytes: dict[str, int]  # of documents' first tokens, by the splits that have byte counts
 
 
 def write_shard(
@@ -40,6 +55,7 @@ def write_shard(
     *,
     val_fraction: float,
     test_fraction: float,
+    parts: Sequence[PartRead] = (),
     order: tuple[int, int] | None = None,
     block_size: int = 2**27,
     progress: Callable[[int], None] = lambda _: None,
@@ -52,6 +68,7 @@ def write_shard(
         tokenizer: turns their text into tokens.
         val_fraction: share of documents held out for validation, by a hash of their text.
         test_fraction: share of documents held out for the test, by the same hash.
+        parts: what the documents come from; looked at once all of them have been read.
         order: what to shuffle the documents by, such as (seed, shard); None keeps their order.
         block_size: bytes of text that are shuffled, and held in memory, at a time.
         progress: told the tokens of each few documents.
@@ -71,6 +88,7 @@ def write_shard(
         writer.flush()
         files.close()
         writer.finish()
+        (directory / "parts.json").write_text(json.dumps(parts), encoding="utf-8")
 
 
 def read_shard(path: Path, dtype: str) -> Shard | None:
@@ -79,11 +97,20 @@ def read_shard(path: Path, dtype: str) -> Shard | None:
         state: dict[str, Any] = json.loads((path / "shard.json").read_bytes())
         splits = {name: SplitSize(**size) for name, size in state.pop("splits").items()}
         itemsize = np.dtype(dtype).itemsize
-        if any((path / f"{name}.bin").stat().st_size != size.tokens * itemsize for name, size in splits.items()):
-            return None
-        return Shard(splits=splits, **state)
+        shard = Shard(splits=splits, **state)
+        files = {f"{name}.bin": size.tokens * itemsize for name, size in splits.items()}
+        files |= {count_file(f"{name}.bin"): splits[name].tokens * BYTE_COUNT.itemsize for name in shard.first_bytes}
+        return shard if all((path / name).stat().st_size == size for name, size in files.items()) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def parts_of_shard(path: Path) -> list[PartRead]:
+    """What the shard at `path` was made of; nothing if that is not known."""
+    try:
+        return [PartRead(Part(*part), digest) for part, digest in json.loads((path / "parts.json").read_bytes())]
+    except (OSError, ValueError, TypeError):
+        return []
 
 
 def merge_shards(
@@ -106,7 +133,7 @@ def merge_shards(
     for folder in folders:
         counts += np.load(folder / "counts.npy")
     with whole_file(path / "counts.npy") as stream:
-        np.save(stream, counts)
+        save_array(stream, counts)
     for name in SPLITS:
         with whole_file(path / f"{name}.offsets.npy") as stream:
             _write_offsets(stream, name, splits[name].documents, zip(folders, shards, strict=True))
@@ -127,6 +154,9 @@ def merge_shards(
         splits=splits,
         shards=[{name: size.tokens for name, size in shard.splits.items()} for shard in shards],
         checksums=checksums,
+        first_bytes=None
+        if tokenizer.is_byte_level
+        else {name: sum(shard.first_bytes.get(name, 0) for shard in shards) for name in COUNTED},
     )
     write_manifest(path, manifest)
     return TokenStore(path)
@@ -159,38 +189,60 @@ class _ShardWriter:
         self.empty = 0
         self.held_bytes = 0
         self._files = files
-        self._streams: dict[int, BinaryIO] = {}
+        self._streams: dict[str, BinaryIO] = {}
         self._dtype = token_dtype(tokenizer)
-        self._held: list[tuple[int, NDArray[Any]]] = []
+        self._counted = [not tokenizer.is_byte_level and name in COUNTED for name in SPLITS]
+        self._held: list[tuple[int, NDArray[Any], NDArray[Any] | None]] = []
         self._blocks = 0
         self._lengths: list[list[NDArray[np.int64]]] = [[] for _ in SPLITS]
         self._counts = np.zeros((len(SPLITS), tokenizer.vocab_size), dtype=np.int64)
         self._bytes = [0] * len(SPLITS)
+        self._first_bytes = [0] * len(SPLITS)
 
     def add(self, texts: list[str], splits: list[int]) -> int:
         """Tokenise some documents; returns their tokens."""
-        encoded = self.tokenizer.encode_batch(texts)
-        for text, split, tokens in zip(texts, splits, encoded, strict=True):
+        encoded, counts = self._encode(texts, splits)
+        for text, split, tokens, own in zip(texts, splits, encoded, counts, strict=True):
             size = len(text.encode())
             self._bytes[split] += size
             self.held_bytes += size
-            self._held.append((split, tokens.astype(self._dtype)))
+            self._held.append((split, tokens.astype(self._dtype), None if own is None else own.astype(BYTE_COUNT)))
+            if own is not None:
+                self._first_bytes[split] += int(own[0])
         for split in set(splits):
             followers = [tokens[1:] for tokens, other in zip(encoded, splits, strict=True) if other == split]
             self._counts[split] += np.bincount(np.concatenate(followers), minlength=len(self._counts[split]))
         return sum(map(len, encoded))
 
+    def _encode(
+        self, texts: list[str], splits: list[int]
+    ) -> tuple[list[NDArray[np.int64]], list[NDArray[np.int64] | None]]:
+        """The tokens of all texts, and the byte counts of those whose split keeps them."""
+        if not any(self._counted):
+            return self.tokenizer.encode_batch(texts), [None] * len(texts)
+        counted = iter(self.tokenizer.encode_counted(self._of(texts, splits, True)))
+        plain = iter(self.tokenizer.encode_batch(self._of(texts, splits, False)))
+        both = [next(counted) if self._counted[split] else (next(plain), None) for split in splits]
+        return [tokens for tokens, _ in both], [counts for _, counts in both]
+
+    def _of(self, texts: list[str], splits: list[int], counted: bool) -> list[str]:
+        return [text for text, split in zip(texts, splits, strict=True) if self._counted[split] == counted]
+
     def flush(self) -> None:
         """Write the block that is held."""
         shuffled = [self._held[index] for index in self._shuffled()]
-        for split, tokens in shuffled:
-            if split not in self._streams:
-                stream = (self.path / f"{SPLITS[split]}.bin").open("wb", buffering=2**20)
-                self._streams[split] = self._files.enter_context(stream)
-            self._streams[split].write(tokens.tobytes())
+        for split, tokens, counts in shuffled:
+            self._write(f"{SPLITS[split]}.bin", tokens)
+            if counts is not None:
+                self._write(count_file(f"{SPLITS[split]}.bin"), counts)
         for split, lengths in enumerate(self._lengths):
-            lengths.append(np.array([len(tokens) for other, tokens in shuffled if other == split], dtype=np.int64))
+            lengths.append(np.array([len(tokens) for other, tokens, _ in shuffled if other == split], dtype=np.int64))
         self._held, self.held_bytes, self._blocks = [], 0, self._blocks + 1
+
+    def _write(self, name: str, values: NDArray[Any]) -> None:
+        if name not in self._streams:
+            self._streams[name] = self._files.enter_context((self.path / name).open("wb", buffering=2**20))
+        self._streams[name].write(values.tobytes())
 
     def _shuffled(self) -> NDArray[np.int64]:
         count = len(self._held)
@@ -203,10 +255,16 @@ class _ShardWriter:
         splits = {
             name: SplitSize(documents=len(own), tokens=int(own.sum()), bytes=size) for name, own, size in sizes if size
         }
-        checksums = {f"{name}.bin": checksum(self.path / f"{name}.bin") for name in splits}
-        np.save(self.path / "lengths.npy", np.concatenate(lengths))
-        np.save(self.path / "counts.npy", self._counts)
-        shard = Shard(empty_documents=self.empty, splits=splits, checksums=checksums)
+        checksums = {name: checksum(self.path / name) for name in sorted(self._streams)}
+        first_bytes = {
+            name: size
+            for name, size, counted in zip(SPLITS, self._first_bytes, self._counted, strict=True)
+            if counted and name in splits
+        }
+        for name, values in ("lengths.npy", np.concatenate(lengths)), ("counts.npy", self._counts):
+            with (self.path / name).open("wb") as stream:
+                save_array(stream, values)
+        shard = Shard(empty_documents=self.empty, splits=splits, checksums=checksums, first_bytes=first_bytes)
         (self.path / "shard.json").write_text(json.dumps(asdict(shard), indent=1), encoding="utf-8")
 
 

@@ -1,13 +1,17 @@
 """What `data.sources` stand for: files on disk and behind URLs, and the parts they are read in."""
 
+import errno
 import glob
 import itertools
+import logging
 import os
 import re
 import stat
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -15,7 +19,10 @@ from nsa_kernels.errors import SettingError
 
 from nsa_lightning.data.storage import filesystem_of, is_url, open_binary, retried
 
+JSON_LINES = (".jsonl", ".ndjson")
 COMPRESSION = 4  # bytes of text that a byte of a compressed file is taken for
+
+log = logging.getLogger(__name__)
 
 
 class SourceFile(NamedTuple):
@@ -38,6 +45,10 @@ class Part(NamedTuple):
 def find_files(sources: Sequence[str], include: Sequence[str] = (), exclude: Sequence[str] = ()) -> list[SourceFile]:
     """Find the files that `sources` name, `include` keeps and `exclude` does not drop: sorted, each once.
 
+    Symbolic links are followed. A file that several names lead to is one file, under its own name if that is among
+    them; the same holds for a directory, and a link to a directory that contains the link is not followed. A pattern
+    that matches no file is logged as a warning.
+
     Args:
         sources: files, directories (every regular file below that is not hidden) and globs with `**`; paths, or URLs of
             fsspec such as s3://bucket/texts/, where `*` alone makes a glob. `~` is expanded, and `{stdlib}` stands for
@@ -47,9 +58,9 @@ def find_files(sources: Sequence[str], include: Sequence[str] = (), exclude: Seq
             directory that it names, or that stands before a glob's first wildcard.
 
     Raises:
-        ValueError: a source matches no file, a directory cannot be read, or nothing is left.
+        ValueError: a source matches no file, a pattern is malformed, a directory cannot be read, or nothing is left.
     """
-    kept, dropped = _Globs(include), _Globs(exclude)
+    kept, dropped = _Globs("data.include", include), _Globs("data.exclude", exclude)
     found: dict[str, SourceFile] = {}
     names: set[str] = set()
     for source in sources:
@@ -59,21 +70,24 @@ def find_files(sources: Sequence[str], include: Sequence[str] = (), exclude: Seq
         names.update(file.name for file in files)
         for file in files:
             below = file.name.removeprefix(root.rstrip("/"))
-            if (not include or kept.match(file.name, below)) and not dropped.match(file.name, below):
+            keep, drop = kept.match(file.name, below), dropped.match(file.name, below)
+            if (keep or not include) and not drop:
                 found[file.name] = file
+    kept.warn_of_unmatched(len(names))
+    dropped.warn_of_unmatched(len(names))
     if not found:
         raise SettingError(
             f"data.include={list(include)} and data.exclude={list(exclude)} leave none of the {len(names)} files of "
             f"{list(sources)}"
         )
-    return [found[name] for name in sorted(found)]
+    return [found[name] for name in _once(found)]
 
 
 def parts_of(file: SourceFile, size: int) -> list[Part]:
     """Cut a file into parts of about `size` bytes of text, if its kind can be read from the middle."""
     kind = file_kind(file.name)
     whole = Part(file.name, 0, None, file.size)
-    if kind.endswith(".jsonl") and file.size > size:
+    if kind.endswith(JSON_LINES) and file.size > size:
         bounds = [*range(0, file.size, size), file.size]
         return [Part(file.name, start, stop, stop - start) for start, stop in itertools.pairwise(bounds)]
     if not kind.endswith((".gz", ".zst", ".parquet")):
@@ -102,19 +116,38 @@ def readable(name: str) -> Iterator[None]:
 class _Globs:
     """Globs that are anchored at the root, and others that match at any depth below a source."""
 
-    def __init__(self, patterns: Sequence[str]) -> None:
-        expanded = [pattern if is_url(pattern) else _expand(pattern) for pattern in patterns]
-        anchored = [pattern for pattern in expanded if pattern.startswith("/") or is_url(pattern)]
-        self._whole = _any_of(anchored)
-        self._below = _any_of([pattern for pattern in expanded if pattern not in anchored])
+    def __init__(self, setting: str, patterns: Sequence[str]) -> None:
+        self._setting = setting
+        self._unmatched = list(patterns)
+        self._anchored: list[tuple[str, re.Pattern[str]]] = []
+        self._relative: list[tuple[str, re.Pattern[str]]] = []
+        for pattern in patterns:
+            expanded = pattern if is_url(pattern) else _expand(pattern)
+            try:
+                regex = re.compile(_path_regex(expanded))
+            except re.error as error:
+                raise SettingError(f"{setting} must hold globs, {pattern!r} is malformed: {error.msg}") from error
+            kind = self._anchored if expanded.startswith("/") or is_url(expanded) else self._relative
+            kind.append((pattern, regex))
 
     def match(self, name: str, below: str) -> bool:
         """Whether one matches `name`, or `below`, which is what follows the source's root in it."""
-        return bool(self._whole.fullmatch(name) or self._below.fullmatch(below))
+        matched = [pattern for pattern, regex in self._anchored if regex.fullmatch(name)]
+        matched += [pattern for pattern, regex in self._relative if regex.fullmatch(below)]
+        if self._unmatched:
+            self._unmatched = [pattern for pattern in self._unmatched if pattern not in matched]
+        return bool(matched)
 
-
-def _any_of(patterns: list[str]) -> re.Pattern[str]:
-    return re.compile("|".join(map(_path_regex, patterns)) or "(?!)")
+    def warn_of_unmatched(self, num_files: int) -> None:
+        """Name the patterns that have matched nothing: what they were meant to keep or drop is not known here."""
+        if self._unmatched:
+            log.warning(
+                "%s: %s %s none of the %d files of data.sources; a relative pattern is looked for below each source",
+                self._setting,
+                ", ".join(map(repr, self._unmatched)),
+                "matches" if len(self._unmatched) == 1 else "match",
+                num_files,
+            )
 
 
 def _expand(pattern: str) -> str:
@@ -124,10 +157,38 @@ def _expand(pattern: str) -> str:
 def _path_regex(pattern: str) -> str:
     """A glob as a regular expression for the whole path of a file that it matches, or that lies below a match."""
     rules = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
-    parts = re.split(r"(\*\*/|\*\*|\*|\?|\[[^]]+\])", pattern)
-    sets = {part: re.sub(r"^\[!", "[^", part) for part in parts if re.fullmatch(r"\[[^]]+\]", part)}
-    body = "".join(rules.get(part) or sets.get(part) or re.escape(part) for part in parts)
-    return f"{'' if pattern.startswith('/') or is_url(pattern) else '.*/'}{body}(?:/.*)?"
+    parts = re.split(r"(\*\*/|\*\*|\*|\?|\[!?\]?[^]]*\])", pattern)
+    body = "".join(
+        rules.get(part) or (_set_regex(part) if index % 2 else re.escape(part)) for index, part in enumerate(parts)
+    )
+    return f"(?s:{'' if pattern.startswith('/') or is_url(pattern) else '.*/'}{body}(?:/.*)?)"
+
+
+def _set_regex(characters: str) -> str:
+    """A glob's `[a-z]` or `[!a-z]`, where all but `-` and `!` stands for itself."""
+    negated = characters.startswith("[!")
+    inner = re.sub(r"([\\\[\]^&~|])", r"\\\1", characters[2 if negated else 1 : -1])
+    return f"(?!/)[{'^' if negated else ''}{inner}]"
+
+
+def _once(names: Collection[str]) -> list[str]:
+    """The names in order, of those that lead to the same file its own or the first one."""
+    chosen: dict[str, str] = {}
+    for name in sorted(names):
+        real = name if is_url(name) else _real_path(name)
+        if real not in chosen or name == real:
+            chosen[real] = name
+    return sorted(chosen.values())
+
+
+def _real_path(name: str) -> str:
+    folder, _, base = name.rpartition("/")
+    return os.path.realpath(name) if os.path.islink(name) else f"{_real_folder(folder)}/{base}"  # noqa: PTH114
+
+
+@lru_cache(maxsize=2**16)
+def _real_folder(folder: str) -> str:
+    return os.path.realpath(folder or "/").rstrip("/")
 
 
 def _local_files(source: str) -> tuple[str, list[SourceFile]]:
@@ -137,11 +198,11 @@ def _local_files(source: str) -> tuple[str, list[SourceFile]]:
         if not source:
             names: Iterator[str] = iter(())
         elif path.is_dir():
-            names = _walk(path)
+            names = _files_below(str(path))
         elif path.exists():
             names = iter([str(path)])
         else:
-            names = glob.iglob(str(path), recursive=True)  # noqa: PTH207
+            names = _matches(path.parts)
         files = [file for name in names if (file := _local_file(name)) is not None]
     fixed = list(itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
     root = path if path.is_dir() else path.parent if len(fixed) == len(path.parts) else Path(*fixed)
@@ -151,20 +212,62 @@ def _local_files(source: str) -> tuple[str, list[SourceFile]]:
 def _local_file(name: str) -> SourceFile | None:
     try:
         status = os.stat(name)  # noqa: PTH116  (there may be millions)
-    except FileNotFoundError:  # a link into nowhere
-        return None
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ELOOP):  # a link into nowhere, or to itself
+            return None
+        raise
     return SourceFile(name, status.st_size, str(status.st_mtime_ns)) if stat.S_ISREG(status.st_mode) else None
 
 
-def _walk(directory: Path) -> Iterator[str]:
+def _matches(parts: Sequence[str]) -> Iterator[str]:
+    """What the components of a glob match. Python's own `**` follows a link that leads back until the path is too long.
+
+    Args:
+        parts: of an absolute path; `**` stands for any number of directories.
+    """
+    fixed = list(itertools.takewhile(lambda part: part != "**", parts))
+    rest = parts[len(fixed) + 1 :]
+    found = glob.iglob(os.path.join(*fixed))  # noqa: PTH118, PTH207
+    if len(fixed) == len(parts):
+        yield from found
+        return
+    for start in found:
+        if os.path.isdir(start):  # noqa: PTH112
+            for folder, _ in _folders(start):
+                yield from _matches([glob.escape(folder), *(rest or ["*"])])
+
+
+def _files_below(directory: str) -> Iterator[str]:
     """Everything below `directory` that neither is hidden nor lies in a hidden directory."""
+    for folder, names in _folders(directory):
+        yield from (f"{folder.rstrip('/')}/{name}" for name in names)
+
+
+def _folders(directory: str) -> Iterator[tuple[str, list[str]]]:
+    """A directory and all below it that are not hidden, each once, with the names in it that are no directories.
+
+    Links are followed after everything else, so that a directory that lies below keeps its own name. One that leads to
+    a directory that contains it is not followed.
+    """
 
     def stop(error: OSError) -> None:
         raise error
 
-    for folder, subfolders, names in os.walk(directory, onerror=stop):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        yield from (f"{folder}/{name}" for name in names if not name.startswith("."))
+    seen: set[str] = set()
+    starts = deque([directory])
+    while starts:
+        for folder, subfolders, names in os.walk(starts.popleft(), onerror=stop):
+            real = os.path.realpath(folder)
+            subfolders[:] = [] if real in seen else sorted(name for name in subfolders if not name.startswith("."))
+            if real not in seen:
+                links = [name for name in subfolders if os.path.islink(f"{folder}/{name}")]  # noqa: PTH114
+                starts.extend(f"{folder}/{name}" for name in links if not _leads_back(f"{real}/{name}"))
+                yield folder, [name for name in names if not name.startswith(".")]
+            seen.add(real)
+
+
+def _leads_back(link: str) -> bool:
+    return link.startswith(f"{os.path.realpath(link).rstrip('/')}/")
 
 
 def _url_files(url: str) -> tuple[str, list[SourceFile]]:

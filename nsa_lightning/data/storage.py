@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 from uuid import uuid4
 
+import numpy as np
 from nsa_kernels.errors import SettingError
+from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -73,6 +75,13 @@ def open_binary(place: Path | str) -> io.BufferedReader:
     if is_url(place):
         return io.BufferedReader(_RetriedFile(str(place)), READ_AHEAD)
     return Path(place).open("rb")
+
+
+def save_array(stream: BinaryIO, array: NDArray[Any]) -> None:
+    """Write what `np.save` writes, which loses the end of small arrays on a full disk without a word."""
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    stream.write(buffer.getbuffer())
 
 
 @contextmanager

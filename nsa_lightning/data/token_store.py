@@ -5,6 +5,8 @@ tokenizer.json            what made the tokens
 {split}.offsets.npy       int64 [documents + 1]: document i is tokens offsets[i] to offsets[i + 1] of its split
 counts.npy                int64 [splits, vocab_size]: how often each token follows another one of its document
 shards/00000/{split}.bin  uint16 or uint32 [tokens]; a split's tokens lie end to end over all shards
+shards/00000/{split}.bytes  uint32 [tokens] of val and test: bytes of text that each token stands for; only where that
+                          does not follow from the token, as it does for a byte-level tokenizer
 """
 
 import hashlib
@@ -24,10 +26,12 @@ from nsa_kernels.errors import SettingError
 from numpy.typing import NDArray
 
 from nsa_lightning.data.documents import SPLITS
-from nsa_lightning.data.storage import filesystem_of, is_url, open_binary, retried, whole_file
+from nsa_lightning.data.storage import filesystem_of, is_url, open_binary, retried, whole_file, writable
 from nsa_lightning.data.tokenizer import Tokenizer, load_tokenizer
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+OLDEST_FORMAT_VERSION = 2  # that is read: it has no byte counts
+BYTE_COUNT = np.dtype(np.uint32)
 MAX_OPEN = 64  # token files that a split keeps open
 
 # P pieces of documents, each by its first token in the split and its length.
@@ -57,6 +61,7 @@ class Manifest:
     splits: dict[str, SplitSize]
     shards: list[dict[str, int]]  # tokens of each split that has some, by shard
     checksums: dict[str, str]  # of every file that a reader opens, by its path in the set
+    first_bytes: dict[str, int] | None = None  # of documents' first tokens in val and test; None: no byte counts
 
     @property
     def num_documents(self) -> int:
@@ -185,7 +190,8 @@ class TokenStore:
             )
         copy = self.cache_dir / f"remote-{self.fingerprint}" / name
         if not copy.exists():
-            copy.parent.mkdir(parents=True, exist_ok=True)
+            with writable(copy.parent):
+                copy.parent.mkdir(parents=True, exist_ok=True)
             with open_binary(place) as source, whole_file(copy) as stream:
                 digest = hashlib.blake2b(digest_size=16)
                 while block := source.read(2**22):
@@ -197,10 +203,15 @@ class TokenStore:
 
     def _check_sizes(self) -> None:
         itemsize = np.dtype(self.manifest.dtype).itemsize
-        for name, tokens in (file for split in SPLITS for file in token_files(self.manifest, split)):
+        files = [(name, tokens * itemsize) for split in SPLITS for name, tokens in token_files(self.manifest, split)]
+        for split in self.manifest.first_bytes or {}:
+            files += [
+                (count_file(name), tokens * BYTE_COUNT.itemsize) for name, tokens in token_files(self.manifest, split)
+            ]
+        for name, expected in files:
             size = Path(self.path, name).stat().st_size
-            if size != tokens * itemsize:
-                raise SettingError(f"{self.place(name)} must have {tokens * itemsize} bytes, it has {size}")
+            if size != expected:
+                raise SettingError(f"{self.place(name)} must have {expected} bytes, it has {size}")
 
 
 class TokenSplit:
@@ -219,7 +230,8 @@ class TokenSplit:
         self._names = [file for file, _ in files]
         self._bounds = [0, *accumulate(tokens for _, tokens in files)]
         self._dtype = np.dtype(store.manifest.dtype)
-        self._open: dict[int, io.FileIO] = {}
+        self._open: dict[str, io.FileIO] = {}
+        self.has_byte_counts = name in (store.manifest.first_bytes or {})
 
     def __reduce__(self) -> tuple[Any, tuple[TokenStore, str]]:
         return TokenStore.split, (self.store, self.name)
@@ -237,9 +249,18 @@ class TokenSplit:
         Raises:
             ValueError: a file cannot be read or is truncated.
         """
-        tokens = np.empty(int(lengths.sum()), dtype=self._dtype)
-        buffer = tokens.view(np.uint8).data
-        ranges = list(self._ranges(starts, lengths))
+        return self._read(self._names, self._dtype, starts, lengths)
+
+    def read_byte_counts(self, starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The UTF-8 bytes of text that each of the tokens stands for which `read` gives, if `has_byte_counts`."""
+        return self._read([count_file(name) for name in self._names], BYTE_COUNT, starts, lengths)
+
+    def _read(
+        self, names: list[str], dtype: np.dtype[Any], starts: NDArray[np.int64], lengths: NDArray[np.int64]
+    ) -> NDArray[np.int64]:
+        values = np.empty(int(lengths.sum()), dtype=dtype)
+        buffer = values.view(np.uint8).data
+        ranges = [(names[file], *place) for file, place in self._ranges(starts, lengths, dtype.itemsize)]
         if is_url(self.store.path):
             self._fetch(ranges, buffer)
         else:
@@ -247,39 +268,41 @@ class TokenSplit:
             for file, first, size in ranges:
                 self._read_file(file, first, buffer[place : place + size])
                 place += size
-        return tokens.astype(np.int64)
+        return values.astype(np.int64)
 
-    def _ranges(self, starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> Iterator[tuple[int, int, int]]:
-        """File, first byte and bytes of all that must be read; pieces that adjoin are read at once."""
-        stops, itemsize = starts + lengths, self._dtype.itemsize
+    def _ranges(
+        self, starts: NDArray[np.int64], lengths: NDArray[np.int64], itemsize: int
+    ) -> Iterator[tuple[int, tuple[int, int]]]:
+        """File, and first byte and bytes in it, of all that must be read; pieces that adjoin are read at once."""
+        stops = starts + lengths
         gaps = np.flatnonzero(starts[1:] != stops[:-1])
         firsts = np.append(starts[:1], starts[gaps + 1]).tolist()
         for first, stop in zip(firsts, np.append(stops[gaps], stops[-1:]).tolist(), strict=True):
             while first < stop:
                 file = bisect_right(self._bounds, first) - 1
                 end = min(stop, self._bounds[file + 1])
-                yield file, (first - self._bounds[file]) * itemsize, (end - first) * itemsize
+                yield file, ((first - self._bounds[file]) * itemsize, (end - first) * itemsize)
                 first = end  # noqa: PLW2901
 
-    def _read_file(self, file: int, first: int, buffer: memoryview) -> None:
-        place = self.store.place(self._names[file])
+    def _read_file(self, name: str, first: int, buffer: memoryview) -> None:
+        place = self.store.place(name)
         try:
-            whole = os.preadv(self._descriptor(file), [buffer], first) == len(buffer)
+            whole = os.preadv(self._descriptor(name), [buffer], first) == len(buffer)
         except OSError as error:
             raise SettingError(f"{place} cannot be read: {error.strerror}") from error
         if not whole:
             raise SettingError(f"{place} is truncated")
 
-    def _descriptor(self, file: int) -> int:
-        if file not in self._open:
+    def _descriptor(self, name: str) -> int:
+        if name not in self._open:
             if len(self._open) >= MAX_OPEN:
                 self._open.pop(next(iter(self._open))).close()
-            self._open[file] = io.FileIO(Path(self.store.path, self._names[file]))
-        return self._open[file].fileno()
+            self._open[name] = io.FileIO(Path(self.store.path, name))
+        return self._open[name].fileno()
 
-    def _fetch(self, ranges: list[tuple[int, int, int]], buffer: memoryview) -> None:
+    def _fetch(self, ranges: list[tuple[str, int, int]], buffer: memoryview) -> None:
         """Ask for all ranges at once."""
-        urls = [str(self.store.place(self._names[file])) for file, _, _ in ranges]
+        urls = [str(self.store.place(name)) for name, _, _ in ranges]
 
         def fetch() -> bytes:
             filesystem, _ = filesystem_of(str(self.store.path))
@@ -300,6 +323,11 @@ def token_files(manifest: Manifest, split: str) -> Iterator[tuple[str, int]]:
             yield f"shards/{number:05}/{split}.bin", tokens[split]
 
 
+def count_file(name: str) -> str:
+    """The file that holds the byte counts of a file of tokens."""
+    return f"{name.removesuffix('.bin')}.bytes"  # no .bin, for counts are no part of the data's identity
+
+
 def checksum(place: Path | str) -> str:
     """blake2b of a file's content."""
     with open_binary(place) as stream:
@@ -317,8 +345,10 @@ def _read_manifest(place: Path | str) -> Manifest:
         with open_binary(place) as stream:
             state: dict[str, Any] = json.loads(stream.read())
         version = state["format_version"]
-        if version != FORMAT_VERSION:
-            raise SettingError(f"{place} has format version {version}, this release reads {FORMAT_VERSION}")
+        if not OLDEST_FORMAT_VERSION <= version <= FORMAT_VERSION:
+            raise SettingError(
+                f"{place} has format version {version}, this release reads {OLDEST_FORMAT_VERSION} to {FORMAT_VERSION}"
+            )
         splits = {name: SplitSize(**size) for name, size in state.pop("splits").items()}
         return Manifest(splits=splits, **state)
     except (json.JSONDecodeError, KeyError, TypeError) as error:

@@ -5,12 +5,13 @@ import heapq
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from threading import Thread
+from typing import Any, TypeVar
 
 import numpy as np
 from nsa_kernels.errors import SettingError
@@ -19,6 +20,8 @@ from numpy.typing import NDArray
 
 from nsa_lightning.data.documents import text_fraction
 from nsa_lightning.data.storage import whole_file
+
+Result = TypeVar("Result")
 
 END_OF_TEXT = "<|endoftext|>"
 END_OF_TEXT_NAMES = (
@@ -36,6 +39,9 @@ END_OF_TEXT_NAMES = (
 
 MIN_VOCAB_SIZE = 257
 CHUNK = 2**18  # characters; a longer document is encoded in chunks, in parallel
+LONG_RUN = re.compile(r"(\S{1024}|\s{1024})")
+"""Training takes time by the square of a word's length, so that words are cut here: DNA, base64, a million spaces."""
+
 GROUP = 2**22  # characters whose encodings are alive at once: they take hundreds of bytes a token
 
 
@@ -98,23 +104,29 @@ class Tokenizer:
         probe = self._tokenizer.encode("a")
         num_special = next((i for i, special in enumerate(probe.special_tokens_mask) if not special), 0)
         self._start = np.asarray(probe.ids[:num_special], dtype=np.int64)
+        self._check_ids()
 
     @property
     def fingerprint(self) -> str:
         """Changes with anything that changes the tokens of a document."""
         return hashlib.blake2b(f"{self._state}\0{self.end_of_text}".encode(), digest_size=16).hexdigest()
 
-    @property
+    @cached_property
     def vocab_size(self) -> int:
-        """The largest token id and one."""
-        return max(self._vocab.values()) + 1
+        """The largest token id and one, as `vocab_size_of` finds it."""
+        return _count_ids(json.loads(self._state))
+
+    @cached_property
+    def is_byte_level(self) -> bool:
+        """Whether every token stands for bytes of its own, so that `byte_lengths` of a text's tokens add up to it."""
+        return _keeps_every_byte(json.loads(self._state))
 
     @cached_property
     def byte_lengths(self) -> NDArray[np.int64]:
         """UTF-8 bytes that each token stands for, int64 [vocab_size]; 0 for special tokens and unused ids.
 
-        Over a document's tokens they add up to the document's bytes, exactly so for a byte-level tokenizer without a
-        normalizer.
+        Over a document's tokens they add up to the document's bytes if `is_byte_level`. For other tokenizers, which
+        drop spaces, change letters or know words not at all, they are an estimate: `encode_counted` is exact.
         """
         from tokenizers.pre_tokenizers import ByteLevel
 
@@ -138,11 +150,44 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.int64]]:
         """Tokens of each document, int64: the tokenizer's own start, such as BOS, the text and `end_of_text`."""
         parts = [[self._start] for _ in texts]
-        for group in _groups(texts):
-            encodings = self._tokenizer.encode_batch_fast([chunk for _, chunk in group], add_special_tokens=False)
-            for (document, _), encoding in zip(group, encodings, strict=True):
-                parts[document].append(np.asarray(encoding.ids, dtype=np.int64))
+        for document, _, encoding in self._encodings(texts, self._tokenizer.encode_batch_fast):
+            parts[document].append(np.asarray(encoding.ids, dtype=np.int64))
         return [np.concatenate([*part, [self.end_of_text_id]]) for part in parts]
+
+    def encode_counted(self, texts: Sequence[str]) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+        """What `encode_batch` gives, and the UTF-8 bytes of the text that each token stands for, int64 as well.
+
+        A token stands for all from the end of the token before it to its own end, `end_of_text` for what is left. So
+        they add up to the bytes of the text, whatever the tokenizer drops or changes.
+        """
+        tokens = [[self._start] for _ in texts]
+        ends = [[np.zeros_like(self._start)] for _ in texts]  # bytes of the text up to the end of each token
+        sizes = [0 for _ in texts]
+        for document, chunk, encoding in self._encodings(texts, self._tokenizer.encode_batch):
+            tokens[document].append(np.asarray(encoding.ids, dtype=np.int64))
+            characters = np.asarray([end for _, end in encoding.offsets], dtype=np.int64)
+            places = _byte_offsets(chunk)
+            ends[document].append(sizes[document] + places[np.maximum.accumulate(characters)])
+            sizes[document] += int(places[-1])
+        return [
+            (np.concatenate([*own, [self.end_of_text_id]]), np.diff(np.concatenate([*reached, [size]]), prepend=0))
+            for own, reached, size in zip(tokens, ends, sizes, strict=True)
+        ]
+
+    def _encodings(self, texts: Sequence[str], encode: Callable[..., list[Any]]) -> Iterator[tuple[int, str, Any]]:
+        """The index of each text with its chunks and their encodings, in order."""
+        for group in _groups(texts):
+            chunks = [chunk for _, chunk in group]
+            encodings = _interruptible(partial(encode, chunks, add_special_tokens=False))
+            for (document, chunk), encoding in zip(group, encodings, strict=True):
+                yield document, chunk, encoding
+
+    def _check_ids(self) -> None:
+        """Refuse tokens that the library gives an id of another one: it numbers on where the vocabulary has a gap."""
+        names: dict[int, str] = {}
+        for name, index in self._vocab.items():
+            if names.setdefault(index, name) != name:
+                raise SettingError(f"each token must have an id of its own, {names[index]!r} and {name!r} have {index}")
 
     def encode_prompt(self, text: str, *, start: bool = True) -> list[int]:
         """Tokens of a text to be continued, in which the names of special tokens stand for them.
@@ -184,18 +229,66 @@ def load_tokenizer(path: str, end_of_text: str | None = None) -> Tokenizer:
 def vocab_size_of(path: str) -> int:
     """The `vocab_size` that `load_tokenizer(path)` has, read without loading the library."""
     try:
-        state: dict[str, Any] = json.loads(_read_state(path))
-        vocab = state["model"]["vocab"]
-        ids = vocab.values() if isinstance(vocab, dict) else range(len(vocab))
-        return max(chain(ids, (token["id"] for token in state["added_tokens"]))) + 1
+        return _count_ids(json.loads(_read_state(path)))
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise SettingError(f"data.tokenizer.path={path!r}: not a tokenizer.json: {error!r}") from error
+
+
+def _count_ids(state: dict[str, Any]) -> int:
+    """The largest id that a `tokenizer.json` tells or the library gives, and one.
+
+    The library does not take the ids of added tokens from the file: those that the model does not know are numbered on
+    from the number of its tokens. A file without gaps tells the same ids.
+    """
+    vocab, added = state["model"]["vocab"], state.get("added_tokens", [])
+    known = vocab if isinstance(vocab, dict) else {piece: index for index, (piece, _) in enumerate(vocab)}
+    given = len(vocab) + len({token["content"] for token in added} - known.keys())
+    return max(chain([given - 1], known.values(), (token["id"] for token in added))) + 1
+
+
+def _keeps_every_byte(state: dict[str, Any]) -> bool:
+    """Whether a `tokenizer.json` is a byte-level BPE that neither changes the text nor leaves anything of it out."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    model = state["model"]
+    texts = [token for token in state.get("added_tokens", []) if not token.get("special")]  # are found in a text
+    steps, others = _steps(state.get("pre_tokenizer")), []
+    for step in steps:
+        if step["type"] != "ByteLevel":
+            others.append(step["type"] in ("Split", "Punctuation", "Digits") and step.get("behavior") != "Removed")
+    return (
+        model.get("type") == "BPE"
+        and not any(model.get(name) for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"))
+        and set(ByteLevel.alphabet()) <= set(model["vocab"])
+        and not _steps(state.get("normalizer"))
+        and len(others) == len(steps) - 1
+        and all(others)
+        and not any(step.get("add_prefix_space") for step in steps)
+        and not any(token.get("lstrip") or token.get("rstrip") for token in texts)
+    )
+
+
+def _steps(part: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """The steps of a normalizer or pre-tokenizer."""
+    if part is None:
+        return []
+    if part["type"] != "Sequence":
+        return [part]
+    return [step for each in part.get("normalizers", part.get("pretokenizers", [])) for step in _steps(each)]
+
+
+def _byte_offsets(text: str) -> NDArray[np.int64]:
+    """Where each character begins in the text's UTF-8 bytes, and where the last one ends, int64 [characters + 1]."""
+    codes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
+    sizes = 1 + (codes >= 0x80).astype(np.int64) + (codes >= 0x800) + (codes >= 0x10000)
+    return np.append(0, np.cumsum(sizes))
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Train a byte-level BPE whose one special token, <|endoftext|>, starts and ends each document.
 
-    The same texts give the same tokenizer. Few texts may not fill `vocab_size`.
+    The same texts give the same tokenizer. Few texts may not fill `vocab_size`. Longer words than any token of use are
+    cut for the training alone.
     """
     from tokenizers import Tokenizer as Library
     from tokenizers import decoders, models, pre_tokenizers, processors, trainers
@@ -209,11 +302,32 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    library.train_from_iterator(texts, trainer)
+    pieces = (piece for text in texts for piece in LONG_RUN.split(text) if piece)
+    _interruptible(partial(library.train_from_iterator, pieces, trainer))
     library.post_processor = processors.TemplateProcessing(
         single=f"{END_OF_TEXT} $A", special_tokens=[(END_OF_TEXT, library.token_to_id(END_OF_TEXT))]
     )
     return Tokenizer(library.to_str())
+
+
+def _interruptible(action: Callable[[], Result]) -> Result:
+    """What `action` returns. It runs in a thread, which Ctrl-C leaves behind: the library holds signals back."""
+    results: list[Result] = []
+    failures: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(action())
+        except BaseException as error:  # is raised below
+            failures.append(error)
+
+    thread = Thread(target=run, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.1)  # the system may hand the signal to any thread, and this one must wake up to act on it
+    if failures:
+        raise failures[0]
+    return results[0]
 
 
 def training_sample(texts: Iterable[str], max_characters: int = 2**25) -> list[str]:

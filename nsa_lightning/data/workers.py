@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from nsa_kernels.errors import SettingError
 
-from nsa_lightning.data.documents import Document, iter_documents
+from nsa_lightning.data.documents import PartRead, read_parts
 from nsa_lightning.data.shards import shard_path, write_shard
 from nsa_lightning.data.sources import Part
 from nsa_lightning.data.tokenizer import Tokenizer, load_tokenizer
@@ -49,12 +49,12 @@ class ShardJob:
     def write(self, number: int, parts: Sequence[Part], tokenizer: Tokenizer, report: Report) -> None:
         """Make one shard."""
         done = 0
+        read: list[PartRead] = []
 
-        def documents() -> Iterator[Document]:
+        def tell(part: PartRead) -> None:
             nonlocal done
-            for part in parts:
-                yield from iter_documents([part], self.text_field, skip_binary=self.skip_binary)
-                done += part.size
+            read.append(part)
+            done += part.part.size
 
         def progress(tokens: int) -> None:
             nonlocal done
@@ -63,8 +63,9 @@ class ShardJob:
 
         write_shard(
             shard_path(self.path, number),
-            documents(),
+            read_parts(parts, self.text_field, skip_binary=self.skip_binary, read=tell),
             tokenizer,
+            parts=read,
             val_fraction=self.val_fraction,
             test_fraction=self.test_fraction,
             order=(self.seed, number),

@@ -220,7 +220,7 @@ class LanguageModel(LightningModule):
         assert self.model is not None
         losses, parallel = self._token_losses(batch), self.model.parallel
         scored = parallel.share(batch.targets) != IGNORE_INDEX
-        self.metrics.update(losses.sum(dtype=torch.float64), scored.sum(), batch.target_bytes / parallel.size)
+        self.metrics.update(losses.sum(dtype=torch.float64), scored.sum(), batch.target_bytes.sum() / parallel.size)
         self.loss_by_position.update(losses, parallel.share(batch.positions), scored)
 
     test_step = validation_step

@@ -1,5 +1,7 @@
 """`nsa prepare` as a user types it."""
 
+import logging
+import shlex
 import subprocess
 import sys
 
@@ -34,7 +36,7 @@ SMALL = ("--sources", "texts", "--tokenizer.vocab_size", "300", "--output_dir", 
 
 def test_a_set_is_made_told_and_verified(workplace, monkeypatch, capsys):
     assert prepare(monkeypatch, *SMALL, "--val_fraction", "0.2") == 0
-    assert "nsa fit --data.prepared set" in capsys.readouterr().out
+    assert "nsa fit --config " in capsys.readouterr().out
     assert TokenStore(workplace / "set").manifest.num_documents == 24
     assert prepare(monkeypatch, "--output_dir", "set", "--verify", "true") == 0
     path = next(workplace.glob("set/shards/*/train.bin"))
@@ -43,10 +45,42 @@ def test_a_set_is_made_told_and_verified(workplace, monkeypatch, capsys):
     assert f"{path.relative_to(workplace)} must have checksum" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("installed", [False, True])
+def test_the_last_line_works_when_it_is_pasted(workplace, monkeypatch, capsys, installed):
+    if installed:  # a package has no configs
+        (workplace / "site-packages").mkdir()
+        monkeypatch.setattr("nsa_lightning.data.prepare.__file__", f"{workplace}/site-packages/nsa_lightning/data/x.py")
+    output = workplace / "my $set's"
+    assert prepare(monkeypatch, *SMALL[:-1], str(output), "--val_fraction", "0.2") == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.startswith("train on it: nsa fit --")
+    assert ("--trainer.max_steps" in line) == installed
+    sizes = {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1}
+    small = [f"--model.transformer.{name}={size}" for name, size in sizes.items()]
+    limits = ["--trainer.max_steps=1", "--trainer.limit_val_batches=0", "--trainer.accelerator=cpu"]
+    monkeypatch.setattr(logging, "raiseExceptions", False)  # Lightning logs to the stderr of the first test, closed now
+    quiet = [
+        "--trainer.enable_progress_bar=false",
+        "--trainer.logger=false",
+        "--data.seq_len=128",
+        "--data.num_workers=0",
+    ]
+    monkeypatch.setattr(sys, "argv", [*shlex.split(line.removeprefix("train on it: ")), *small, *limits, *quiet])
+    assert main() == 0
+
+
+def test_a_set_that_cannot_be_trained_on_offers_no_line_to_paste(workplace, monkeypatch, capsys):
+    assert prepare(monkeypatch, *SMALL, "--val_fraction", "0.9999", "--test_fraction", "0") == 0
+    said = capsys.readouterr().out
+    assert "no document fell to train: lower --val_fraction and --test_fraction" in said
+    assert "train on it" not in said
+
+
 def test_a_split_that_stays_empty_unasked_is_told(workplace, monkeypatch, capsys):
     assert prepare(monkeypatch, *SMALL, "--val_fraction", "0.0001", "--test_fraction", "0") == 0
     said = capsys.readouterr().out
-    assert "no document fell to val: raise --val_fraction, 0.0001 here, or prepare more documents" in said
+    assert "no document fell to val: raise --val_fraction, 0.0001 here, set it to 0 or prepare more documents" in said
+    assert "train on it" not in said
     assert "fell to test" not in said
 
 

@@ -23,6 +23,7 @@ class NumberingTokenizer:
     vocab_size = 4096
     fingerprint = "numbering"
     end_of_text = "none"
+    is_byte_level = True
 
     def __init__(self) -> None:
         self.next = 1

@@ -131,6 +131,22 @@ def test_a_plan_that_cannot_be_written_leaves_nothing_behind(
     assert list((tmp_path / "cache").glob("plan-*")) == []
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="has no device that is always full")
+@pytest.mark.parametrize("name", ["bounds.bin", "documents.bin", "long.bin"])
+def test_a_plan_whose_last_bytes_do_not_fit_is_not_taken_for_whole(
+    store: TokenStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    opened = Path.open
+    monkeypatch.setattr(
+        Path,
+        "open",
+        lambda path, mode="r", **more: opened(Path("/dev/full") if path.name == name else path, mode, **more),
+    )
+    with pytest.raises(ValueError, match=r"plan-.* cannot be written: No space left on device"):
+        PackedSplit(store, "train", 8, "best_fit", tmp_path / "cache")
+    assert list((tmp_path / "cache").glob("plan-*")) == []
+
+
 PLANNER = """
 import sys, time
 from pathlib import Path

@@ -1,7 +1,9 @@
 import inspect
+import json
 import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,9 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 from jsonargparse import ArgumentParser
+from support.tokenizers import word_piece
 
 from nsa_lightning.data.datamodule import PackedTextDataModule
-from nsa_lightning.data.sets import MixtureSet, configured_vocab_size
+from nsa_lightning.data.documents import split_of
+from nsa_lightning.data.sets import MixtureSet, Packing, configured_vocab_size
 from nsa_lightning.data.tokenizer import Tokenizer, TokenizerConfig
 
 
@@ -81,6 +85,84 @@ def test_the_unigram_baseline_is_the_smoothed_cross_entropy(make_data: Callable[
     expected = -sum(np.log2(frequency[token]) for token in val) / data.stores[0].manifest.splits["val"].bytes
     assert data.unigram_bits_per_byte == pytest.approx(expected)
     assert 1 < expected < 8
+
+
+@pytest.fixture
+def word_pieces(tmp_path: Path) -> TokenizerConfig:
+    path = tmp_path / "word_pieces.json"
+    path.write_text(word_piece().to_str())
+    return TokenizerConfig(path=str(path), end_of_text="[SEP]")
+
+
+@pytest.mark.parametrize("packing", ["best_fit", "sequential"])
+def test_every_byte_of_a_text_is_counted_for_a_tokenizer_that_drops_some(
+    make_data: Callable[..., PackedTextDataModule], corpus: Path, word_pieces: TokenizerConfig, packing: Packing
+) -> None:
+    data = make_data(tokenizer=word_pieces, packing=packing, seq_len=4096)
+    texts = [path.read_text() for path in corpus.iterdir()]
+    for stage, split in ("validate", "val"), ("test", "test"):
+        data.setup(stage)
+        (batch,) = data.val_dataloader() if split == "val" else data.test_dataloader()
+        sizes = [len(text.encode()) for text in texts if split_of(text, 0.2, 0.1) == split]
+        assert sorted(size for size in batch.target_bytes.tolist() if size) == sorted(sizes)
+    assert data.tokenizer.byte_lengths[batch.targets.clamp(min=0)].sum() != batch.target_bytes.sum()
+
+
+def test_the_bytes_of_a_document_that_is_cut_are_those_of_its_scored_tokens(
+    make_data: Callable[..., PackedTextDataModule], word_pieces: TokenizerConfig
+) -> None:
+    data = make_data(tokenizer=word_pieces, seq_len=16)
+    data.setup("validate")
+    split = data.stores[0].split("val")
+    counts = split.read_byte_counts(split.offsets[:1], split.offsets[-1:])
+    assert counts.sum() == data.stores[0].manifest.splits["val"].bytes
+    place, left_out = 0, 0
+    for batch in data.val_dataloader():
+        for start, stop, size in zip(
+            batch.cu_seqlens[:-1].tolist(), batch.cu_seqlens[1:].tolist(), batch.target_bytes.tolist(), strict=True
+        ):
+            if place < len(counts):  # else padding
+                assert size == counts[place + 1 : place + stop - start].sum()
+                left_out += counts[place]
+            place += stop - start
+    assert left_out > 0
+
+
+def test_the_unigram_baseline_counts_the_bytes_of_the_text(
+    make_data: Callable[..., PackedTextDataModule], word_pieces: TokenizerConfig, tmp_path: Path
+) -> None:
+    data = make_data(tokenizer=word_pieces)
+    data.setup("validate")
+    train, val = (data.stores[0].token_counts(split) + (split == "train") for split in ("train", "val"))
+    bits = -val @ np.log2(train / train.sum())
+    assert data.unigram_bits_per_byte == pytest.approx(bits / data.stores[0].manifest.splits["val"].bytes)
+
+
+def test_a_set_of_the_format_before_is_read_and_its_estimate_of_bytes_told(
+    make_data: Callable[..., PackedTextDataModule], tokenizer: Tokenizer, word_pieces: TokenizerConfig, tmp_path: Path
+) -> None:
+    tokenizer.save(tmp_path / "bytes.json")
+    for config, is_estimate in (word_pieces, True), (TokenizerConfig(path=str(tmp_path / "bytes.json")), False):
+        new = make_data(tokenizer=config)
+        new.setup("fit")
+        path = Path(new.stores[0].path)
+        manifest = json.loads((path / "manifest.json").read_text())
+        del manifest["first_bytes"]
+        names = [name for name in manifest["checksums"] if name.endswith(".bytes")]
+        assert bool(names) == is_estimate
+        for name in names:
+            del manifest["checksums"][name]
+            (path / name).unlink()
+        (path / "manifest.json").write_text(json.dumps(manifest | {"format_version": 2}))
+        old = make_data(sources=[], prepared=str(path))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            old.setup("fit")
+        assert any("bits per byte are an estimate" in str(warning.message) for warning in caught) == is_estimate
+        assert old.stores[0].fingerprint == new.stores[0].fingerprint
+        (batch,) = list(old.val_dataloader())[:1]
+        scored = batch.targets[batch.targets >= 0]
+        assert batch.target_bytes.sum() == old.tokenizer.byte_lengths[scored].sum()
 
 
 def test_the_unigram_baseline_of_a_mixture_counts_each_set_by_its_weight(

@@ -1,3 +1,4 @@
+import codecs
 import gzip
 import io
 import json
@@ -52,6 +53,60 @@ def test_a_jsonl_line_is_a_document_named_by_its_number(tmp_path: Path) -> None:
     for path in plain, packed, write(tmp_path / "c.jsonl.zst", frames):
         numbered = {1: "one", 3: "two", 4: "", 5: ""}
         assert read(path) == [Document(f"{path}:{line}", text) for line, text in numbered.items()]
+
+
+def test_a_byte_order_mark_is_no_part_of_a_record(tmp_path: Path) -> None:
+    line, mark = b'{"text": "one", "score": NaN}\r\n', codecs.BOM_UTF8
+    path = write(tmp_path / "a.jsonl", mark + line + b"\r\n" + mark + line)
+    assert read(path) == [Document(f"{path}:1", "one"), Document(f"{path}:3", "one")]
+    for name in "b.jsonl.gz", "b.ndjson.gz":
+        assert [text for _, text in read(write(tmp_path / name, gzip.compress(mark + line)))] == ["one"]
+    assert read(write(tmp_path / "c.json", mark + b"[" + line + b"]")) == [Document(f"{tmp_path}/c.json[0]", "one")]
+    assert read(write(tmp_path / "d.jsonl", mark)) == read(write(tmp_path / "e.jsonl", b"")) == []
+
+
+def test_the_records_of_a_json_file_are_documents(tmp_path: Path) -> None:
+    contents = {
+        '[{"text": "a"},\n {"text": null, "id": 1}, {"text": "text"}]': {"[0]": "a", "[1]": "", "[2]": "text"},
+        '{"text": "a"}\n\n{"text": "b"}\n': {":1": "a", ":3": "b"},
+        '{\n  "text": "a"\n}': {"": "a"},
+    }
+    for content, documents in contents.items():
+        plain, packed = write(tmp_path / "a.json", content), write(tmp_path / "a.json.zst", zstd(content.encode()))
+        for path in plain, packed:
+            assert read(path) == [Document(f"{path}{place}", text) for place, text in documents.items()]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"name": "package", "version": 1}',
+        "[1, 2, 3]",
+        '["text", {"text": "a"}]',
+        "[]",
+        "",
+        "// a comment\n{}",
+        '{"id": 1}\n{"id": 2}',
+        "[" * 10**5,
+        '{"text": {"en": "a"}}',
+    ],
+)
+def test_a_json_file_without_records_is_a_text(tmp_path: Path, content: str) -> None:
+    path = write(tmp_path / "a.json", content)
+    assert read(path) == [Document(str(path), content)]
+
+
+def test_records_of_a_json_file_that_have_no_text_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = write(tmp_path / "a.json", '[{"text": "a"}, {"body": "b"}]')
+    with pytest.raises(ValueError, match=re.escape(f"data.text_field='text' is not a field of {path}[1], which has")):
+        read(path)
+    path.write_text('{"text": "a"}\n{"text": 5}')
+    with pytest.raises(ValueError, match=f"data.text_field='text' must hold text, {path}:2 holds int"):
+        read(path)
+    path.write_text('[{"body": "a"}]')
+    assert not caplog.records
+    assert read(path) == [Document(str(path), '[{"body": "a"}]')]
+    assert caplog.messages == [f"{path} is an array of records without data.text_field='text' and is read as one text"]
 
 
 @pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())])
@@ -129,6 +184,13 @@ def test_a_file_that_is_not_text_is_named_with_the_byte(tmp_path: Path, content:
         (b'{"body": "b", "id": 2}', "data.text_field='text' is not a field of {path}:2, which has ['body', 'id']"),
         (b'{"text": 5}', "data.text_field='text' must hold text, {path}:2 holds int"),
         (b'{"text": "\\ud800"}', "{path}:2 is not Unicode text: surrogates not allowed at character 0"),
+        (b'"text"', "{path}:2 is not a JSON object, got str"),
+        (
+            b'{"text": "a", "x": ' + b"[" * 10**5 + b"]" * 10**5 + b"}",
+            "{path}:2 is not a JSON object: it is nested too",
+        ),
+        (b'{"text": "a", "text": "b"}', "{path}:2 is not a JSON object: the field 'text' stands twice in it"),
+        ('{"text": "x"}'.encode("utf-16"), "{path}:2 is not a JSON object: 'utf-8' codec can't decode byte 0xff"),
     ],
 )
 def test_a_bad_jsonl_line_is_named(tmp_path: Path, line: bytes, message: str) -> None:

@@ -223,7 +223,7 @@ def test_a_batch_reaches_the_step_as_it_was_packed(make_data: Callable[..., Pack
     assert (type(batch.max_seqlen), batch.max_seqlen) == (int, 128)
     assert batch.tokens.shape == (256,)
     scored = batch.targets[batch.targets != IGNORE_INDEX]
-    assert batch.target_bytes.item() == data.tokenizer.byte_lengths[scored.numpy()].sum() > 100
+    assert batch.target_bytes.sum().item() == data.tokenizer.byte_lengths[scored.numpy()].sum() > 100
 
 
 def test_a_run_that_is_killed_goes_on_from_its_last_checkpoint(

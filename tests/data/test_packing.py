@@ -20,10 +20,14 @@ class Numbered(NamedTuple):
     """A split whose tokens are numbered from 1 through all its documents."""
 
     offsets: np.ndarray
+    has_byte_counts: bool = False
 
     def read(self, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         pieces = zip(starts.tolist(), lengths.tolist(), strict=True)
         return np.concatenate([np.arange(start + 1, start + length + 1) for start, length in pieces])
+
+    def read_byte_counts(self, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        return 3 * self.read(starts, lengths)
 
     def document_of(self, token: int) -> int:
         return int(np.searchsorted(self.offsets, token - 1, side="right")) - 1
@@ -107,14 +111,23 @@ def test_a_batch_has_whole_sequences_that_end_in_cu_seqlens(
     dtypes = [str(field.dtype).removeprefix("torch.") for field in (*batch[:4], batch.target_bytes)]
     assert dtypes == ["int64", "int64", "int64", "int32", "int64"]
     assert type(batch.max_seqlen) is int
-    assert batch.target_bytes.shape == ()
+    assert batch.target_bytes.shape == (len(batch.cu_seqlens) - 1,)
 
 
 @given(LENGTHS, SEQ_LEN, st.integers(0, 40))
 def test_target_bytes_are_those_of_the_scored_targets(lengths: list[int], seq_len: int, first: int) -> None:
     batch = pack(lengths, seq_len, range(first, first + 3))
-    scored = batch.targets[batch.targets != IGNORE_INDEX].numpy()
-    assert batch.target_bytes.item() == BYTE_LENGTHS[scored].sum()
+    for piece, size in zip(pieces_of(batch), batch.target_bytes.tolist(), strict=True):
+        targets = batch.targets[piece].numpy()
+        assert size == BYTE_LENGTHS[targets[targets != IGNORE_INDEX]].sum()
+
+
+def test_the_byte_counts_of_a_set_come_before_those_of_the_tokens() -> None:
+    split = numbered([5, 2, 4])._replace(has_byte_counts=True)
+    rows = [Row(split, SequentialPlan(split.offsets, 8).pieces(i)) for i in range(2)]  # type: ignore[arg-type]
+    batch = view_flat(pack_documents(rows, 8, BYTE_LENGTHS, padding=PADDING, max_seqlen=3))
+    assert batch.cu_seqlens.tolist() == [0, 3, 5, 7, 8, 11, 14, 16]
+    assert batch.target_bytes.tolist() == [3 * (2 + 3), 3 * 5, 3 * 7, 0, 3 * (10 + 11), 0, 0]
 
 
 def test_a_document_that_is_cut_goes_on_as_one_of_its_own() -> None:
@@ -138,7 +151,7 @@ def test_a_sequence_past_the_plan_is_not_scored_at_all() -> None:
     assert batch.tokens.tolist() == [PADDING] * 8
     assert batch.targets.tolist() == [IGNORE_INDEX] * 8
     assert batch.cu_seqlens.tolist() == [0, 4, 8]
-    assert batch.target_bytes.item() == 0
+    assert batch.target_bytes.tolist() == [0, 0]
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="tells what is mapped on Linux only")

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,7 @@ def test_a_second_call_opens_what_is_there(
     plan_of: Callable[..., Plan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = prepare(plan_of(), tmp_path / "set", num_workers=0)
-    monkeypatch.setattr("nsa_lightning.data.workers.iter_documents", None)
+    monkeypatch.setattr("nsa_lightning.data.workers.read_parts", None)
     assert prepare(plan_of(), tmp_path / "set").manifest == first.manifest
 
 
@@ -146,7 +147,6 @@ def test_a_stopped_run_is_taken_up_where_it_was(
         ({"val_fraction": 0.1}, "was prepared with val_fraction=0.2, got 0.1"),
         ({"text_field": "body"}, "was prepared with text_field='text', got 'body'"),
         ({"tokenizer": TRAINED}, r"was prepared with tokenizer='\w+', got 'trained, vocab_size 300'"),
-        ({"exclude": ["00.txt", "01.txt"]}, "was prepared from other files: 2 files are gone, such as .*/00.txt"),
     ],
 )
 def test_another_plan_is_refused_and_named(
@@ -159,8 +159,12 @@ def test_another_plan_is_refused_and_named(
         (tmp_path / "set" / "manifest.json").unlink(missing_ok=True)
 
 
-def test_changed_and_new_files_are_named(plan_of: Callable[..., Plan], corpus: Path, tmp_path: Path) -> None:
+def test_changed_and_new_files_of_a_whole_set_are_named(
+    plan_of: Callable[..., Plan], corpus: Path, tmp_path: Path
+) -> None:
     prepare(plan_of(), tmp_path / "set", num_workers=0)
+    with pytest.raises(ValueError, match=r"other files: 2 files are gone, such as .*/00.txt; choose another directory"):
+        prepare(plan_of(exclude=["00.txt", "01.txt"]), tmp_path / "set", num_workers=0)
     os.utime(corpus / "07.txt", ns=(1, 1))
     (corpus / "new.txt").write_text("new")
     with pytest.raises(
@@ -186,6 +190,105 @@ def test_a_bad_document_is_named_and_whole_shards_are_kept(
     assert not (tmp_path / "set" / "manifest.json").exists()
     Path(bad).write_text("mended")
     assert "mended" in texts(prepare(plan, tmp_path / "set", num_workers=0))
+
+
+class StoppedError(Exception):
+    """Ends a run where a test wants it to."""
+
+
+@pytest.fixture
+def made_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+    """Prepares up to the shard `stop`, and tells which shards it made."""
+    write = workers.write_shard
+
+    def run(plan: Plan, path: Path, stop: int = 10**6) -> list[str]:
+        made: list[str] = []
+
+        def counted(folder: Path, *arguments: Any, **options: Any) -> None:
+            if len(made) == stop:
+                raise StoppedError
+            made.append(folder.name)
+            write(folder, *arguments, **options)
+
+        with monkeypatch.context() as patch, suppress(StoppedError):
+            patch.setattr(workers, "write_shard", counted)
+            prepare(plan, path, num_workers=0)
+        return made
+
+    return run
+
+
+def rows(corpus: Path, name: str, lines: list[str]) -> None:
+    (corpus / name).write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+
+
+@pytest.mark.parametrize("change", ["mended", "removed", "appended", "added", "rewritten", "mended twice"])
+def test_whole_shards_that_still_fit_are_used_again_when_files_have_changed(
+    plan_of: Callable[..., Plan], corpus: Path, tmp_path: Path, made_of: Callable[..., list[str]], change: str
+) -> None:
+    """`long.jsonl` has parts in every shard."""
+    lines = [f"line {i} " * 40 for i in range(60)]
+    rows(corpus, "long.jsonl", lines)
+    plan = plan_of()
+    assert made_of(plan, tmp_path / "set", stop=6) == [f"{i:05}" for i in range(6)]
+    before = {path.read_bytes() for path in tmp_path.glob("set/shards/*/*.bin")}
+    shards = plan.shards()
+    short = next(part.name for part in shards[2] if part.name.endswith(".txt"))
+    kept = 6
+    if change.startswith("mended"):
+        line = plan.parts()[-1].stop - len(json.dumps({"text": lines[-1]})) - 1
+        lines[-1] = "mended".ljust(len(lines[-1]) - 1, "!")
+        rows(corpus, "long.jsonl", lines)
+        others = {part for part in plan.parts()[60:] if part.start <= line < part.stop} | {plan.parts()[-1]}
+        kept = sum(others.isdisjoint(shard) for shard in shards[:6])
+    elif change == "removed":
+        Path(short).unlink()
+        kept = 5
+    elif change == "appended":
+        rows(corpus, "long.jsonl", [*lines, *lines])
+        kept = sum(plan.parts()[-1] not in shard for shard in shards[:6])
+    elif change == "added":
+        (corpus / "new.txt").write_text("new")
+    else:
+        os.utime(short, ns=(1, 1))  # with the same content
+    if change == "mended twice":
+        made_of(plan_of(), tmp_path / "set", stop=1)
+        lines[-1] = "mended again"
+        rows(corpus, "long.jsonl", lines)
+    now = plan_of()
+    made = made_of(now, tmp_path / "set", stop=2)
+    if change != "mended twice":
+        assert made == [f"{kept:05}", f"{kept + 1:05}"]
+    prepare(now, tmp_path / "set", num_workers=0).verify()  # takes up the changed plan after a stop
+    assert len(before & {path.read_bytes() for path in tmp_path.glob("set/shards/*/*.bin")}) >= kept > 3
+    whole = texts(prepare(now, tmp_path / "whole", num_workers=0))
+    assert texts(TokenStore(tmp_path / "set")) == whole
+    assert any(text.startswith("mended!") for text in whole) == (change == "mended")
+
+
+def test_a_shard_of_other_parts_is_made_again(
+    plan_of: Callable[..., Plan], corpus: Path, tmp_path: Path, made_of: Callable[..., list[str]]
+) -> None:
+    made_of(plan_of(), tmp_path / "set", stop=3)
+    shards = tmp_path / "set" / "shards"
+    (shards / "00001").rename(shards / "00004")
+    made = made_of(plan_of(), tmp_path / "set")
+    assert "00001" in made
+    assert "00004" in made
+    assert texts(TokenStore(tmp_path / "set")) == sorted(path.read_text() for path in corpus.iterdir())
+
+
+def test_an_unfinished_set_of_which_nothing_fits_is_refused(
+    plan_of: Callable[..., Plan], corpus: Path, tmp_path: Path, made_of: Callable[..., list[str]]
+) -> None:
+    made_of(plan_of(), tmp_path / "set", stop=3)
+    whole = files(tmp_path / "set")
+    corpus.rename(tmp_path / "elsewhere")
+    (corpus).mkdir()
+    (corpus / "other.txt").write_text("other")
+    with pytest.raises(ValueError, match=r"60 files are gone, such as .*/00.txt; 1 files are new.* choose another"):
+        prepare(plan_of(), tmp_path / "set", num_workers=0)
+    assert files(tmp_path / "set") == whole
 
 
 def test_a_tokenizer_is_trained_on_a_bounded_sample_of_the_training_texts(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import fsspec
 import pytest
+from nsa_kernels.errors import SettingError
 
 from nsa_lightning.data.sources import Part, SourceFile, find_files, parts_of
 
@@ -77,6 +78,36 @@ def test_exclude_looks_below_the_source_and_not_above_it(tmp_path: Path, source:
     assert len(find_files([str(tmp_path / source)], (), ["**/test/**", "test"])) == 1
 
 
+@pytest.mark.parametrize("source", ["", "/**/*.txt", "/**", "/*/../**/*.txt"])
+def test_links_are_followed_once_by_directories_and_globs_alike(tmp_path: Path, source: str) -> None:
+    root = tmp_path / "root"
+    write(tmp_path / "elsewhere" / "books" / "a.txt")
+    write(root / "own" / "b.txt")
+    (root / "aa_alias").symlink_to(root / "own")  # comes first in order, but `own` keeps its name
+    (root / "aa_alias.txt").symlink_to(root / "own" / "b.txt")
+    (root / "books").symlink_to(tmp_path / "elsewhere")
+    (root / "more_books").symlink_to(tmp_path / "elsewhere" / "books")
+    (root / "own" / "one.txt").symlink_to(tmp_path / "elsewhere" / "books" / "a.txt")
+    write(tmp_path / "elsewhere" / "c.txt")
+    (tmp_path / "elsewhere" / "round").symlink_to(root)
+    for name, target in {"self": ".", "own/up": "..", "own/above": "../..", "nowhere": "none", "me": "me"}.items():
+        (root / name).symlink_to(target)
+    write(tmp_path / "beside.txt")  # own/above leads to it, and to the whole source
+    assert names(find_files([f"{root}{source}"]), root) == ["books/books/a.txt", "books/c.txt", "own/b.txt"]
+
+
+def test_a_file_under_several_names_is_one_whatever_sources_and_patterns_name_it(tmp_path: Path) -> None:
+    write(tmp_path / "blobs" / "1f")
+    write(tmp_path / "blobs" / "2e")
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").symlink_to("../blobs/1f")
+    (tmp_path / "texts" / "b.txt").symlink_to("../blobs/1f")
+    assert names(find_files([f"{tmp_path}/texts"]), tmp_path) == ["texts/a.txt"]
+    assert names(find_files([f"{tmp_path}/texts", f"{tmp_path}/blobs/*"]), tmp_path) == ["blobs/1f", "blobs/2e"]
+    assert names(find_files([str(tmp_path)], (), ["blobs"]), tmp_path) == ["texts/a.txt"]
+    assert names(find_files([f"{tmp_path}/*/*.txt"], (), ["a.txt"]), tmp_path) == ["texts/b.txt"]
+
+
 @pytest.mark.parametrize("source", ["no/such/file", "no/such/**/*.py", ""])
 def test_a_source_without_files_is_named(tmp_path: Path, source: str) -> None:
     write(tmp_path / "a.txt")
@@ -93,6 +124,51 @@ def test_excluding_everything_is_an_error(tmp_path: Path) -> None:
     write(tmp_path / "a.txt")
     with pytest.raises(ValueError, match=r"data.exclude=\['\*'\] leave none of the 1 files of"):
         find_files([str(tmp_path)], (), ["*"])
+
+
+@pytest.mark.parametrize("setting", ["include", "exclude"])
+def test_a_pattern_that_matches_nothing_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, setting: str
+) -> None:
+    write(tmp_path / "heldout" / "a.txt")
+    write(tmp_path / "b.txt")
+    find_files([str(tmp_path)], **{setting: ["b.txt", "held_out", f"{tmp_path.name}/heldout"]})
+    (record,) = caplog.records
+    expected = f"data.{setting}: 'held_out', '{tmp_path.name}/heldout' match none of the 2 files of data.sources"
+    assert record.getMessage().startswith(expected)
+    caplog.clear()
+    find_files([str(tmp_path)], **{setting: ["b.txt", f"{tmp_path}/b.*"]})
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("pattern", ["a[z-a]*", "[]", "x[!b-a]"])
+def test_a_malformed_pattern_is_named(tmp_path: Path, pattern: str) -> None:
+    write(tmp_path / "a.txt")
+    message = f"data.exclude must hold globs, {pattern!r} is malformed: "
+    with pytest.raises(SettingError, match=re.escape(message)):
+        find_files([str(tmp_path)], (), [pattern])
+    with pytest.raises(SettingError, match=r"data.include must hold globs"):
+        find_files([str(tmp_path)], [pattern])
+
+
+@pytest.mark.parametrize(
+    ("pattern", "matches"),
+    [
+        (r"[\d]", r"\d"),
+        ("[^a]", "^a"),
+        ("[[a]", "[a"),
+        ("[]a]", "]a"),
+        ("[!]a]", r"&1[\^d{|~"),
+        ("[a&&d]", "&ad"),
+        ("[~||1]", "1|~"),
+        ("{", "{"),
+    ],
+)
+def test_what_stands_in_a_set_stands_for_itself(tmp_path: Path, pattern: str, matches: str) -> None:
+    for name in r"a&1[]\^d{|~":
+        write(tmp_path / name)
+    assert set(names(find_files([str(tmp_path)], [pattern]), tmp_path)) == set(matches)
+    assert {path.name for path in tmp_path.glob(pattern)} == set(matches)
 
 
 def test_an_unreadable_directory_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

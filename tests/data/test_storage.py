@@ -1,7 +1,11 @@
+import io
+from pathlib import Path
+
+import numpy as np
 import pytest
 
 from nsa_lightning.data import storage
-from nsa_lightning.data.storage import retried
+from nsa_lightning.data.storage import retried, save_array
 
 
 class HTTPError(Exception):
@@ -62,3 +66,17 @@ def test_pauses_grow_until_it_succeeds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("time.sleep", slept.append)
     assert retried("s3://bucket/a", action) == "whole"
     assert 0 < slept[0] < slept[1]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="has no device that is always full")
+@pytest.mark.parametrize("size", [1, 10**6])
+def test_an_array_that_does_not_fit_is_told(size: int) -> None:
+    with pytest.raises(OSError, match="No space left on device"), Path("/dev/full").open("wb") as stream:
+        save_array(stream, np.zeros(size))
+
+
+def test_an_array_is_written_as_numpy_writes_it() -> None:
+    ours, theirs = io.BytesIO(), io.BytesIO()
+    save_array(ours, np.arange(12).reshape(3, 4))
+    np.save(theirs, np.arange(12).reshape(3, 4))
+    assert ours.getvalue() == theirs.getvalue()

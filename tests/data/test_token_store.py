@@ -78,7 +78,7 @@ def make_numbered(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Tok
     """A store of one token a file, each its place in the split and one; more files than are kept open."""
 
     class Numbering:
-        vocab_size, fingerprint, end_of_text, next = 4096, "numbering", "none", 0
+        vocab_size, fingerprint, end_of_text, is_byte_level, next = 4096, "numbering", "none", True, 0
 
         def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
             self.next += len(texts)
@@ -130,7 +130,7 @@ def test_data_without_text_is_an_error(tmp_path: Path, tokenizer: Tokenizer, tex
 
 def test_a_large_vocabulary_is_stored_in_four_bytes(tmp_path: Path) -> None:
     class Wide:
-        vocab_size, fingerprint, end_of_text = 2**16 + 1, "wide", "none"
+        vocab_size, fingerprint, end_of_text, is_byte_level = 2**16 + 1, "wide", "none", True
 
         def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
             return [np.array([2**16, 1]) for _ in texts]
@@ -173,7 +173,7 @@ def truncate(path: Path) -> None:
 
 
 def replace_version(path: Path) -> None:
-    path.write_text(path.read_text().replace('"format_version": 2', '"format_version": 7'))
+    path.write_text(path.read_text().replace('"format_version": 3', '"format_version": 7'))
 
 
 @pytest.mark.parametrize(
@@ -186,7 +186,7 @@ def replace_version(path: Path) -> None:
         ("counts.npy", Path.unlink, "No such file or directory: .*counts.npy"),
         ("manifest.json", truncate, "manifest.json is not the manifest of a prepared set: JSONDecodeError"),
         ("manifest.json", lambda path: path.write_text("{}"), "manifest.json is not the manifest of .*: KeyError"),
-        ("manifest.json", replace_version, "manifest.json has format version 7, this release reads 2"),
+        ("manifest.json", replace_version, "manifest.json has format version 7, this release reads 2 to 3"),
     ],
 )
 def test_a_damaged_set_names_the_file_and_the_remedy(

@@ -1,8 +1,12 @@
 import json
+import os
 import random
 import re
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +14,8 @@ import pytest
 import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
+from nsa_kernels.errors import SettingError
+from support.tokenizers import word_piece
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from nsa_lightning.data import tokenizer as module
@@ -79,6 +85,100 @@ def test_sentencepiece_tokens_count_spaces_bytes_and_added_words() -> None:
     assert tokenizer.byte_lengths[:3].tolist() == [0, 0, 0]
 
 
+def unigram() -> tokenizers.Tokenizer:
+    """Unites characters of one meaning and doubled spaces, and begins with a space of its own, as T5's does."""
+    pieces = [("<unk>", 0.0), ("</s>", 0.0), ("▁", -2.0), ("▁a", -3.0), ("fi", -3.0), *((c, -5.0) for c in "abcdefg12")]
+    library = tokenizers.Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=False))
+    library.normalizer = normalizers.Sequence(
+        [normalizers.NFKC(), normalizers.Replace(tokenizers.Regex(" {2,}"), " "), normalizers.Lowercase()]
+    )
+    library.pre_tokenizer = pre_tokenizers.Metaspace()
+    library.add_special_tokens(["<unk>", "</s>"])
+    library.add_tokens([tokenizers.AddedToken("wörd", lstrip=True, rstrip=True)])
+    return library
+
+
+def llama() -> tokenizers.Tokenizer:
+    """Puts a space before the text."""
+    library = sentencepiece_bpe()
+    library.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    return library
+
+
+def byte_level(tokenizer: Tokenizer, **changes: object) -> tokenizers.Tokenizer:
+    """The trained tokenizer, changed."""
+    library = tokenizers.Tokenizer.from_str(tokenizer._state)
+    for name, value in changes.items():
+        setattr(library, name, value)
+    return library
+
+
+KINDS = {
+    "word pieces": lambda _: word_piece(),
+    "unigram": lambda _: unigram(),
+    "llama": lambda _: llama(),
+    "sentencepiece": lambda _: sentencepiece_bpe(),
+    "normalised bytes": lambda trained: byte_level(trained, normalizer=normalizers.NFC()),
+    "prefix space": lambda trained: byte_level(trained, pre_tokenizer=pre_tokenizers.ByteLevel(add_prefix_space=True)),
+    "no spaces": lambda trained: byte_level(
+        trained, pre_tokenizer=pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(False)])
+    ),
+    "bytes": byte_level,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(text=st.one_of(st.text(max_size=60), st.text("aAﬁé \n\tw\u0301wörd①<s>", max_size=60)))
+def test_the_bytes_counted_for_each_token_add_up_to_those_of_any_text(
+    tokenizer: Tokenizer, kind: str, text: str
+) -> None:
+    counting = Tokenizer(KINDS[kind](tokenizer).to_str(), "[SEP]" if kind == "word pieces" else None)
+    texts = [text, "", f"{text} {text}"]
+    for each, plain, (tokens, counts) in zip(
+        texts, counting.encode_batch(texts), counting.encode_counted(texts), strict=True
+    ):
+        assert tokens.tolist() == plain.tolist()
+        assert len(counts) == len(tokens)
+        assert counts.min() >= 0
+        assert counts.sum() == len(each.encode())
+        if counting.is_byte_level:
+            assert counting.byte_lengths[tokens].sum() == len(each.encode())
+
+
+def test_bytes_are_counted_token_by_token(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    counting = Tokenizer(word_piece().to_str(), "[SEP]")
+    ((tokens, counts),) = counting.encode_counted(["  Éa b\tété  Wörter!\n"])
+    names = [counting.decode([token], skip_special_tokens=False) for token in tokens]
+    assert list(zip(names, counts.tolist(), strict=True)) == [
+        ("[CLS]", 0),
+        ("e", 4),  # two spaces and two bytes
+        ("##a", 1),
+        ("b", 2),
+        ("[UNK]", 6),
+        ("[UNK]", 9),
+        ("!", 1),
+        ("[SEP]", 1),
+    ]
+    monkeypatch.setattr(module, "CHUNK", 5)
+    monkeypatch.setattr(module, "GROUP", 9)
+    ((_, counts),) = counting.encode_counted(["  Éa b\tété  Wörter!\n"])
+    assert counts.sum() == 24
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [("bytes", True), ("normalised bytes", False), ("prefix space", False), ("no spaces", False), ("llama", False)],
+)
+def test_a_byte_level_tokenizer_is_told_from_its_file(tokenizer: Tokenizer, kind: str, expected: bool) -> None:
+    assert Tokenizer(KINDS[kind](tokenizer).to_str()).is_byte_level == expected
+    splits = pre_tokenizers.Split(tokenizers.Regex(r"\s+|\S+"), "isolated"), pre_tokenizers.Digits(True)
+    steps = pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    assert Tokenizer(byte_level(tokenizer, pre_tokenizer=steps).to_str()).is_byte_level
+    state = json.loads(tokenizer._state)
+    del state["model"]["vocab"]["z"]
+    assert not Tokenizer(json.dumps(state)).is_byte_level
+
+
 def test_a_trained_tokenizer_puts_end_of_text_at_both_ends(tokenizer: Tokenizer) -> None:
     first, second = tokenizer.encode_batch(["def", ""])
     assert first[0] == first[-1] == tokenizer.end_of_text_id
@@ -132,6 +232,48 @@ def test_training_depends_on_the_texts_alone() -> None:
     assert train_tokenizer(texts, 270).fingerprint != train_tokenizer(texts, 280).fingerprint
 
 
+@pytest.mark.parametrize("word", ["ACGT", "\u6587\u5b57\u5316", " ", "a", "x\u0301", "{};"])
+def test_training_takes_time_by_the_length_of_a_word_and_not_by_its_square(word: str) -> None:
+    rng = random.Random(0)
+    short, long = ("".join(rng.choices(word, k=length)) for length in (10_000, 200_000))
+
+    def seconds(text: str) -> float:
+        start = time.process_time()
+        train_tokenizer([text], 300)
+        return time.process_time() - start
+
+    assert seconds(long) < 60 * max(seconds(short), 0.01)  # 400 times by the square
+
+
+def test_long_words_are_cut_in_training_alone() -> None:
+    texts = ["a word of" + "=" * 1000 + " text" * 9] * 3
+    library = tokenizers.Tokenizer(models.BPE())
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=290,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    library.train_from_iterator(texts, trainer)
+    trained = train_tokenizer(texts, 290)
+    assert json.loads(trained._state)["model"] == json.loads(library.to_str())["model"]
+    tokens = trained.encode_batch(["=" * 5000])[0]
+    assert trained.decode(tokens) == "=" * 5000
+    assert len(tokens) < 100
+
+
+@pytest.mark.parametrize("action", ["train", "encode"])
+def test_ctrl_c_is_answered_while_the_library_works(tokenizer: Tokenizer, action: str) -> None:
+    text = "".join(random.Random(0).choices("ACGT", k=1_000_000))
+    interrupt = threading.Timer(0.3, os.kill, [os.getpid(), signal.SIGINT])
+    start = time.monotonic()
+    interrupt.start()
+    with pytest.raises(KeyboardInterrupt):
+        train_tokenizer([text], 2000) if action == "train" else tokenizer.encode_batch([text] * 4)
+    assert time.monotonic() - start < 2.5  # all of it takes longer
+
+
 def test_training_fills_at_most_the_vocabulary_asked_for() -> None:
     assert train_tokenizer(["a few words " * 9, "of text"], 270).vocab_size == 270
     assert train_tokenizer(["ab"], 4096).vocab_size == 258
@@ -178,11 +320,34 @@ def test_the_vocabulary_size_counts_to_the_largest_id(tokenizer: Tokenizer, tmp_
     library = sentencepiece_bpe()
     state = json.loads(library.to_str())
     state["added_tokens"][-1]["id"] = 999
-    for text, size in (tokenizer._state, 320), (library.to_str(), 265), (json.dumps(state), 1000):
-        (tmp_path / "tokenizer.json").write_text(text)
+    bare = json.loads(library.to_str())
+    del bare["added_tokens"]
+    renumbered = json.loads(library.to_str())  # the library gives an added token no id but the next one
+    renumbered["added_tokens"][-1] |= {"id": 7, "content": "other"}
+    gap = json.loads(library.to_str())
+    gap["model"]["vocab"] |= {"▁▁": 2000}
+    for content, size in (
+        (json.loads(tokenizer._state), 320),
+        (json.loads(library.to_str()), 265),
+        (state, 1000),
+        (bare, 264),
+        (renumbered, 265),
+        (gap, 2001),
+    ):
+        (tmp_path / "tokenizer.json").write_text(json.dumps(content))
         assert vocab_size_of(str(tmp_path)) == size
-    assert Tokenizer(tokenizer._state).vocab_size == len(tokenizer.byte_lengths) == 320
-    assert Tokenizer(library.to_str()).vocab_size == 265
+        opened = load_tokenizer(str(tmp_path))
+        assert opened.vocab_size == len(opened.byte_lengths) == size
+        assert max(opened._vocab.values()) < size
+
+
+def test_tokens_that_share_an_id_are_refused() -> None:
+    state = json.loads(sentencepiece_bpe().to_str())
+    state["model"]["vocab"]["▁▁"] = 264  # the number of its tokens, which the first added token is given
+    with pytest.raises(
+        SettingError, match=r"each token must have an id of its own, '(▁▁|wörd)' and '(▁▁|wörd)' have 264"
+    ):
+        Tokenizer(json.dumps(state))
 
 
 def test_the_vocabulary_size_is_read_without_heavy_libraries(tokenizer: Tokenizer, tmp_path: Path) -> None:

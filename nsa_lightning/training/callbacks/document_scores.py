@@ -45,19 +45,18 @@ class DocumentScores(Callback):
         """Add up the loss of each document of the batch."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(data, PackedTextDataModule)
-        byte_lengths = torch.as_tensor(data.tokenizer.byte_lengths, device=batch.targets.device)
         scored = batch.targets != IGNORE_INDEX
         document = document_index(batch.cu_seqlens, len(batch.tokens))
-        sums = torch.zeros(len(batch.cu_seqlens) - 1, 3, dtype=torch.float64, device=document.device)
-        token_bytes = byte_lengths[batch.targets.where(scored, 0)].where(scored, 0)
-        sums.index_add_(0, document, torch.stack([scored, token_bytes, outputs], dim=1).double())
-        for (tokens, num_bytes, nats), start in zip(sums.tolist(), batch.cu_seqlens.tolist(), strict=False):
+        sums = torch.zeros(len(batch.cu_seqlens) - 1, 2, dtype=torch.float64, device=document.device)
+        sums.index_add_(0, document, torch.stack([scored, outputs], dim=1).double())
+        values = zip(sums.tolist(), batch.target_bytes.tolist(), batch.cu_seqlens.tolist(), strict=False)
+        for (tokens, nats), num_bytes, start in values:
             if tokens:
                 beginning = batch.tokens[start : start + self.preview_characters].tolist()
                 line = {
                     "beginning": data.tokenizer.decode(beginning)[: self.preview_characters],
                     "tokens": int(tokens),
-                    "bytes": int(num_bytes),
+                    "bytes": num_bytes,
                     "nats": nats,
                     "bits_per_byte": nats / math.log(2) / num_bytes if num_bytes else None,
                 }
