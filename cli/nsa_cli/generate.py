@@ -104,7 +104,7 @@ def generate_text(
 def run() -> int:
     """Run the command of `sys.argv`; returns the exit status, 2 for a mistake in the settings."""
     try:
-        return run_function("generate", generate_text, sys.argv[2:] or ["--help"])
+        return run_function("generate", generate_text, sys.argv[2:] or ["--help"], verbatim=("stop",))
     except BrokenPipeError:  # who reads has enough; nothing is left for the interpreter to flush
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
