@@ -52,8 +52,9 @@ def read_words(words: Sequence[str], parser: ArgumentParser, verbatim: Collectio
         if not equals and waiting and waiting[0].partition("=")[0] not in options:
             values.append(waiting.popleft())
         if kind == "text":
+            if values:
+                texts[name] = values[0]
             rest.append(f"--{name}=text" if values else word)
-            texts |= {name: found for found in values}
             continue
         while not equals and waiting and not _OPTION.match(waiting[0]):
             values.append(waiting.popleft())

@@ -133,6 +133,19 @@ class Tokenizer:
         lengths[self.end_of_text_id] = 0
         return lengths
 
+    @cached_property
+    def special_tokens(self) -> dict[int, str]:
+        """Names of the tokens that `decode` leaves out, by their ids."""
+        added = self._tokenizer.get_added_tokens_decoder()
+        return {index: token.content for index, token in added.items() if token.special}
+
+    @cached_property
+    def byte_tokens(self) -> frozenset[int]:
+        """Tokens of one byte that `decode` reads together with the bytes beside them: no character if one is none."""
+        falls_back = '"ByteFallback"' in json.dumps(json.loads(self._state).get("decoder"))
+        known = (self._vocab.get(f"<0x{byte:02X}>") for byte in range(256 if falls_back else 0))
+        return frozenset(token for token in known if token is not None)
+
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.int64]]:
         """Tokens of each document, int64: the tokenizer's own start, such as BOS, the text and `end_of_text`."""
         parts = [[self._start] for _ in texts]
