@@ -41,6 +41,8 @@ def export_model(
     name = str(written.dtype).removeprefix("torch.")
     print(f"{output}: {written.model_type}, {written.num_weights / 1e6:.1f} M weights in {name}")
     print(f"tokenizer    {', '.join(written.tokenizer_files) or 'none: set --tokenizer to have one'}")
+    if written.remark is not None:
+        print(f"note         {written.remark}")
     code = ", trust_remote_code=True" if written.model_type == MODEL_TYPE else ""
     print(f'load it      AutoModelForCausalLM.from_pretrained("{output}"{code})')
     return 0

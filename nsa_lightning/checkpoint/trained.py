@@ -1,6 +1,7 @@
 """A trained model on disk, whatever wrote it: its settings, its tensors by name and where its tokenizer is."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ class Trained(NamedTuple):
     max_seq_len: int  # tokens of the context it is made for
     read: Callable[[str], Tensor]  # a tensor by its name in a Hugging Face directory
     tokenizer: Path | None  # where its tokenizer's files are
+    remark: str | None = None  # what its files say otherwise
 
 
 def open_trained(path: Path, setting: str) -> Trained:
@@ -33,12 +35,12 @@ def open_trained(path: Path, setting: str) -> Trained:
 
 def _open_directory(path: Path, setting: str) -> Trained:
     """A directory of `nsa convert` or `nsa export`, or a dense one, as it is."""
-    config, max_seq_len = read_config(path, setting)
+    config, max_seq_len, remark = read_config(path, setting)
     weights = WeightFiles(path, setting)
     with torch.device("meta"):
         model = Transformer(config)
     weights.check(model)
-    return Trained(config, max_seq_len, weights.read, path)
+    return Trained(config, max_seq_len, weights.read, path, remark)
 
 
 def _open_checkpoint(path: Path, setting: str) -> Trained:
@@ -63,10 +65,11 @@ def _open_checkpoint(path: Path, setting: str) -> Trained:
         state = torch.load(path, mmap=True, weights_only=True, map_location="cpu")["state_dict"]
     tokenizer = path.resolve().parent.parent / "tokenizer.json"
     rope = config.rope
-    made_for = int((rope.original_max_seq_len or 0) * rope.factor) or config.max_seq_len or 2048
+    reach = int((rope.original_max_seq_len or 0) * rope.factor)
+    made_for = max(config.context_length or 0, config.max_seq_len or 0, reach) or 2048
     return Trained(
-        config,
-        max(made_for, config.max_seq_len or 0),
+        replace(config, context_length=made_for),
+        made_for,
         lambda name: state[name if name.startswith("model.") else f"model.{name}"],
         tokenizer if tokenizer.is_file() else None,
     )

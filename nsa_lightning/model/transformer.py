@@ -74,6 +74,10 @@ class TransformerConfig:
     max_seq_len: int | None = None
     """Longest training sequence, tokens; `nsa fit` takes it from data.seq_len."""
 
+    context_length: int | None = None
+    """Tokens of the longest text that the model is made for, which generation and exports tell. Left out: that of
+    model.init_from, else the longest training sequence or what the scaling of rope reaches."""
+
     norm_eps: float = 1e-5
     """Added to the mean square in RMSNorm."""
 
@@ -97,6 +101,7 @@ class TransformerConfig:
             "value_head_dim",
             "intermediate_size",
             "sliding_window",
+            "context_length",
         ):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -1,5 +1,6 @@
 """Dense models and exports beside the implementations of `transformers`, which are taken as the truth."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -15,6 +16,7 @@ from nsa_lightning.generation.language_model import open_language_model
 from nsa_lightning.generation.sampling import Sampler, SamplingConfig
 from nsa_lightning.model import Transformer
 from nsa_lightning.model.attention import NSALayerConfig, NSAttention
+from nsa_lightning.model.rope import RotaryEmbedding, rotary_frequencies
 
 transformers = pytest.importorskip("transformers")
 from nsa_lightning.checkpoint.hugging_face_model import NSACache  # noqa: E402 (imports transformers)
@@ -81,6 +83,38 @@ def test_dense_layers_are_the_source(tmp_path, tokens, name):
     assert_same(own_logits(model, tokens), true_logits(source, tokens))
     far = own_logits(model, tokens, 50_000), true_logits(source, tokens, 50_000)
     torch.testing.assert_close(*far, rtol=2e-3, atol=2e-3)
+
+
+SPELLINGS = {
+    "scaling beside parameters": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "rope_scaling": YARN},
+    "and theta": {"rope_parameters": {"rope_theta": 1e6}, "rope_scaling": YARN, "rope_theta": 5e5},
+    "theta of the parameters": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "rope_theta": 5e5},
+    "theta beside them": {"rope_parameters": {"rope_type": "linear", "factor": 2.0}, "rope_theta": 5e5},
+    "empty scaling": {"rope_parameters": {"rope_type": "linear", "factor": 2.0}, "rope_scaling": {}},
+    "default scaling": {"rope_parameters": {"rope_type": "linear", "factor": 2.0}, "rope_scaling": {"type": "default"}},
+    "both types": {"rope_scaling": {"type": "linear", "rope_type": "yarn", "factor": 2.0}},
+    "original length twice": {"rope_scaling": YARN, "original_max_position_embeddings": 32},
+    "original length beside": {"rope_scaling": {"type": "yarn", "factor": 4.0}, "original_max_position_embeddings": 32},
+    "none": {},
+}
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_of_several_spellings_of_a_rotary_embedding_that_counts_which_transformers_takes(tmp_path, family, name):
+    write_source(tmp_path / "source", family, **{"rope_theta": None, "rope_parameters": None} | SPELLINGS[name])
+    if SPELLINGS[name].get("rope_theta") is None:
+        raw = json.loads((tmp_path / "source" / "config.json").read_text())
+        (tmp_path / "source" / "config.json").write_text(json.dumps({k: v for k, v in raw.items() if v is not None}))
+    config = read_config(tmp_path / "source", "test").config
+    rotary = RotaryEmbedding(config.rope, config.query_head_dim)
+    with torch.device("meta"):
+        shell = transformers.AutoModelForCausalLM.from_config(
+            transformers.AutoConfig.from_pretrained(tmp_path / "source")
+        )
+    true = type(shell.model.rotary_emb)(shell.config)
+    torch.testing.assert_close(rotary_frequencies(config.rope, config.query_head_dim), true.inv_freq)
+    assert rotary.factor == pytest.approx(true.attention_scaling)
 
 
 @pytest.mark.parametrize("sharing", ["separate", "shared"])
