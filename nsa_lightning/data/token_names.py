@@ -35,7 +35,11 @@ def special_token_names(directory: Path) -> dict[str, str]:
     settings = read_settings(directory / SETTINGS)
     # transformers reads the older file no more where the newer one lists its tokens
     older = {} if "added_tokens_decoder" in settings else read_settings(directory / _MAP)
-    given = {name: _content(older.get(name, settings.get(name))) for name in NAMES}
+    own = {name: token for name, token in settings.items() if name.endswith("_token") and isinstance(token, str)}
+    more = settings.get("extra_special_tokens")
+    own |= more if isinstance(more, dict) else {}
+    given = {name: _content(token) for name, token in own.items()}
+    given |= {name: _content(older.get(name, settings.get(name))) for name in NAMES}
     return {name: token for name, token in given.items() if token is not None}
 
 

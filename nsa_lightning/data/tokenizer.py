@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from nsa_lightning.data.documents import text_fraction
 from nsa_lightning.data.storage import whole_file
-from nsa_lightning.data.token_names import END_OF_TEXT_NAMES, SETTINGS, find_end_of_text
+from nsa_lightning.data.token_names import END_OF_TEXT_NAMES, SETTINGS, find_end_of_text, read_settings
 
 END_OF_TEXT = "<|endoftext|>"
 MIN_VOCAB_SIZE = 257
@@ -75,8 +75,7 @@ class Tokenizer:
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True  # "<|endoftext|>" inside a text is text
         self._vocab: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
-        added = {index: token.content for index, token in self._tokenizer.get_added_tokens_decoder().items()}
-        name = end_of_text or find_end_of_text(self._vocab, added, directory)
+        name = end_of_text or self._find_end_of_text(directory)
         if name not in self._vocab:
             names = END_OF_TEXT_NAMES if end_of_text is None else (end_of_text,)
             raise SettingError(
@@ -172,9 +171,14 @@ class Tokenizer:
         """Write the `tokenizer.json`, whole or not at all, and beside it an end of text that has no usual name."""
         with whole_file(path) as stream:
             stream.write(self._state.encode())
-        if self.end_of_text != find_end_of_text(self._vocab, {}, None):
+        if self.end_of_text != self._find_end_of_text(path.parent):
+            settings = read_settings(path.with_name(SETTINGS)) | {"eos_token": self.end_of_text}
             with whole_file(path.with_name(SETTINGS)) as stream:
-                stream.write(json.dumps({"eos_token": self.end_of_text}, ensure_ascii=False).encode())
+                stream.write(json.dumps(settings, ensure_ascii=False).encode())
+
+    def _find_end_of_text(self, directory: Path | None) -> str | None:
+        added = self._tokenizer.get_added_tokens_decoder()
+        return find_end_of_text(self._vocab, {index: token.content for index, token in added.items()}, directory)
 
 
 def load_tokenizer(path: str, end_of_text: str | None = None) -> Tokenizer:
