@@ -77,9 +77,14 @@ def write_config(directory: Path, config: TransformerConfig, dtype: str, special
         "transformer": asdict(config),
     }
     if settings["model_type"] == MODEL_TYPE:
-        (directory / "modeling_nsa.py").write_text(_REMOTE_CODE)
+        write_remote_code(directory)
     (directory / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
     return str(settings["model_type"])
+
+
+def write_remote_code(directory: Path) -> None:
+    """Write what `from_pretrained(..., trust_remote_code=True)` finds our class by."""
+    (directory / "modeling_nsa.py").write_text(_REMOTE_CODE)
 
 
 def read_config(directory: Path, setting: str) -> SavedModel:

@@ -207,6 +207,9 @@ class Residual(NamedTuple):
         """The stream with its change, and that normed."""
         if self.change is None:
             return self.x, norm(self.x)
+        if norm.weight.is_meta:  # offloaded: it is brought to a call of the module
+            x = self.x + self.change
+            return x, norm(x)
         assert norm.eps is not None
         return add_norm(self.x, self.change, norm.weight, norm.eps)
 
@@ -309,7 +312,7 @@ class Transformer(nn.Module):
             layer.mlp.join_projections()
 
     @torch.no_grad()
-    def prefill(self, tokens: Tensor, cache: Cache, row: int, chunk_size: int = 16384) -> Tensor:
+    def prefill(self, tokens: Tensor, cache: Cache, row: int, chunk_size: int = 16384, every: bool = False) -> Tensor:
         """Append tokens to one sequence of the cache, behind those that it holds; interrupted, it holds none.
 
         Args:
@@ -317,9 +320,10 @@ class Transformer(nn.Module):
             cache: of this model's config.
             row: index of the sequence.
             chunk_size: tokens that are computed at a time, which bounds the memory beside the cache.
+            every: return the states of every token.
 
         Returns:
-            Final hidden states of the last token, [hidden_size].
+            Final hidden states of the last token, [hidden_size]; of every token [T, hidden_size].
 
         Raises:
             ValueError: there are no tokens, more than the cache has room for, or chunk_size is not positive.
@@ -329,6 +333,7 @@ class Transformer(nn.Module):
         if tokens.ndim != 1 or not len(tokens):
             raise SettingError(f"tokens must be [T] with at least one token, got {tuple(tokens.shape)}")
         cache.check_room(row, len(tokens))
+        hidden = []
         try:
             for part in tokens.split(chunk_size):
                 chunk = cache.chunk(row, len(part), self.rotary)
@@ -336,10 +341,12 @@ class Transformer(nn.Module):
                 stream = Residual(self.embed_tokens(part))
                 for layer, kept in self._layers_with(cache):
                     stream = layer.prefill(stream, kept, chunk)
+                if every:
+                    hidden.append(stream.normed(self.norm)[1])
         except BaseException:  # some layers hold the tokens, some do not
             cache.reset(row)
             raise
-        return stream.last_token.normed(self.norm)[1][0]
+        return torch.cat(hidden) if every else stream.last_token.normed(self.norm)[1][0]
 
     @torch.no_grad()
     def decode(self, tokens: Tensor, cache: Cache) -> Tensor:
