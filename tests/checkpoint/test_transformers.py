@@ -1,7 +1,7 @@
 """Dense models and exports beside the implementations of `transformers`, which are taken as the truth."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -11,12 +11,14 @@ from nsa_lightning.checkpoint.convert import RopeChange, convert
 from nsa_lightning.checkpoint.directory import read_config
 from nsa_lightning.checkpoint.export import export
 from nsa_lightning.checkpoint.weights import WeightFiles, load_weights
+from nsa_lightning.data.tokenizer import load_tokenizer
 from nsa_lightning.generation.generate import Generation, StopConfig
 from nsa_lightning.generation.language_model import open_language_model
 from nsa_lightning.generation.sampling import Sampler, SamplingConfig
 from nsa_lightning.model import Transformer
 from nsa_lightning.model.attention import NSALayerConfig, NSAttention
 from nsa_lightning.model.rope import RotaryEmbedding, rotary_frequencies
+from nsa_lightning.training.checkpoints import save_file
 
 transformers = pytest.importorskip("transformers")
 from nsa_lightning.checkpoint.hugging_face_model import NSACache  # noqa: E402 (imports transformers)
@@ -252,3 +254,54 @@ def test_a_loss_of_an_exported_model_is_the_mean_over_next_tokens(tmp_path, toke
         loss = model(tokens[None], labels=tokens[None]).loss
     expected = torch.nn.functional.cross_entropy(own_logits(decoder(made), tokens)[:-1], tokens[1:])
     torch.testing.assert_close(loss, expected)
+
+
+@pytest.mark.parametrize("place", ["file", "directory", "run"])
+def test_an_export_stops_and_pads_with_transformers_as_it_stops_here(tmp_path, place):
+    """Also where nothing beside the tokenizer.json names the end of text, as in a run of `nsa fit`."""
+    source = write_source(tmp_path / "source", "llama_tied", tokenizer=True, eos_token_id=None, bos_token_id=None)
+    checkpoint, given = source, source / "tokenizer.json" if place == "file" else source
+    if place == "run":
+        (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+        load_tokenizer(str(source), "e").save(tmp_path / "run" / "tokenizer.json")  # what fit was told
+        files = WeightFiles(source, "source")
+        state = {name: files.read(name) for name in files.shapes}
+        settings = {"transformer": asdict(read_config(source, "source").config)}
+        content = {"state_dict": state | {"model.lm_head.weight": state["model.embed_tokens.weight"]}}
+        content |= {"pytorch-lightning_version": "2", "hyper_parameters": settings}
+        checkpoint, given = tmp_path / "run" / "checkpoints" / "last.ckpt", None
+        save_file(content, checkpoint)
+    export(checkpoint, tmp_path / "out", None, given)
+    own = open_language_model(tmp_path / "out", None, RopeChange())
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    end = "e" if place == "run" else "<|endoftext|>"
+    assert tokenizer.eos_token == tokenizer.pad_token == end == own.tokenizer.end_of_text
+    ends = model.generation_config.eos_token_id
+    assert set(ends if isinstance(ends, list) else [ends]) == own.end_tokens
+    assert model.generation_config.pad_token_id == tokenizer.pad_token_id
+    padded = tokenizer(["some", "some text of a few words"], padding=True, return_tensors="pt")
+    assert padded.input_ids.shape[0] == 2
+    assert not padded.attention_mask.all()
+
+
+def test_what_an_export_names_already_stays(tmp_path):
+    source = write_source(tmp_path / "source", tokenizer=True, eos_token_id=[5, 6], pad_token_id=7)
+    chat = {
+        "pad_token": "f",
+        "chat_template": "{{ messages[0].content }}",
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
+    (source / "tokenizer_config.json").write_text(json.dumps(chat | {"eos_token": "e"}))
+    (source / "generation_config.json").write_text(json.dumps({"temperature": 0.5, "do_sample": True}))
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "tool_use.jinja").write_text("x")
+    files = export(source, tmp_path / "out", None, None).tokenizer_files
+    assert "additional_chat_templates/tool_use.jinja" in files
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert (tokenizer.eos_token, tokenizer.pad_token) == ("e", "f")
+    assert model.config.pad_token_id == 7
+    assert model.generation_config.temperature == 0.5
+    own = open_language_model(tmp_path / "out", None, RopeChange())
+    assert set(model.generation_config.eos_token_id) == {5, 6, tokenizer.eos_token_id} == own.end_tokens
