@@ -49,13 +49,14 @@ class Family(NamedTuple):
     architecture: str
     qkv_bias: bool = False
     qk_norm: bool = False
+    head_dim: int | None = None  # where a config does not give it; hidden_size / num_attention_heads if not here either
 
 
 FAMILIES = {
     "llama": Family("LlamaForCausalLM"),
     "mistral": Family("MistralForCausalLM"),
     "qwen2": Family("Qwen2ForCausalLM", qkv_bias=True),
-    "qwen3": Family("Qwen3ForCausalLM", qk_norm=True),
+    "qwen3": Family("Qwen3ForCausalLM", qk_norm=True, head_dim=128),
 }
 """By `model_type`. SmolLM and SmolLM2 are `llama`, Qwen2.5 is `qwen2`."""
 
@@ -137,7 +138,7 @@ def _transformer_config(raw: dict[str, Any]) -> TransformerConfig:
         num_layers=raw["num_hidden_layers"],
         num_heads=raw["num_attention_heads"],
         num_kv_heads=raw.get("num_key_value_heads") or raw["num_attention_heads"],
-        head_dim=raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"],
+        head_dim=raw.get("head_dim") or FAMILIES[kind].head_dim or raw["hidden_size"] // raw["num_attention_heads"],
         intermediate_size=raw["intermediate_size"],
         attention=attention,
         rope=_read_rope(raw),
@@ -200,7 +201,7 @@ def _layer_kinds(raw: dict[str, Any], family: str) -> list[AttentionKind]:
     used = family == "mistral" or (family != "llama" and raw.get("use_sliding_window", False))
     if not used or raw.get("sliding_window", _DEFAULT_WINDOW) is None:
         return ["full"]
-    if raw.get("layer_types"):
+    if raw.get("layer_types") and family != "mistral":  # which has the window in every layer, whatever they say
         unknown = sorted(set(raw["layer_types"]) - _KINDS.keys())
         if unknown or len(raw["layer_types"]) != layers:
             raise SettingError(f"layer_types must name {', '.join(_KINDS)} by layer, got {raw['layer_types']}")

@@ -150,8 +150,9 @@ class NSACache(Cache):
     def _with_room(self, device: torch.device, columns: int) -> TransformerCache:
         """The cache with room for so many tokens more in every row."""
         if self.kept is None:
-            capacity = max(self.capacity, columns)
-            self.kept = TransformerCache.allocate(self._config, self.rows, capacity, device, self._dtype)
+            capacity, mixed = max(self.capacity, columns), torch.is_autocast_enabled(device.type)
+            dtype = torch.get_autocast_dtype(device.type) if mixed else self._dtype
+            self.kept = TransformerCache.allocate(self._config, self.rows, capacity, device, dtype)
         needed = max(self.kept.host_lengths) + columns
         if needed > self.kept.capacity:
             self.kept = self.kept.grown(max(needed, 2 * self.kept.capacity))
@@ -324,6 +325,8 @@ class NSAForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> dict[str, Any]:
         """The tokens that the cache does not have, all of them at every step where there is none."""
         seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if attention_mask is not None and not seen and not attention_mask[:, -1].all():
+            raise SettingError("attention_mask must be 0 on the left alone to generate, got padding on the right")
         inputs: dict[str, Any] = {"attention_mask": attention_mask, "logits_to_keep": 1}
         inputs |= {"past_key_values": past_key_values, "use_cache": past_key_values is not None}
         inputs |= {name: kwargs[name] for name in _NEVER if kwargs.get(name)}

@@ -316,6 +316,13 @@ def test_a_sample_that_is_no_text_is_named_before_anything_is_written(tmp_path, 
     assert "not a tokenizer.json" in refused(monkeypatch, capsys, source)
 
 
+def test_what_a_config_leaves_out_or_says_in_vain_is_as_transformers_takes_it(tmp_path):
+    source = write_source(tmp_path / "qwen", "qwen3", head_dim=None, hidden_size=64, num_attention_heads=2)
+    assert read_config(source, "source").config.query_head_dim == 128
+    source = write_source(tmp_path / "mistral", "mistral_sliding", layer_types=["full_attention", "sliding_attention"])
+    assert read_config(source, "source").config.attention == ["sliding"]
+
+
 def test_what_becomes_of_a_sliding_window_is_said(tmp_path):
     source = write_source(tmp_path / "source", "mistral_sliding")
     result = convert(source, tmp_path / "out", ["nsa", "sliding"], NSA, RopeChange(), 64, None, 0)

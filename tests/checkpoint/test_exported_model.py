@@ -176,6 +176,10 @@ def test_what_the_model_cannot_do_is_refused_in_words(model, tokens, message):
 def test_what_the_model_cannot_do_is_refused_in_generate_and_in_its_config(model, made, tokens):
     with pytest.raises(ValueError, match="output_hidden_states must not be set"):
         model.generate(tokens, max_new_tokens=2, output_hidden_states=True, return_dict_in_generate=True, **OPTIONS)
+    padded = torch.ones_like(tokens)
+    padded[0, -3:] = 0
+    with pytest.raises(ValueError, match="attention_mask must be 0 on the left alone to generate"):
+        model.generate(tokens, attention_mask=padded, max_new_tokens=2, **OPTIONS)
     with pytest.raises(ValueError, match="inputs_embeds"):
         model.generate(inputs_embeds=torch.zeros(1, 3, 32), max_new_tokens=2, **OPTIONS)
     configured = NSAForCausalLM.from_pretrained(made, output_hidden_states=True)
@@ -243,6 +247,15 @@ def test_a_model_in_another_dtype_computes_and_generates_in_it(made, tokens, dty
     difference = (logits(model, tokens).float() - logits(NSAForCausalLM.from_pretrained(made), tokens)).abs()
     assert difference.median() < 0.05  # now and then another block is selected
     assert model.generate(tokens, max_new_tokens=5, **OPTIONS).shape == (2, 75)
+
+
+@torch.no_grad()
+def test_a_model_generates_under_autocast(model, tokens):
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model.generate(tokens, max_new_tokens=5, **OPTIONS)
+        step = model(tokens, use_cache=True).logits[:, -1]
+    assert found.shape == (2, 75)
+    assert (step.float() - logits(model, tokens)[:, -1]).abs().median() < 0.05
 
 
 def test_offloaded_layers_are_brought_to_every_step(made, tokens, tmp_path):
