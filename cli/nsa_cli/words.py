@@ -25,7 +25,8 @@ def read_words(words: Sequence[str], parser: ArgumentParser, verbatim: Collectio
     """Take the texts out of what was typed.
 
     A text is the word behind its option, whatever it begins with, unless that is another option of the command. A list
-    takes all words up to the next option; given twice, it has the words of both. `--x` is `--x true` for a switch.
+    takes all words up to the next option; texts given twice add up, of other values the last count. `--x` is
+    `--x true` for a switch.
 
     Args:
         words: behind the command's name.
@@ -58,12 +59,12 @@ def read_words(words: Sequence[str], parser: ArgumentParser, verbatim: Collectio
             continue
         while not equals and waiting and not _OPTION.match(waiting[0]):
             values.append(waiting.popleft())
-        lists.setdefault(name, []).extend(values)
-        if kind == "texts":
-            rest.append(f"--{name}=[]")
-            texts[name] = lists[name] if name in verbatim else _listed(lists[name])
-        else:
-            rest.append(f"--{name}={_bracketed(lists[name])}")
+        if kind == "values":
+            rest.append(f"--{name}={_bracketed(values)}")
+            continue
+        lists.setdefault(name, []).extend(values if name in verbatim else _listed(values))
+        texts[name] = lists[name]
+        rest.append(f"--{name}=[]")
     return Words(rest, texts)
 
 
