@@ -54,13 +54,20 @@ class TextStream:
     def _start(self, prompt: Sequence[int]) -> int:
         """Where the end of the prompt begins that the answer's text depends on.
 
-        Neither within bytes, whose text depends on all of them that stand together, nor with special tokens alone,
-        which have no text.
+        Not within bytes, whose text depends on all of them that stand together.
         """
-        start = max(len(prompt) - _CONTEXT, 0)
-        while start and (prompt[start] in self._bytes or prompt[start] in self._special):
-            start -= 1
+        start = len(prompt)
+        while start:
+            start = max(start - _CONTEXT, 0)
+            while start and (prompt[start] in self._bytes or prompt[start] in self._special):
+                start -= 1
+            if self._holds_its_beginning(prompt[start:]):
+                break
         return start
+
+    def _holds_its_beginning(self, tokens: Sequence[int]) -> bool:
+        """Whether what a tokenizer leaves out at a text's beginning, its spaces, is nothing behind these tokens."""
+        return bool(self._tokenizer.decode(tokens).strip())
 
     def _added(self) -> str:
         """The text of the tokens that are not settled."""
@@ -73,11 +80,12 @@ class TextStream:
         return added.endswith(_BROKEN) or last in self._bytes
 
     def _settle(self, added: str) -> None:
-        """Take the text for certain. Tokens without text stay, for a text has to stand behind another."""
+        """Take the text for certain. Of the tokens those stay that the next one's text depends on."""
         self._held += self._characters(added)
         self._names = []
         if added:
-            self._tokens = self._tokens[self._settled :]
+            fresh = self._tokens[self._settled :]
+            self._tokens = fresh if self._holds_its_beginning(fresh) else self._tokens
             self._settled = len(self._tokens)
 
     def _characters(self, added: str) -> list[tuple[str, bool]]:

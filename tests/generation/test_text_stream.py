@@ -43,6 +43,8 @@ def decoded_otherwise():
     pieces = [("<unk>", 0.0), ("▁", -1.0), ("▁a", -1.0), ("b", -1.0), ("▁▁c", -1.0), ("海", -1.0)]
     suffixed = ["a", "b</w>", "c", "d</w>", "海</w>"]
     bytes_too = {"<unk>": 0, **{f"<0x{byte:02X}>": byte + 1 for byte in range(256)}, "▁a": 257, "b": 258, "▁": 259}
+    first = decoders.Metaspace(prepend_scheme="first")
+    stripped = decoders.Sequence([first, decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     plain = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     return {
         "wordpiece": other(
@@ -50,6 +52,7 @@ def decoded_otherwise():
         ),
         "metaspace": other(models.Unigram(pieces, 0), decoders.Metaspace()),
         "suffix": other(models.BPE({piece: index for index, piece in enumerate(suffixed)}, []), decoders.BPEDecoder()),
+        "two spaces fewer": other(models.BPE(bytes_too, [], byte_fallback=True), stripped),
         "bytes and pieces": other(models.BPE(bytes_too, [], byte_fallback=True), plain, "<|im_end|>"),
     }
 
@@ -81,6 +84,13 @@ def test_pieces_add_up_to_the_text_and_none_has_a_broken_character(kind, prompt,
     assert "".join(found) == tokenizer.decode([*before, *after]).removeprefix(tokenizer.decode(before))
     assert "".join(found).endswith(text)
     assert not any(BROKEN in piece for piece in found)
+
+
+def test_spaces_within_a_text_are_kept_where_those_at_its_beginning_are_not():
+    tokenizer = ALL["two spaces fewer"]
+    space, b = (tokenizer._vocab[name] for name in ("▁", "b"))
+    for before in ([b], [b, *[space] * 70], [b, *[tokenizer.end_of_text_id] * 70]):
+        assert "".join(pieces(tokenizer, before, [space, space, b, space, b])) == "  b b"
 
 
 @pytest.mark.parametrize("kind", ALL)
