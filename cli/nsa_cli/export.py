@@ -25,10 +25,12 @@ def export_model(
     other needs this package beside transformers, and `trust_remote_code=True` to find it.
 
     Args:
-        checkpoint: checkpoint of nsa fit, one file or a sharded directory, or a directory of nsa convert.
+        checkpoint: checkpoint of nsa fit, one file or a sharded directory; a run's directory, for the last one in it;
+            or a directory of nsa convert.
         output: directory to write; must not exist.
         dtype: of the weights; nsa fit keeps float32.
-        tokenizer: directory or tokenizer.json to copy; left out, the one that belongs to the checkpoint.
+        tokenizer: directory or tokenizer.json to copy, with the files beside it; left out, the one that belongs to the
+            checkpoint.
 
     Returns:
         0.
@@ -41,6 +43,8 @@ def export_model(
     name = str(written.dtype).removeprefix("torch.")
     print(f"{output}: {written.model_type}, {written.num_weights / 1e6:.1f} M weights in {name}")
     print(f"tokenizer    {', '.join(written.tokenizer_files) or 'none: set --tokenizer to have one'}")
+    if written.remark is not None:
+        print(f"note         {written.remark}")
     code = ", trust_remote_code=True" if written.model_type == MODEL_TYPE else ""
     print(f'load it      AutoModelForCausalLM.from_pretrained("{output}"{code})')
     return 0

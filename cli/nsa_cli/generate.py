@@ -37,14 +37,14 @@ def generate_text(
     cuda_graphs: bool = True,
     rope: RopeChange = RopeChange(),  # noqa: B008 (frozen)
 ) -> int:
-    """Continue prompts with a trained model, or answer them with `--chat true`.
+    """Continue prompts with a trained model, or answer them with `--chat`.
 
     One answer is printed as it comes; several are printed in the order of their prompts, or written to `--output`.
     Tokens a second are told on stderr at the end. Ctrl-C keeps what there is.
 
     Args:
-        model: checkpoint of nsa fit, one file or a sharded directory; a directory of nsa convert or nsa export; or a
-            dense Hugging Face directory (Llama, Mistral, Qwen, SmolLM).
+        model: checkpoint of nsa fit, one file or a sharded directory; a run's directory, for the last one in it; a
+            directory of nsa convert or nsa export; or a dense Hugging Face directory (Llama, Mistral, Qwen, SmolLM).
         prompt: text to continue; names of special tokens in it stand for them. Without prompt and prompt_file, the text
             that is piped in.
         prompt_file: files with a prompt each, or .jsonl files with one in each line's `prompt`.
@@ -53,7 +53,8 @@ def generate_text(
         tokenizer: tokenizer.json or its directory; left out, the one that belongs to the model.
         chat: put each prompt as a user's message into the tokenizer's chat template.
         max_new_tokens: longest answer, tokens.
-        stop: strings that end an answer and are not part of it; the model's own end-of-text tokens always do.
+        stop: strings that end an answer and are not part of it, taken as they are typed, special tokens too; the
+            model's own end-of-text tokens always end it.
         temperature: divides the logits; 0 takes the likeliest token.
         top_k: draw among this many likeliest tokens; among all if not given.
         top_p: draw among the fewest likeliest tokens that have this probability together.
@@ -87,9 +88,9 @@ def generate_text(
     with written_answers(prompts, Path(output)) if output is not None else printed_answers(prompts, sys.stdout) as add:
         decoder = opened.decoder(rows, capacity, place, choose_dtype(dtype, place), cuda_graphs)
         sampler = Sampler(sampling, rows, opened.config.vocab_size, place)
-        remark = opened.remark(tokens, max_new_tokens)
-        if remark is not None:
-            print(f"nsa generate: note: {remark}", file=sys.stderr)
+        for remark in (opened.trained.remark, opened.remark(tokens, max_new_tokens)):
+            if remark is not None:
+                print(f"nsa generate: note: {remark}", file=sys.stderr)
         generation = Generation(decoder, sampler, opened.tokenizer, opened.end_tokens, stops)
         try:
             with tqdm(total=len(prompts), desc="generate", unit="answer", disable=None if output else True) as bar:
@@ -104,7 +105,7 @@ def generate_text(
 def run() -> int:
     """Run the command of `sys.argv`; returns the exit status, 2 for a mistake in the settings."""
     try:
-        return run_function("generate", generate_text, sys.argv[2:] or ["--help"])
+        return run_function("generate", generate_text, sys.argv[2:] or ["--help"], verbatim=("stop",))
     except BrokenPipeError:  # who reads has enough; nothing is left for the interpreter to flush
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE

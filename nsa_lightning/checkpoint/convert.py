@@ -16,8 +16,9 @@ from torch import Tensor
 
 from nsa_lightning.checkpoint.continuation import write_continuation
 from nsa_lightning.checkpoint.dense import SavedModel, read_dense_config, shortest_pattern
-from nsa_lightning.checkpoint.directory import SHARD_BYTES, copy_tokenizer, new_directory, write_config
+from nsa_lightning.checkpoint.directory import SHARD_BYTES, new_directory, write_config
 from nsa_lightning.checkpoint.measure import Difference, measure_difference, read_sample
+from nsa_lightning.checkpoint.tokenizer_files import check_tokenizer, copy_tokenizer, special_token_ids
 from nsa_lightning.checkpoint.weights import WeightFiles, hugging_face_name, write_weights
 from nsa_lightning.model.attention import AttentionKind, NSALayerConfig
 from nsa_lightning.model.initialization import fill_normal
@@ -64,6 +65,13 @@ class RopeChange:
         original = rope.original_max_seq_len or int(max_seq_len / rope.factor)
         return replace(rope, theta=theta, scaling=scaling, factor=factor, original_max_seq_len=original)
 
+    def reach(self, rope: RopeConfig, max_seq_len: int) -> int:
+        """Tokens of the context for which a model is made after the change, and was for `max_seq_len` before it."""
+        changed = self.apply(rope, max_seq_len)
+        if changed.scaling == "none" or changed.factor == rope.factor:
+            return max_seq_len
+        return int((changed.original_max_seq_len or max_seq_len) * changed.factor)
+
 
 class Conversion(NamedTuple):
     """What was made of a dense model."""
@@ -103,6 +111,7 @@ def convert(
     with torch.device("meta"):
         weights.check(Transformer(dense.config))
         model = Transformer(config)
+    check_tokenizer(source, config.vocab_size)
     origins = {name: _origin(name, weights) for name, _ in model.named_parameters()}
     measured = sample_tokens > 0 and (source / "tokenizer.json").is_file()
     text = read_sample(source, sample, sample_tokens) if measured else None
@@ -112,7 +121,7 @@ def convert(
         write_weights(directory, tensors, min(SHARD_BYTES, weights.largest_file // 2))
         dtype = str(weights.dtype("model.embed_tokens.weight")).removeprefix("torch.")
         tokenizer_files = copy_tokenizer(source, directory)
-        write_config(directory, config, _context(dense, config), dtype, source)
+        write_config(directory, config, dtype, special_token_ids(source))
         write_continuation(directory, output.resolve(), source, config, seq_len)
     difference = None
     if text is not None:
@@ -137,14 +146,14 @@ def _nsa_config(
             "attention must name nsa and full layers alone where the source has no sliding_window, got sliding"
         )
     changed = rope.apply(dense.config.rope, dense.max_seq_len)
-    return replace(dense.config, attention=shortest_pattern(attention), nsa=nsa, rope=changed, max_seq_len=seq_len)
-
-
-def _context(dense: SavedModel, config: TransformerConfig) -> int:
-    """Tokens that the converted model is made for."""
-    if config.rope.scaling == "none" or config.rope.factor == dense.config.rope.factor:
-        return dense.max_seq_len
-    return int((config.rope.original_max_seq_len or dense.max_seq_len) * config.rope.factor)
+    return replace(
+        dense.config,
+        attention=shortest_pattern(attention),
+        nsa=nsa,
+        rope=changed,
+        max_seq_len=seq_len,
+        context_length=rope.reach(dense.config.rope, dense.max_seq_len),
+    )
 
 
 def _origin(name: str, weights: WeightFiles) -> str | None:
@@ -180,16 +189,16 @@ def _first_value(model: Transformer, name: str, parameter: Tensor, gate_bias: fl
 
 def _remarks(dense: SavedModel, config: TransformerConfig, seq_len: int, tokenizer_files: list[str]) -> list[str]:
     """What the user should know and would not see."""
-    remarks = []
+    remarks = [dense.remark] if dense.remark is not None else []
     beyond = [kind for kind in ("nsa", "full") if kind in config.attention]
     if "sliding" in dense.config.attention and beyond:
         remarks.append(
             f"the source has a sliding_window of {dense.config.sliding_window} tokens: "
             f"{' and '.join(beyond)} layers see beyond it, so that they can equal the source up to there only"
         )
-    if seq_len > _context(dense, config):
+    if config.context_length is not None and seq_len > config.context_length:
         remarks.append(
-            f"seq_len {seq_len} is beyond the context of {_context(dense, config)} tokens; --rope.scaling extends it"
+            f"seq_len {seq_len} is beyond the context of {config.context_length} tokens; --rope.scaling extends it"
         )
     if "tokenizer.json" not in tokenizer_files:
         remarks.append("the source has no tokenizer.json: set data.tokenizer.path; the difference was not measured")

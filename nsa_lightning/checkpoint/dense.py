@@ -4,13 +4,15 @@ Their weights need no map: the decoder's parameters carry the same names.
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from nsa_kernels.errors import SettingError
 
+from nsa_lightning.checkpoint.weights import has_own_head
 from nsa_lightning.model.attention import AttentionKind
-from nsa_lightning.model.rope import RopeConfig
+from nsa_lightning.model.rope import USED_BY_SCALING, RopeConfig
 from nsa_lightning.model.transformer import TransformerConfig
 
 # What a config.json calls the settings of RoPE scaling, and we.
@@ -24,10 +26,8 @@ _ROPE_NAMES = {
     "attention_factor": "attention_factor",
 }
 _ROPE_SETTINGS = {
-    "none": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
-    "yarn": ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor"),
+    scaling: tuple(theirs for theirs, ours in _ROPE_NAMES.items() if ours in used)
+    for scaling, used in USED_BY_SCALING.items()
 }
 _KINDS: dict[str, AttentionKind] = {"full_attention": "full", "sliding_attention": "sliding"}
 _DEFAULT_WINDOW = 4096
@@ -49,13 +49,14 @@ class Family(NamedTuple):
     architecture: str
     qkv_bias: bool = False
     qk_norm: bool = False
+    head_dim: int | None = None  # where a config does not give it; hidden_size / num_attention_heads if not here either
 
 
 FAMILIES = {
     "llama": Family("LlamaForCausalLM"),
     "mistral": Family("MistralForCausalLM"),
     "qwen2": Family("Qwen2ForCausalLM", qkv_bias=True),
-    "qwen3": Family("Qwen3ForCausalLM", qk_norm=True),
+    "qwen3": Family("Qwen3ForCausalLM", qk_norm=True, head_dim=128),
 }
 """By `model_type`. SmolLM and SmolLM2 are `llama`, Qwen2.5 is `qwen2`."""
 
@@ -65,6 +66,23 @@ class SavedModel(NamedTuple):
 
     config: TransformerConfig
     max_seq_len: int  # the context it is made for, its RoPE scaling included
+    remark: str | None = None  # what its files say otherwise
+
+
+def as_loaded(saved: TransformerConfig, max_seq_len: int, directory: Path, setting: str) -> SavedModel:
+    """A config as `transformers` loads it: with the output layer of the weights, if that is not the embedding.
+
+    Raises:
+        ValueError: files of the weights are broken.
+    """
+    saved = replace(saved, context_length=max_seq_len)
+    if not saved.tie_embeddings or not has_own_head(directory, setting):
+        return SavedModel(saved, max_seq_len)
+    remark = (
+        f"{directory}: config.json ties the output layer to the embedding, lm_head.weight in its files is another: "
+        "that is used, as transformers does"
+    )
+    return SavedModel(replace(saved, tie_embeddings=False), max_seq_len, remark)
 
 
 def read_json(path: Path, setting: str) -> dict[str, Any]:
@@ -93,7 +111,7 @@ def read_dense_config(directory: Path, setting: str) -> SavedModel:
     path = directory / "config.json"
     raw = read_json(path, setting)
     try:
-        return SavedModel(_transformer_config(raw), raw["max_position_embeddings"])
+        return as_loaded(_transformer_config(raw), raw["max_position_embeddings"], directory, setting)
     except ValueError as error:
         raise SettingError(f"{setting}: {path}: {error}") from error
     except (TypeError, AttributeError, KeyError) as error:  # a value of another kind than the key's
@@ -120,7 +138,7 @@ def _transformer_config(raw: dict[str, Any]) -> TransformerConfig:
         num_layers=raw["num_hidden_layers"],
         num_heads=raw["num_attention_heads"],
         num_kv_heads=raw.get("num_key_value_heads") or raw["num_attention_heads"],
-        head_dim=raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"],
+        head_dim=raw.get("head_dim") or FAMILIES[kind].head_dim or raw["hidden_size"] // raw["num_attention_heads"],
         intermediate_size=raw["intermediate_size"],
         attention=attention,
         rope=_read_rope(raw),
@@ -183,7 +201,7 @@ def _layer_kinds(raw: dict[str, Any], family: str) -> list[AttentionKind]:
     used = family == "mistral" or (family != "llama" and raw.get("use_sliding_window", False))
     if not used or raw.get("sliding_window", _DEFAULT_WINDOW) is None:
         return ["full"]
-    if raw.get("layer_types"):
+    if raw.get("layer_types") and family != "mistral":  # which has the window in every layer, whatever they say
         unknown = sorted(set(raw["layer_types"]) - _KINDS.keys())
         if unknown or len(raw["layer_types"]) != layers:
             raise SettingError(f"layer_types must name {', '.join(_KINDS)} by layer, got {raw['layer_types']}")
@@ -194,16 +212,20 @@ def _layer_kinds(raw: dict[str, Any], family: str) -> list[AttentionKind]:
 
 
 def _read_rope(raw: dict[str, Any]) -> RopeConfig:
-    given = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
-    theta = given.pop("rope_theta", None) or raw.get("rope_theta", 10000.0)
-    kinds = {given.pop(name) for name in ("rope_type", "type") if given.get(name) is not None} or {"default"}
-    kind = kinds.pop().replace("default", "none")
+    """The rotary embedding that `transformers` reads: an older name of a setting has precedence over the newer one."""
+    given = dict(raw.get("rope_scaling") or raw.get("rope_parameters") or {})
+    layers = sorted(name for name, value in given.items() if isinstance(value, dict))
+    if layers:
+        raise SettingError(f"rope_parameters must be the same for every layer, got some for {', '.join(layers)}")
+    theta = given.pop("rope_theta", None) or raw.get("rope_theta") or 10000.0
+    named = given.pop("rope_type", None), given.pop("type", None)
+    kind = (named[0] or named[1] or "default").replace("default", "none")
     if kind not in _ROPE_SETTINGS:
         names = ", ".join(_ROPE_SETTINGS).replace("none", "default")
         raise SettingError(f"the type of RoPE scaling must be one of {names}, got {kind}")
     if kind in ("llama3", "yarn"):
-        original = raw.get("original_max_position_embeddings") or raw["max_position_embeddings"]
-        given["original_max_position_embeddings"] = given.get("original_max_position_embeddings") or original
+        original = given.get("original_max_position_embeddings") or raw["max_position_embeddings"]
+        given["original_max_position_embeddings"] = raw.get("original_max_position_embeddings") or original
     given = {name: value for name, value in given.items() if value is not None}
     if kind != "none" and "factor" not in given:
         raise SettingError(f"RoPE scaling {kind} must give its factor")

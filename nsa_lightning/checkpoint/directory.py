@@ -13,21 +13,18 @@ from uuid import uuid4
 from nsa_kernels.errors import SettingError
 from safetensors import SafetensorError
 
-from nsa_lightning.checkpoint.dense import SavedModel, dense_settings, read_dense_config, read_json, shared_settings
+from nsa_lightning.checkpoint.dense import (
+    SavedModel,
+    as_loaded,
+    dense_settings,
+    read_dense_config,
+    read_json,
+    shared_settings,
+)
 from nsa_lightning.model.transformer import TransformerConfig
 
 MODEL_TYPE = "nsa_lightning"
 SHARD_BYTES = 2 * 10**9
-_TOKENIZER_FILES = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template*",
-    "generation_config.json",
-)
-_SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id")
 _REMOTE_CODE = '''"""Where `from_pretrained(..., trust_remote_code=True)` finds the model: in nsa-lightning."""
 
 from nsa_lightning.checkpoint.hugging_face_model import NSAConfig, NSAForCausalLM
@@ -58,25 +55,21 @@ def new_directory(output: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def write_config(
-    directory: Path, config: TransformerConfig, max_seq_len: int, dtype: str, tokenizer: Path | None = None
-) -> str:
+def write_config(directory: Path, config: TransformerConfig, dtype: str, special_tokens: dict[str, Any]) -> str:
     """Write the config.json: of a dense family where one computes the same, else of ours, with the class to load it.
 
     Args:
         directory: of the model.
-        config: of the decoder.
-        max_seq_len: the context it is made for, tokens.
+        config: of the decoder, with its context_length.
         dtype: of the weights, as torch names it.
-        tokenizer: a directory whose config.json knows the ids of special tokens.
+        special_tokens: their ids, as a config.json names them.
 
     Returns:
         The model_type.
     """
-    special = tokenizer / "config.json" if tokenizer is not None else None
-    known = read_json(special, "tokenizer") if special is not None and special.is_file() else {}
-    settings = shared_settings(config) | {"max_position_embeddings": max_seq_len, "dtype": dtype, "torch_dtype": dtype}
-    settings |= {name: known[name] for name in _SPECIAL_TOKENS if known.get(name) is not None}
+    assert config.context_length is not None
+    settings = shared_settings(config) | special_tokens
+    settings |= {"max_position_embeddings": config.context_length, "dtype": dtype, "torch_dtype": dtype}
     settings |= dense_settings(config) or {
         "architectures": ["NSAForCausalLM"],
         "model_type": MODEL_TYPE,
@@ -84,9 +77,14 @@ def write_config(
         "transformer": asdict(config),
     }
     if settings["model_type"] == MODEL_TYPE:
-        (directory / "modeling_nsa.py").write_text(_REMOTE_CODE)
+        write_remote_code(directory)
     (directory / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
     return str(settings["model_type"])
+
+
+def write_remote_code(directory: Path) -> None:
+    """Write what `from_pretrained(..., trust_remote_code=True)` finds our class by."""
+    (directory / "modeling_nsa.py").write_text(_REMOTE_CODE)
 
 
 def read_config(directory: Path, setting: str) -> SavedModel:
@@ -101,7 +99,8 @@ def read_config(directory: Path, setting: str) -> SavedModel:
     missing = [name for name in ("transformer", "max_position_embeddings") if name not in settings]
     if missing:
         raise SettingError(f"{setting}: {directory / 'config.json'} must give {', '.join(missing)}")
-    return SavedModel(transformer_config(settings["transformer"], setting), settings["max_position_embeddings"])
+    config = transformer_config(settings["transformer"], setting)
+    return as_loaded(config, settings["max_position_embeddings"], directory, setting)
 
 
 def transformer_config(settings: Any, setting: str) -> TransformerConfig:
@@ -114,15 +113,3 @@ def transformer_config(settings: Any, setting: str) -> TransformerConfig:
         return TransformerConfig.from_dict(settings)
     except (TypeError, KeyError) as error:
         raise SettingError(f"{setting}: its saved settings of model.transformer are broken: {error!r}") from error
-
-
-def copy_tokenizer(source: Path, target: Path) -> list[str]:
-    """Copy the tokenizer's files of a directory, or a `tokenizer.json` alone; returns their names."""
-    if source.is_file():
-        shutil.copyfile(source, target / "tokenizer.json")
-        (target / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}\n')
-        return ["tokenizer.json"]
-    files = sorted({path for pattern in _TOKENIZER_FILES for path in source.glob(pattern) if path.is_file()})
-    for path in files:
-        shutil.copyfile(path, target / path.name)
-    return [path.name for path in files]

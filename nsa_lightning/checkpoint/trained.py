@@ -1,7 +1,9 @@
 """A trained model on disk, whatever wrote it: its settings, its tensors by name and where its tokenizer is."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import torch
@@ -9,6 +11,7 @@ from nsa_kernels.errors import SettingError
 from torch import Tensor
 
 from nsa_lightning.checkpoint.directory import read_config, transformer_config
+from nsa_lightning.checkpoint.run_files import KEY, last_of_run, run_directory, unpack
 from nsa_lightning.checkpoint.weights import WeightFiles
 from nsa_lightning.model.transformer import Transformer, TransformerConfig
 
@@ -20,37 +23,43 @@ class Trained(NamedTuple):
     max_seq_len: int  # tokens of the context it is made for
     read: Callable[[str], Tensor]  # a tensor by its name in a Hugging Face directory
     tokenizer: Path | None  # where its tokenizer's files are
+    remark: str | None = None  # what its files say otherwise, or which was found
+    unpacked: TemporaryDirectory[str] | None = None  # of the tokenizer, where the checkpoint has it inside
 
 
 def open_trained(path: Path, setting: str) -> Trained:
     """Open a checkpoint of `nsa fit` or a directory of ours or of a dense family; `setting` is what the user calls it.
 
+    Of a run's directory it is the last whole checkpoint.
+
     Raises:
         ValueError: it is none of them, incomplete, or its weights do not fit its settings.
     """
-    return _open_directory(path, setting) if (path / "config.json").is_file() else _open_checkpoint(path, setting)
+    if (path / "config.json").is_file():
+        return _open_directory(path, setting)
+    found = last_of_run(path, setting) if path.is_dir() else path
+    opened = _open_checkpoint(found, setting)
+    return opened if found == path else opened._replace(remark=f"{setting} is {found}")
 
 
 def _open_directory(path: Path, setting: str) -> Trained:
     """A directory of `nsa convert` or `nsa export`, or a dense one, as it is."""
-    config, max_seq_len = read_config(path, setting)
+    config, max_seq_len, remark = read_config(path, setting)
     weights = WeightFiles(path, setting)
     with torch.device("meta"):
         model = Transformer(config)
     weights.check(model)
-    return Trained(config, max_seq_len, weights.read, path)
+    return Trained(config, max_seq_len, weights.read, path, remark)
 
 
 def _open_checkpoint(path: Path, setting: str) -> Trained:
-    """A checkpoint of `nsa fit`, one file or a sharded directory; its run has a tokenizer.json."""
+    """A checkpoint of `nsa fit`, one file or a sharded directory; its run or itself has a tokenizer.json."""
     kinds = f"{setting} must be a checkpoint of nsa fit or a directory of nsa convert, nsa export or a dense model"
     if not path.exists():
         raise SettingError(f"{kinds}, got {path}, which does not exist")
     from nsa_lightning.training.checkpoints import check_same_sizes, read_summary  # imports Lightning: seconds
-    from nsa_lightning.training.sharded_checkpoint import META, read_weights
+    from nsa_lightning.training.sharded_checkpoint import read_weights
 
-    if path.is_dir() and not (path / META).is_file():
-        raise SettingError(f"{kinds}, got the directory {path}, which lacks {META} and config.json")
     summary = read_summary(path, setting)
     settings = summary.get("hyper_parameters", {}).get("transformer")
     config = transformer_config(settings, f"{setting}={path}")
@@ -61,12 +70,16 @@ def _open_checkpoint(path: Path, setting: str) -> Trained:
         state = read_weights(path)
     else:
         state = torch.load(path, mmap=True, weights_only=True, map_location="cpu")["state_dict"]
-    tokenizer = path.resolve().parent.parent / "tokenizer.json"
+    unpacked = unpack(summary[KEY]) if summary.get(KEY) else None
+    directory = Path(unpacked.name) if unpacked is not None else run_directory(path)
+    tokenizer = directory / "tokenizer.json" if directory is not None else None
     rope = config.rope
-    made_for = int((rope.original_max_seq_len or 0) * rope.factor) or config.max_seq_len or 2048
+    reach = int((rope.original_max_seq_len or 0) * rope.factor)
+    made_for = max(config.context_length or 0, config.max_seq_len or 0, reach) or 2048
     return Trained(
-        config,
-        max(made_for, config.max_seq_len or 0),
+        replace(config, context_length=made_for),
+        made_for,
         lambda name: state[name if name.startswith("model.") else f"model.{name}"],
-        tokenizer if tokenizer.is_file() else None,
+        tokenizer if tokenizer is not None and tokenizer.is_file() else None,
+        unpacked=unpacked,
     )

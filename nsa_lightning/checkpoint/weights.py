@@ -113,6 +113,22 @@ class WeightFiles:
         return entries
 
 
+def has_own_head(directory: Path, setting: str) -> bool:
+    """Whether a directory has weights, and among them an output layer that is not its embedding.
+
+    Raises:
+        ValueError: its files are broken.
+    """
+    if not any((directory / name).is_file() for name in (SINGLE, INDEX)):
+        return False
+    weights = WeightFiles(directory, setting)
+    names = ("model.embed_tokens.weight", "lm_head.weight")
+    if any(name not in weights.shapes for name in names):
+        return False
+    embedding, head = (weights.read(name) for name in names)
+    return not torch.equal(embedding, head)
+
+
 def write_weights(directory: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int) -> None:
     """Write `model.safetensors`, or shards of at most about `shard_bytes` and their index.
 

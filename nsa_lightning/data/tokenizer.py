@@ -20,23 +20,11 @@ from numpy.typing import NDArray
 
 from nsa_lightning.data.documents import text_fraction
 from nsa_lightning.data.storage import whole_file
+from nsa_lightning.data.token_names import END_OF_TEXT_NAMES, SETTINGS, find_end_of_text, read_settings
 
 Result = TypeVar("Result")
 
 END_OF_TEXT = "<|endoftext|>"
-END_OF_TEXT_NAMES = (
-    END_OF_TEXT,
-    "<|end_of_text|>",
-    "</s>",
-    "<eos>",
-    "<|im_end|>",
-    "<|eot_id|>",
-    "<|end|>",
-    "<｜end▁of▁sentence｜>",
-    "[EOS]",
-)
-"""Where `end_of_text` is looked for, in this order."""
-
 MIN_VOCAB_SIZE = 257
 CHUNK = 2**18  # characters; a longer document is encoded in chunks, in parallel
 LONG_RUN = re.compile(r"(\S{1024}|\s{1024})")
@@ -56,7 +44,8 @@ class TokenizerConfig:
     """Number of tokens of the trained BPE, at least 257: one for each byte and <|endoftext|>. Unused with `path`."""
 
     end_of_text: str | None = None
-    """The token of `path` that ends each document. Left out: the first usual name it knows, such as <|endoftext|>."""
+    """The token of `path` that ends each document. Left out: what the files beside it name, such as
+    tokenizer_config.json, else the first usual name it knows, such as <|endoftext|>."""
 
     def __post_init__(self) -> None:
         check_types(self, "data.tokenizer.")
@@ -73,13 +62,14 @@ class Tokenizer:
 
     Args:
         state: the text of a `tokenizer.json`.
-        end_of_text: the token that ends each document; None looks for the usual names.
+        end_of_text: the token that ends each document; None looks for it.
+        directory: of the files beside the `tokenizer.json`, which may name that token; None looks for the usual names.
 
     Raises:
         ValueError: `state` is not a tokenizer, or has no such token.
     """
 
-    def __init__(self, state: str, end_of_text: str | None = None) -> None:
+    def __init__(self, state: str, end_of_text: str | None = None, directory: Path | None = None) -> None:
         # Left unset, tokenizers 0.22 warns in every process that is forked after it has encoded anything.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
         import tokenizers
@@ -93,13 +83,13 @@ class Tokenizer:
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True  # "<|endoftext|>" inside a text is text
         self._vocab: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
-        names = END_OF_TEXT_NAMES if end_of_text is None else (end_of_text,)
-        known = [name for name in names if name in self._vocab]
-        if not known:
+        name = end_of_text or self._find_end_of_text(directory)
+        if name not in self._vocab:
+            names = END_OF_TEXT_NAMES if end_of_text is None else (end_of_text,)
             raise SettingError(
                 f"data.tokenizer.end_of_text must name one of the tokenizer's tokens, it has none of {names}"
             )
-        self.end_of_text = known[0]
+        self.end_of_text = name
         self.end_of_text_id = self._vocab[self.end_of_text]
         probe = self._tokenizer.encode("a")
         num_special = next((i for i, special in enumerate(probe.special_tokens_mask) if not special), 0)
@@ -146,6 +136,23 @@ class Tokenizer:
                 lengths[index] = len(token.replace("▁", " ").encode())
         lengths[self.end_of_text_id] = 0
         return lengths
+
+    @cached_property
+    def special_tokens(self) -> dict[int, str]:
+        """Names of the tokens that `decode` leaves out, by their ids."""
+        added = self._tokenizer.get_added_tokens_decoder()
+        return {index: token.content for index, token in added.items() if token.special}
+
+    @cached_property
+    def byte_tokens(self) -> frozenset[int]:
+        """Tokens of one byte that `decode` reads together with the bytes beside them: no character if one is none."""
+        falls_back = '"ByteFallback"' in json.dumps(json.loads(self._state).get("decoder"))
+        known = (self._vocab.get(f"<0x{byte:02X}>") for byte in range(256 if falls_back else 0))
+        return frozenset(token for token in known if token is not None)
+
+    def token_id(self, name: str) -> int | None:
+        """The id of a token, None where there is none of that name."""
+        return self._vocab.get(name)
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.int64]]:
         """Tokens of each document, int64: the tokenizer's own start, such as BOS, the text and `end_of_text`."""
@@ -208,9 +215,17 @@ class Tokenizer:
         return self._tokenizer.decode(list(tokens), skip_special_tokens=skip_special_tokens)
 
     def save(self, path: Path) -> None:
-        """Write the `tokenizer.json`, whole or not at all."""
+        """Write the `tokenizer.json`, whole or not at all, and beside it an end of text that has no usual name."""
         with whole_file(path) as stream:
             stream.write(self._state.encode())
+        if self.end_of_text != self._find_end_of_text(path.parent):
+            settings = read_settings(path.with_name(SETTINGS)) | {"eos_token": self.end_of_text}
+            with whole_file(path.with_name(SETTINGS)) as stream:
+                stream.write(json.dumps(settings, ensure_ascii=False).encode())
+
+    def _find_end_of_text(self, directory: Path | None) -> str | None:
+        added = self._tokenizer.get_added_tokens_decoder()
+        return find_end_of_text(self._vocab, {index: token.content for index, token in added.items()}, directory)
 
 
 def load_tokenizer(path: str, end_of_text: str | None = None) -> Tokenizer:
@@ -219,9 +234,9 @@ def load_tokenizer(path: str, end_of_text: str | None = None) -> Tokenizer:
     Raises:
         ValueError: there is none, it is broken, or it has no token that ends a document.
     """
-    state = _read_state(path)
+    state, place = _read_state(path), Path(path).expanduser()
     try:
-        return Tokenizer(state, end_of_text)
+        return Tokenizer(state, end_of_text, place if place.is_dir() else place.parent)
     except SettingError as error:
         raise SettingError(f"data.tokenizer.path={path!r}: {error}") from error
 

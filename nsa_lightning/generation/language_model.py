@@ -10,9 +10,9 @@ import torch
 from nsa_kernels.errors import SettingError
 
 from nsa_lightning.checkpoint.convert import RopeChange
-from nsa_lightning.checkpoint.dense import read_json
 from nsa_lightning.checkpoint.trained import Trained, open_trained
 from nsa_lightning.checkpoint.weights import hugging_face_name
+from nsa_lightning.data.token_names import end_of_text_ids
 from nsa_lightning.data.tokenizer import Tokenizer
 from nsa_lightning.generation.chat import ChatTemplate
 from nsa_lightning.generation.decoder import Decoder
@@ -97,32 +97,19 @@ def open_language_model(model: Path, tokenizer: Path | None, rope: RopeChange) -
             f"got {found.vocab_size} in {place}"
         )
     changed = rope.apply(trained.config.rope, trained.max_seq_len)
-    max_seq_len = trained.max_seq_len
-    if changed.factor != trained.config.rope.factor:
-        max_seq_len = int((changed.original_max_seq_len or max_seq_len) * changed.factor)
-    ends = _end_tokens(directory) | (_end_tokens(model) if model.is_dir() else frozenset()) | {found.end_of_text_id}
+    max_seq_len = rope.reach(trained.config.rope, trained.max_seq_len)
+    ends = frozenset([*end_of_text_ids(directory), *end_of_text_ids(model), found.end_of_text_id])
     return LanguageModel(replace(trained.config, rope=changed), trained, found, directory, ends, max_seq_len)
 
 
 def _read_tokenizer(place: Path, directory: Path) -> Tokenizer:
     """The tokenizer, whose texts end with the token that its settings name, or a usual one."""
     file = place / "tokenizer.json" if place.is_dir() else place
-    settings = directory / "tokenizer_config.json"
-    named = read_json(settings, "tokenizer").get("eos_token") if settings.is_file() else None
     try:
         state = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise SettingError(f"tokenizer must be a tokenizer.json or its directory, got {place}: {error}") from error
     try:
-        return Tokenizer(state, named["content"] if isinstance(named, dict) else named)
+        return Tokenizer(state, None, directory)
     except SettingError as error:
         raise SettingError(f"tokenizer={place}: {error}") from error
-
-
-def _end_tokens(directory: Path) -> frozenset[int]:
-    """The tokens at which a directory's settings end a text."""
-    ends: set[int] = set()
-    for file in (directory / "config.json", directory / "generation_config.json"):
-        given = read_json(file, "model").get("eos_token_id") if file.is_file() else None
-        ends |= {token for token in (given if isinstance(given, list) else [given]) if isinstance(token, int)}
-    return frozenset(ends)

@@ -193,8 +193,11 @@ class BlockSummary(nn.Module):
         """Weights that one block of tokens is multiplied with."""
         return self.in_weight.numel() + (self.out_weight.numel() if self.out_weight is not None else 0)
 
-    def weights(self, parallel: ContextParallel) -> CompressionWeights:
-        """The parameters as the operator takes them, those of this rank's KV heads."""
+    def forward(self, parallel: ContextParallel) -> CompressionWeights:
+        """The parameters as the operator takes them, those of this rank's KV heads.
+
+        It is called as a module, so that what brings offloaded parameters to a call brings them here too.
+        """
         return CompressionWeights(
             parallel.share(self.position_embedding),
             parallel.share(self.in_weight),
@@ -273,8 +276,8 @@ class NSAttention(DenseAttention):
             **received,
             cu_seqlens=context.cu_seqlens,
             config=self.config,
-            k_weights=self.k_summary.weights(parallel) if self.k_summary is not None else None,
-            v_weights=self.v_summary.weights(parallel) if self.v_summary is not None else None,
+            k_weights=self.k_summary(parallel) if self.k_summary is not None else None,
+            v_weights=self.v_summary(parallel) if self.v_summary is not None else None,
             compressed_rotary=context.compressed_rotary if self.config.compress_rope == "after" else None,
             layout=context.layout,
             backend=self.config.backend,
@@ -334,7 +337,7 @@ class NSAttention(DenseAttention):
         """The learned parts of the summaries of keys and of values, where they have one."""
         if self.k_summary is None or self.v_summary is None:
             return None
-        return self.k_summary.weights(ContextParallel()), self.v_summary.weights(ContextParallel())
+        return self.k_summary(ContextParallel()), self.v_summary(ContextParallel())
 
 
 def _summarised(inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

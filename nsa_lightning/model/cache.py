@@ -155,6 +155,15 @@ class Cache:
         """Memory of all layers."""
         return self.lengths.nbytes + sum(x.nbytes for x in self._tensors())
 
+    def grown(self, capacity: int) -> "Cache":
+        """The same sequences in a cache of a larger capacity."""
+        larger = Cache.allocate(self.config, len(self.host_lengths), capacity, self.lengths.device, self._dtype)
+        for target, source in zip(larger._tensors(), self._tensors(), strict=True):
+            target[:, : source.shape[1]] = source
+        larger.lengths.copy_(self.lengths)
+        larger.host_lengths = list(self.host_lengths)
+        return larger
+
     def reset(self, row: int) -> None:
         """Forget a sequence: one that has ended idles at little cost, and its row takes another."""
         used = self.host_lengths[row] + 1  # one more where a step was interrupted
@@ -211,6 +220,10 @@ class Cache:
         both = (self.lengths + self.to_centre).clamp(0, self.capacity - 1)  # [2, B], as many launches as above
         cosines, sines = (x.unflatten(0, both.shape) for x in rotary(both.flatten()))
         return Step(both[0], (cosines[0], sines[0]), (cosines[1], sines[1]))
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return self.layers[0].tokens.k.dtype
 
     def _tensors(self) -> Iterator[Tensor]:
         for layer in self.layers:

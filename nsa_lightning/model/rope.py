@@ -11,6 +11,14 @@ from torch import Tensor, nn
 
 # T packed tokens, R rotated dimensions of a head.
 
+USED_BY_SCALING: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "original_max_seq_len", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor", "original_max_seq_len", "beta_fast", "beta_slow", "attention_factor"),
+}
+"""Settings of RopeConfig that each scaling reads, beside theta."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RopeConfig:

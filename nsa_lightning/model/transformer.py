@@ -75,6 +75,10 @@ class TransformerConfig:
     max_seq_len: int | None = None
     """Longest training sequence, tokens; `nsa fit` takes it from data.seq_len."""
 
+    context_length: int | None = None
+    """Tokens of the longest text that the model is made for, which generation and exports tell. Left out: that of
+    model.init_from, else the longest training sequence or what the scaling of rope reaches."""
+
     norm_eps: float = 1e-5
     """Added to the mean square in RMSNorm."""
 
@@ -99,6 +103,7 @@ class TransformerConfig:
             "value_head_dim",
             "intermediate_size",
             "sliding_window",
+            "context_length",
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -205,6 +210,9 @@ class Residual(NamedTuple):
         """The stream with its change, and that normed."""
         if self.change is None:
             return self.x, norm(self.x)
+        if norm.weight.is_meta:  # offloaded: it is brought to a call of the module
+            x = self.x + self.change
+            return x, norm(x)
         assert norm.eps is not None
         return add_norm(self.x, self.change, norm.weight, norm.eps)
 
@@ -308,7 +316,7 @@ class Transformer(nn.Module):
             layer.mlp.join_projections()
 
     @torch.no_grad()
-    def prefill(self, tokens: Tensor, cache: Cache, row: int, chunk_size: int = 16384) -> Tensor:
+    def prefill(self, tokens: Tensor, cache: Cache, row: int, chunk_size: int = 16384, every: bool = False) -> Tensor:
         """Append tokens to one sequence of the cache, behind those that it holds; interrupted, it holds none.
 
         Args:
@@ -316,9 +324,10 @@ class Transformer(nn.Module):
             cache: of this model's config.
             row: index of the sequence.
             chunk_size: tokens that are computed at a time, which bounds the memory beside the cache.
+            every: return the states of every token.
 
         Returns:
-            Final hidden states of the last token, [hidden_size].
+            Final hidden states of the last token, [hidden_size]; of every token [T, hidden_size].
 
         Raises:
             ValueError: there are no tokens, more than the cache has room for, or chunk_size is not positive.
@@ -328,6 +337,7 @@ class Transformer(nn.Module):
         if tokens.ndim != 1 or not len(tokens):
             raise SettingError(f"tokens must be [T] with at least one token, got {tuple(tokens.shape)}")
         cache.check_room(row, len(tokens))
+        hidden = []
         try:
             for part in tokens.split(chunk_size):
                 chunk = cache.chunk(row, len(part), self.rotary)
@@ -335,10 +345,12 @@ class Transformer(nn.Module):
                 stream = Residual(self.embed_tokens(part))
                 for layer, kept in self._layers_with(cache):
                     stream = layer.prefill(stream, kept, chunk)
+                if every:
+                    hidden.append(stream.normed(self.norm)[1])
         except BaseException:  # some layers hold the tokens, some do not
             cache.reset(row)
             raise
-        return stream.last_token.normed(self.norm)[1][0]
+        return torch.cat(hidden) if every else stream.last_token.normed(self.norm)[1][0]
 
     @torch.no_grad()
     def decode(self, tokens: Tensor, cache: Cache) -> Tensor:

@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from nsa_kernels.errors import SettingError
 from torch import Tensor
 
+from nsa_lightning.checkpoint.run_files import KEY, read_run_files
 from nsa_lightning.training.sharded_checkpoint import META, check_shards, read_contents, read_meta, read_whole
 
 _ABANDONED_AFTER = 3600.0
@@ -148,6 +149,8 @@ def _shape(state: Mapping[str, Tensor], name: str) -> str:
 def consolidate(checkpoint: str, output: str) -> int:
     """Write a sharded checkpoint as one file, with the optimizer's state; it passes through host memory.
 
+    The file keeps the tokenizer and the config of its run: `nsa generate` and `nsa export` read it anywhere.
+
     Args:
         checkpoint: directory that `nsa fit` wrote with `--trainer.strategy fsdp2`.
         output: file to write; its directory is made if there is none.
@@ -167,7 +170,7 @@ def consolidate(checkpoint: str, output: str) -> int:
         Path(output).parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SettingError(f"output must be a file that can be written, got {output}: {error.strerror}") from error
-    save_file(read_whole(Path(checkpoint)), Path(output))
+    save_file(read_whole(Path(checkpoint)) | {KEY: read_run_files(Path(checkpoint))}, Path(output))
     print(f"{output}: {Path(output).stat().st_size / 1e9:.2f} GB")
     return 0
 

@@ -69,7 +69,7 @@ class Teacher:
     @classmethod
     def without_weights(cls, directory: Path, dtype: torch.dtype) -> "Teacher":
         """On the meta device; its config alone is read."""
-        config, max_seq_len = read_config(directory, _SETTING)
+        config, max_seq_len, _ = read_config(directory, _SETTING)
         with torch.device("meta"):
             return cls(Transformer(config).to(dtype), max_seq_len)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
+from nsa_lightning.checkpoint.differences import differences
 from nsa_lightning.checkpoint.directory import read_config
 from nsa_lightning.checkpoint.weights import WeightFiles, load_weights
 from nsa_lightning.data.batch import IGNORE_INDEX, PackedBatch
@@ -301,7 +302,7 @@ class LanguageModel(LightningModule):
         check_same_sizes(checkpoint["state_dict"], self.state_dict())
         self._saved_settings = checkpoint.get("training_settings", {})
         saved = checkpoint.get("hyper_parameters", {}).get("transformer", {})
-        changed = _differences(saved, dataclasses.asdict(self.transformer_config))
+        changed = differences(saved, dataclasses.asdict(self.transformer_config))
         if changed:
             rank_zero_warn(f"model.transformer differs from what the checkpoint was trained with: {'; '.join(changed)}")
 
@@ -314,17 +315,16 @@ class LanguageModel(LightningModule):
 
 
 def _with_its_vocabulary(transformer: TransformerConfig, directory: Path) -> TransformerConfig:
-    """As many rows in the embedding as the saved model has, which may be more than the tokenizer needs."""
+    """The context of the saved model and as many rows in the embedding, maybe more than the tokenizer needs."""
     saved = read_config(directory, "model.init_from").config
     if transformer.vocab_size > saved.vocab_size:
         raise SettingError(
             f"data.tokenizer must have at most the {saved.vocab_size} tokens of the model in model.init_from, "
             f"got {transformer.vocab_size}"
         )
-    transformer = dataclasses.replace(transformer, vocab_size=saved.vocab_size)
-    if "nsa" not in saved.attention + transformer.attention:  # a dense model has no such settings
-        saved = dataclasses.replace(saved, nsa=transformer.nsa)
-    changed = _differences(dataclasses.asdict(saved), dataclasses.asdict(transformer))
+    context_length = transformer.context_length or saved.context_length
+    transformer = dataclasses.replace(transformer, vocab_size=saved.vocab_size, context_length=context_length)
+    changed = differences(dataclasses.asdict(saved), dataclasses.asdict(transformer))
     if changed:
         rank_zero_warn(f"model.transformer differs from that of model.init_from: {'; '.join(changed)}")
     return transformer
@@ -334,15 +334,3 @@ def _gradients_are_scaled(optimizer: Optimizer, trainer: Trainer) -> bool:
     """Whether gradients still hold a loss scale before the step: a fused optimizer divides it out in its step."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     return scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False)
-
-
-def _differences(saved: dict[str, Any], current: dict[str, Any], prefix: str = "") -> list[str]:
-    """Settings whose value changed, as `name was …, is …`; length and backend may change freely."""
-    found = []
-    for name in sorted(saved.keys() & current.keys() - {"max_seq_len", "backend"}):
-        old, new = saved[name], current[name]
-        if isinstance(old, dict) and isinstance(new, dict):
-            found += _differences(old, new, f"{prefix}{name}.")
-        elif old != new:
-            found.append(f"{prefix}{name} was {old}, is {new}")
-    return found

@@ -5,6 +5,7 @@ import errno
 import json
 import re
 import sys
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -17,9 +18,13 @@ from support.dense import rewrite, write_source
 from nsa_lightning.checkpoint import directory, weights
 from nsa_lightning.checkpoint.convert import RopeChange, convert
 from nsa_lightning.checkpoint.directory import read_config
+from nsa_lightning.checkpoint.export import export
 from nsa_lightning.checkpoint.weights import WeightFiles
 from nsa_lightning.model.attention import NSALayerConfig
 from nsa_lightning.model.rope import RopeConfig
+from nsa_lightning.model.transformer import TransformerConfig
+from nsa_lightning.training.checkpoints import save_file
+from nsa_lightning.training.module import LanguageModel
 
 NSA = NSALayerConfig(
     compress_block_size=4, compress_stride=2, select_block_size=8, num_selected_blocks=4, window_size=6
@@ -142,10 +147,73 @@ def test_the_command_says_what_it_made_and_measures_it(tmp_path, monkeypatch, ca
 
 def test_a_tied_output_layer_that_is_written_out_and_derived_tables_are_left_out(tmp_path):
     source = write_source(tmp_path / "source", "llama_tied")
-    extra = {"lm_head.weight": (300, 32), "model.layers.0.self_attn.rotary_emb.inv_freq": (6,)}
-    rewrite(source, lambda tensors: tensors.update({name: torch.ones(shape) for name, shape in extra.items()}))
-    convert(source, tmp_path / "out", ["full"], NSA, RopeChange(), 64, None, 0)
-    assert not extra.keys() & WeightFiles(tmp_path / "out", "out").shapes.keys()
+    table = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    head = WeightFiles(source, "source").read("model.embed_tokens.weight")
+    rewrite(source, lambda tensors: tensors.update({"lm_head.weight": head, table: torch.ones(6)}))
+    result = convert(source, tmp_path / "out", ["full"], NSA, RopeChange(), 64, None, 0)
+    assert not {"lm_head.weight", table} & WeightFiles(tmp_path / "out", "out").shapes.keys()
+    assert result.config.tie_embeddings
+    assert not any("lm_head" in remark for remark in result.remarks)
+
+
+def test_an_output_layer_that_is_not_the_embedding_it_is_said_to_be_is_kept_with_a_word(tmp_path):
+    source = write_source(tmp_path / "source", "llama_tied")
+    rewrite(source, lambda tensors: tensors.update({"lm_head.weight": torch.ones(300, 32)}))
+    for attention in (["full"], ["nsa"]):
+        output = tmp_path / attention[0]
+        result = convert(source, output, attention, NSA, RopeChange(), 64, None, 0)
+        assert "ties the output layer to the embedding, lm_head.weight in its files is another" in result.remarks[0]
+        assert torch.equal(WeightFiles(output, "out").read("lm_head.weight"), torch.ones(300, 32))
+        assert not read_config(output, "out").config.tie_embeddings
+    export(source, tmp_path / "again", None, None)
+    assert torch.equal(WeightFiles(tmp_path / "again", "out").read("lm_head.weight"), torch.ones(300, 32))
+
+
+@pytest.mark.parametrize("command", ["convert", "export"])
+@pytest.mark.parametrize("sample_tokens", ["100", "0"])
+def test_a_tokenizer_of_more_tokens_than_the_model_is_refused(tmp_path, monkeypatch, capsys, command, sample_tokens):
+    source = write_source(tmp_path / "source", vocab_size=260, tokenizer=True)
+    words = ["--source", source, "--sample_tokens", sample_tokens, "--seq_len", "64"]
+    words = words if command == "convert" else ["--checkpoint", source]
+    assert run(monkeypatch, command, *words, "--output", tmp_path / "out") == 2
+    assert "tokenizer must have at most the 260 tokens of the model, got 270 in" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("attention", ["nsa", "full"])
+def test_the_context_of_the_source_is_that_of_what_is_made_of_it_trained_and_exported(tmp_path, attention):
+    """Llama 3.1 reaches 16 times its original context with a factor of 8."""
+    source = write_source(tmp_path / "source", "llama_llama3", max_position_embeddings=1024)
+    convert(source, tmp_path / "made", [attention], NSA, RopeChange(), 64, None, 0)
+    settings = yaml.safe_load((tmp_path / "made" / "continue.yaml").read_text())["model"]["transformer"]
+    assert settings["context_length"] == 1024
+    del settings["context_length"]  # a config written by hand has none
+    model = LanguageModel(TransformerConfig.from_dict(settings | {"vocab_size": 300}), init_from=str(tmp_path / "made"))
+    model.configure_model()
+    state = {"state_dict": model.state_dict(), "pytorch-lightning_version": "2"}
+    save_file(state | {"hyper_parameters": dict(model.hparams)}, tmp_path / "last.ckpt")
+    export(tmp_path / "last.ckpt", tmp_path / "exported", None, None)
+    lengths = [
+        json.loads((tmp_path / name / "config.json").read_text())["max_position_embeddings"]
+        for name in ("source", "made", "exported")
+    ]
+    assert lengths == [1024] * 3
+
+
+@pytest.mark.parametrize("attention", ["nsa", "full"])
+@pytest.mark.parametrize(
+    "rope", [RopeChange(), RopeChange(scaling="linear", factor=2.0), RopeChange(scaling="yarn", factor=2.0)]
+)
+def test_training_on_as_converted_warns_of_no_difference(tmp_path, attention, rope):
+    source = write_source(tmp_path / "source", "qwen2")
+    convert(source, tmp_path / "made", [attention], NSA, rope, 64, None, 0)
+    settings = yaml.safe_load((tmp_path / "made" / "continue.yaml").read_text())["model"]["transformer"]
+    config = TransformerConfig.from_dict(settings | {"vocab_size": 300})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        LanguageModel(config, init_from=str(tmp_path / "made"))
+    with pytest.warns(UserWarning, match=r"rope.theta was 1000000.0, is 3.0$"):
+        LanguageModel(replace(config, rope=replace(config.rope, theta=3.0)), init_from=str(tmp_path / "made"))
 
 
 @pytest.mark.parametrize(
@@ -246,6 +314,13 @@ def test_a_sample_that_is_no_text_is_named_before_anything_is_written(tmp_path, 
     assert "at least 2 tokens within sample_tokens, got 1" in refused(monkeypatch, capsys, source, "--sample_tokens", 1)
     (source / "tokenizer.json").write_text("{}")
     assert "not a tokenizer.json" in refused(monkeypatch, capsys, source)
+
+
+def test_what_a_config_leaves_out_or_says_in_vain_is_as_transformers_takes_it(tmp_path):
+    source = write_source(tmp_path / "qwen", "qwen3", head_dim=None, hidden_size=64, num_attention_heads=2)
+    assert read_config(source, "source").config.query_head_dim == 128
+    source = write_source(tmp_path / "mistral", "mistral_sliding", layer_types=["full_attention", "sliding_attention"])
+    assert read_config(source, "source").config.attention == ["sliding"]
 
 
 def test_what_becomes_of_a_sliding_window_is_said(tmp_path):

@@ -168,7 +168,7 @@ def test_two_ranks_start_from_the_converted_weights_and_their_shards_are_exporte
     ("words", "message"),
     [
         (["--checkpoint", "nowhere"], "checkpoint must be a checkpoint of nsa fit or a directory of nsa convert"),
-        (["--checkpoint", "corpus"], "got the directory corpus, which lacks meta.pt"),
+        (["--checkpoint", "corpus"], "got the directory corpus, which has neither config.json nor a whole checkpoint"),
         (["--checkpoint", "corpus/file_0.py"], "checkpoint must be a checkpoint of nsa fit, got corpus/file_0.py"),
         (["--checkpoint", "made", "--tokenizer", "nowhere"], "tokenizer must be a directory or a tokenizer.json"),
         (["--checkpoint", "made", "--output", "corpus"], "output must not exist, got corpus"),

@@ -1,6 +1,7 @@
 """Dense models and exports beside the implementations of `transformers`, which are taken as the truth."""
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -10,11 +11,14 @@ from nsa_lightning.checkpoint.convert import RopeChange, convert
 from nsa_lightning.checkpoint.directory import read_config
 from nsa_lightning.checkpoint.export import export
 from nsa_lightning.checkpoint.weights import WeightFiles, load_weights
+from nsa_lightning.data.tokenizer import load_tokenizer
 from nsa_lightning.generation.generate import Generation, StopConfig
 from nsa_lightning.generation.language_model import open_language_model
 from nsa_lightning.generation.sampling import Sampler, SamplingConfig
 from nsa_lightning.model import Transformer
 from nsa_lightning.model.attention import NSALayerConfig, NSAttention
+from nsa_lightning.model.rope import RotaryEmbedding, rotary_frequencies
+from nsa_lightning.training.checkpoints import save_file
 
 transformers = pytest.importorskip("transformers")
 from nsa_lightning.checkpoint.hugging_face_model import NSACache  # noqa: E402 (imports transformers)
@@ -81,6 +85,38 @@ def test_dense_layers_are_the_source(tmp_path, tokens, name):
     assert_same(own_logits(model, tokens), true_logits(source, tokens))
     far = own_logits(model, tokens, 50_000), true_logits(source, tokens, 50_000)
     torch.testing.assert_close(*far, rtol=2e-3, atol=2e-3)
+
+
+SPELLINGS = {
+    "scaling beside parameters": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "rope_scaling": YARN},
+    "and theta": {"rope_parameters": {"rope_theta": 1e6}, "rope_scaling": YARN, "rope_theta": 5e5},
+    "theta of the parameters": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "rope_theta": 5e5},
+    "theta beside them": {"rope_parameters": {"rope_type": "linear", "factor": 2.0}, "rope_theta": 5e5},
+    "empty scaling": {"rope_parameters": {"rope_type": "linear", "factor": 2.0}, "rope_scaling": {}},
+    "default scaling": {"rope_parameters": {"rope_type": "linear", "factor": 2.0}, "rope_scaling": {"type": "default"}},
+    "both types": {"rope_scaling": {"type": "linear", "rope_type": "yarn", "factor": 2.0}},
+    "original length twice": {"rope_scaling": YARN, "original_max_position_embeddings": 32},
+    "original length beside": {"rope_scaling": {"type": "yarn", "factor": 4.0}, "original_max_position_embeddings": 32},
+    "none": {},
+}
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_of_several_spellings_of_a_rotary_embedding_that_counts_which_transformers_takes(tmp_path, family, name):
+    write_source(tmp_path / "source", family, **{"rope_theta": None, "rope_parameters": None} | SPELLINGS[name])
+    if SPELLINGS[name].get("rope_theta") is None:
+        raw = json.loads((tmp_path / "source" / "config.json").read_text())
+        (tmp_path / "source" / "config.json").write_text(json.dumps({k: v for k, v in raw.items() if v is not None}))
+    config = read_config(tmp_path / "source", "test").config
+    rotary = RotaryEmbedding(config.rope, config.query_head_dim)
+    with torch.device("meta"):
+        shell = transformers.AutoModelForCausalLM.from_config(
+            transformers.AutoConfig.from_pretrained(tmp_path / "source")
+        )
+    true = type(shell.model.rotary_emb)(shell.config)
+    torch.testing.assert_close(rotary_frequencies(config.rope, config.query_head_dim), true.inv_freq)
+    assert rotary.factor == pytest.approx(true.attention_scaling)
 
 
 @pytest.mark.parametrize("sharing", ["separate", "shared"])
@@ -218,3 +254,54 @@ def test_a_loss_of_an_exported_model_is_the_mean_over_next_tokens(tmp_path, toke
         loss = model(tokens[None], labels=tokens[None]).loss
     expected = torch.nn.functional.cross_entropy(own_logits(decoder(made), tokens)[:-1], tokens[1:])
     torch.testing.assert_close(loss, expected)
+
+
+@pytest.mark.parametrize("place", ["file", "directory", "run"])
+def test_an_export_stops_and_pads_with_transformers_as_it_stops_here(tmp_path, place):
+    """Also where nothing beside the tokenizer.json names the end of text, as in a run of `nsa fit`."""
+    source = write_source(tmp_path / "source", "llama_tied", tokenizer=True, eos_token_id=None, bos_token_id=None)
+    checkpoint, given = source, source / "tokenizer.json" if place == "file" else source
+    if place == "run":
+        (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+        load_tokenizer(str(source), "e").save(tmp_path / "run" / "tokenizer.json")  # what fit was told
+        files = WeightFiles(source, "source")
+        state = {name: files.read(name) for name in files.shapes}
+        settings = {"transformer": asdict(read_config(source, "source").config)}
+        content = {"state_dict": state | {"model.lm_head.weight": state["model.embed_tokens.weight"]}}
+        content |= {"pytorch-lightning_version": "2", "hyper_parameters": settings}
+        checkpoint, given = tmp_path / "run" / "checkpoints" / "last.ckpt", None
+        save_file(content, checkpoint)
+    export(checkpoint, tmp_path / "out", None, given)
+    own = open_language_model(tmp_path / "out", None, RopeChange())
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    end = "e" if place == "run" else "<|endoftext|>"
+    assert tokenizer.eos_token == tokenizer.pad_token == end == own.tokenizer.end_of_text
+    ends = model.generation_config.eos_token_id
+    assert set(ends if isinstance(ends, list) else [ends]) == own.end_tokens
+    assert model.generation_config.pad_token_id == tokenizer.pad_token_id
+    padded = tokenizer(["some", "some text of a few words"], padding=True, return_tensors="pt")
+    assert padded.input_ids.shape[0] == 2
+    assert not padded.attention_mask.all()
+
+
+def test_what_an_export_names_already_stays(tmp_path):
+    source = write_source(tmp_path / "source", tokenizer=True, eos_token_id=[5, 6], pad_token_id=7)
+    chat = {
+        "pad_token": "f",
+        "chat_template": "{{ messages[0].content }}",
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
+    (source / "tokenizer_config.json").write_text(json.dumps(chat | {"eos_token": "e"}))
+    (source / "generation_config.json").write_text(json.dumps({"temperature": 0.5, "do_sample": True}))
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "tool_use.jinja").write_text("x")
+    files = export(source, tmp_path / "out", None, None).tokenizer_files
+    assert "additional_chat_templates/tool_use.jinja" in files
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert (tokenizer.eos_token, tokenizer.pad_token) == ("e", "f")
+    assert model.config.pad_token_id == 7
+    assert model.generation_config.temperature == 0.5
+    own = open_language_model(tmp_path / "out", None, RopeChange())
+    assert set(model.generation_config.eos_token_id) == {5, 6, tokenizer.eos_token_id} == own.end_tokens

@@ -2,9 +2,11 @@
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ from nsa_lightning.checkpoint.export import export
 from nsa_lightning.checkpoint.weights import WeightFiles
 from nsa_lightning.data.tokenizer import Tokenizer
 from nsa_lightning.generation.decoder import Decoder
-from nsa_lightning.training.checkpoints import save_file
+from nsa_lightning.training.checkpoints import consolidate, save_file
 from nsa_lightning.training.sharded_checkpoint import META, split
 
 GREEDY = ("--temperature", "0", "--max_new_tokens", "12")
@@ -79,6 +81,48 @@ def test_every_kind_of_source_gives_the_same_text(models, monkeypatch, capsys, s
         assert "prefill" in printed.err
     assert len(set(texts)) == 1
     assert len(texts[0]) > 5
+
+
+@pytest.mark.parametrize("place", ["run", "run/checkpoints", "runs/name", "runs/name/version_1"])
+def test_of_a_run_the_last_whole_checkpoint_is_taken(models, tmp_path, monkeypatch, capsys, place):
+    monkeypatch.chdir(tmp_path)
+    for version in ("runs/name/version_0", "runs/name/version_1", "run"):
+        shutil.copytree(models / "run", version)
+        Path(version, "checkpoints", "broken.ckpt").write_bytes(
+            Path(version, "checkpoints", "last.ckpt").read_bytes()[:9]
+        )
+    words = ("--prompt", "some text of a few words", *GREEDY)
+    assert run(monkeypatch, "--model", models / "made", *words) == 0
+    expected = capsys.readouterr().out
+    assert run(monkeypatch, "--model", place, *words) == 0
+    printed = capsys.readouterr()
+    assert printed.out == expected
+    assert f"nsa generate: note: model is {place}/" in printed.err
+    assert run(monkeypatch, "--model", "runs", *words) == 2
+    assert "got the directory runs, which has neither config.json nor a whole checkpoint" in capsys.readouterr().err
+
+
+def test_a_consolidated_checkpoint_has_its_tokenizer_and_config_wherever_it_is(models, tmp_path, monkeypatch, capsys):
+    shutil.copytree(models / "run", tmp_path / "run")
+    (tmp_path / "run" / "config.yaml").write_text("seed_everything: 0\n")
+    (tmp_path / "run" / "tokenizer_config.json").write_text(
+        json.dumps({"eos_token": "<|endoftext|>", "chat_template": "x"})
+    )
+    assert consolidate(str(tmp_path / "run" / "checkpoints" / "sharded.ckpt"), str(tmp_path / "one.ckpt")) == 0
+    capsys.readouterr()
+    shutil.rmtree(tmp_path / "run")
+    words = ("--prompt", "some text of a few words", *GREEDY)
+    assert run(monkeypatch, "--model", models / "made", *words) == 0
+    expected = capsys.readouterr().out
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "one.ckpt").rename(tmp_path / "elsewhere" / "one.ckpt")
+    assert run(monkeypatch, "--model", tmp_path / "elsewhere" / "one.ckpt", *words) == 0
+    assert capsys.readouterr().out == expected
+    assert run(monkeypatch, "--model", tmp_path / "elsewhere" / "one.ckpt", *words, "--chat") == 0
+    exported = export(tmp_path / "elsewhere" / "one.ckpt", tmp_path / "exported", None, None)
+    assert exported.tokenizer_files == ["tokenizer.json", "tokenizer_config.json"]
+    kept = torch.load(tmp_path / "elsewhere" / "one.ckpt", weights_only=True)["run_files"]
+    assert kept["config.yaml"] == "seed_everything: 0\n"
 
 
 def test_answers_stand_in_the_order_of_their_prompts_on_paper_and_in_a_file(models, tmp_path, monkeypatch, capsys):
