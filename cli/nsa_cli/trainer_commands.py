@@ -1,12 +1,11 @@
 """`nsa fit | validate | test | predict`: LightningCLI with our model, data and callbacks."""
 
 import logging
-import re
 import signal
 import sys
 import warnings
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from jsonargparse import Namespace, set_parsing_settings
@@ -20,6 +19,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from nsa_kernels.errors import SettingError
 
 from nsa_cli.errors import print_error
+from nsa_cli.parser import OneLineParser
 from nsa_lightning.data.datamodule import PackedTextDataModule
 from nsa_lightning.data.sets import configured_vocab_size
 from nsa_lightning.training.callbacks import (
@@ -37,16 +37,10 @@ from nsa_lightning.training.optimizer import ADAMW_DEFAULTS
 
 _FOREIGN_WORDS = ("hpc", "registry")
 """Words for a checkpoint that Lightning knows and we do not."""
-_LINK_FAILURE = re.compile(r"^Call to compute_fn of link .*? failed: ", re.DOTALL)
 
 
-class NSAParser(LightningArgumentParser):
-    """Lightning's parser that says a mistake in one line instead of below all its options."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print the message, without jsonargparse's words on linked settings, and exit with status 2."""
-        print_error(sys.argv[1], _LINK_FAILURE.sub("", message.strip()))
-        sys.exit(2)
+class NSAParser(OneLineParser, LightningArgumentParser):
+    """Lightning's parser with what all commands share."""
 
 
 class SaveRun(SaveConfigCallback):
@@ -168,6 +162,7 @@ def run_command_line(command_line: type[NSACommandLine], trainer_class: type[Tra
             seed_everything_default=0,
             parser_kwargs={
                 "prog": "nsa",
+                "allow_abbrev": False,
                 "description": "Train and measure language models with Native Sparse Attention.",
             },
         )

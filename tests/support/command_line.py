@@ -1,0 +1,46 @@
+"""The `nsa` command in this process, on a model and texts so small that a run takes a second."""
+
+import sys
+
+from nsa_cli.main import main
+
+SMALL = """
+trainer:
+  accelerator: cpu
+  devices: 1
+  max_steps: 3
+  enable_progress_bar: false
+  enable_model_summary: false
+  limit_val_batches: 1
+  val_check_interval: 3
+  check_val_every_n_epoch: null
+  num_sanity_val_steps: 0
+model:
+  transformer:
+    hidden_size: 16
+    num_layers: 1
+    num_heads: 2
+    num_kv_heads: 1
+    intermediate_size: 16
+    nsa: {compress_block_size: 8, compress_stride: 4, select_block_size: 8, num_selected_blocks: 4, window_size: 8}
+data:
+  tokenizer: {vocab_size: 300}
+  seq_len: 64
+  val_fraction: 0.2
+  num_workers: 0
+"""
+
+LOGGED = ("--trainer.logger", "TensorBoardLogger", "--trainer.logger.save_dir", "runs")
+
+
+def run(monkeypatch, *arguments):
+    """Exit status of `nsa *arguments`."""
+    monkeypatch.setattr(sys, "argv", ["nsa", *arguments])
+    try:
+        return main()
+    except SystemExit as stop:
+        return stop.code
+
+
+def run_small(monkeypatch, command, *arguments):
+    return run(monkeypatch, command, "--config", "small.yaml", "--data.sources", '["texts"]', *arguments)
