@@ -61,12 +61,12 @@ def _open_checkpoint(path: Path, setting: str) -> Trained:
         state = read_weights(path)
     else:
         state = torch.load(path, mmap=True, weights_only=True, map_location="cpu")["state_dict"]
-    tokenizer = path.resolve().parent.parent / "tokenizer.json"
+    beside = [folder / "tokenizer.json" for folder in path.resolve().parents[:2]]  # checkpoint.dirpath, or the run's
     rope = config.rope
     made_for = int((rope.original_max_seq_len or 0) * rope.factor) or config.max_seq_len or 2048
     return Trained(
         config,
         max(made_for, config.max_seq_len or 0),
         lambda name: state[name if name.startswith("model.") else f"model.{name}"],
-        tokenizer if tokenizer.is_file() else None,
+        next((tokenizer for tokenizer in beside if tokenizer.is_file()), None),
     )

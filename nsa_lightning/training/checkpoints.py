@@ -118,15 +118,21 @@ def consolidate(checkpoint: str, output: str) -> int:
     return 0
 
 
-def find_checkpoints(root: Path) -> list[Path]:
-    """Everything under a directory that looks like a checkpoint, complete or not, the last written first."""
-    found = [path for path in root.glob("**/*.ckpt*") if path.is_file() or (path / META).is_file()]
+def find_checkpoints(*roots: Path, below: bool = True) -> list[Path]:
+    """Everything in directories that looks like a checkpoint, complete or not, the last written first.
+
+    Args:
+        roots: the directories.
+        below: look in the directories below as well.
+    """
+    paths = [path for root in roots for path in root.glob("**/*.ckpt*" if below else "*.ckpt*")]
+    found = [path for path in paths if path.is_file() or (path / META).is_file()]
     return sorted(found, key=_written, reverse=True)
 
 
-def find_last(root: Path) -> Path | None:
-    """The complete checkpoint under a directory that was written last; incomplete ones are passed over, with a word."""
-    for path in find_checkpoints(root):
+def find_last(*roots: Path, below: bool = True) -> Path | None:
+    """The complete checkpoint in directories that was written last; incomplete ones are passed over, with a word."""
+    for path in find_checkpoints(*roots, below=below):
         try:
             read_summary(path)
         except SettingError as error:
@@ -136,14 +142,20 @@ def find_last(root: Path) -> Path | None:
     return None
 
 
-def find_best(root: Path) -> Path | None:
-    """The checkpoint with the best validation, as the last one under a directory knows it."""
-    last = find_last(root)
+def find_best(*roots: Path, below: bool = True) -> Path | None:
+    """The checkpoint with the best validation, as the last one in directories knows it.
+
+    A run that started from another one's checkpoint knows that one's best until its first validation: what is not in
+    the directories is not meant.
+    """
+    last = find_last(*roots, below=below)
     if last is None:
         return None
     states = read_summary(last).get("callbacks", {}).values()
     paths = [Path(state["best_model_path"]) for state in states if state.get("best_model_path")]
-    return next((path for path in paths if path.exists()), None)
+    known = {path.resolve() for path in find_checkpoints(*roots, below=below)}
+    places = [place for path in paths for place in (path, last.parent / path.name)]  # which may have been moved
+    return next((place for place in places if place.resolve() in known), None)
 
 
 def _written(path: Path) -> float:

@@ -1,7 +1,9 @@
 """The `nsa` command in this process, on a model and texts so small that a run takes a second."""
 
 import sys
+from uuid import uuid4
 
+from lightning.pytorch.loggers import Logger
 from nsa_cli.main import main
 
 SMALL = """
@@ -44,3 +46,29 @@ def run(monkeypatch, *arguments):
 
 def run_small(monkeypatch, command, *arguments):
     return run(monkeypatch, command, "--config", "small.yaml", "--data.sources", '["texts"]', *arguments)
+
+
+class ProjectLogger(Logger):
+    """Keeps runs as W&B does: a directory a project, and in it one for each run under an id that nobody chose."""
+
+    def __init__(self, save_dir: str, project: str | None = None, name: str | None = None) -> None:
+        super().__init__()
+        self._save_dir, self._project, self.run_name, self._id = save_dir, project, name, uuid4().hex[:8]
+
+    @property
+    def save_dir(self) -> str:
+        return self._save_dir
+
+    @property
+    def name(self) -> str:
+        return self._project or "unnamed"
+
+    @property
+    def version(self) -> str:
+        return self._id
+
+    def log_metrics(self, metrics, step=None):
+        pass
+
+    def log_hyperparams(self, params, *args, **kwargs):
+        pass

@@ -27,7 +27,28 @@ class RunCheckpoint(ModelCheckpoint):
         if last_every_n_steps is not None and last_every_n_steps < 1:
             raise SettingError(f"checkpoint.last_every_n_steps must be at least 1, got {last_every_n_steps}")
         self.last_every_n_steps = last_every_n_steps
+        self.given_dirpath = (
+            None if self.dirpath is None else str(self.dirpath)
+        )  # Lightning fills it in where it is not
         self._signals = StopSignals()
+        self._trains = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find the directory of the checkpoints; a measurement writes none."""
+        self._trains = stage == "fit"
+        if self._trains:
+            super().setup(trainer, pl_module, stage)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the best checkpoint of a run that goes on, and in the same directory all that are kept.
+
+        A run that goes on in another directory, as every version does, keeps its own best ones there.
+        """
+        if self._trains:
+            same = self.dirpath == state_dict.get("dirpath", self.dirpath)
+            super().load_state_dict(
+                state_dict if same else self.state_dict() | {"best_model_path": state_dict["best_model_path"]}
+            )
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Watch for signals from the first batch on."""
