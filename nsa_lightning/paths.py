@@ -6,7 +6,7 @@ from pathlib import Path
 
 from nsa_kernels.errors import SettingError
 
-_VARIABLE = re.compile(r"\$(\w+|\{[^}]*\})")
+_VARIABLE = re.compile(r"\$([A-Za-z_]\w*|\{[A-Za-z_]\w*\})")
 
 
 def expand_path(path: str) -> str:

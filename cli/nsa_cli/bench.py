@@ -1,5 +1,6 @@
 """`nsa bench WHAT`: finds the measurement and runs it."""
 
+import inspect
 import json
 import sys
 from collections.abc import Callable
@@ -17,6 +18,8 @@ _BENCHMARKS: dict[str, Callable[..., int]] = {
     "loader": bench_loader,
     "training": bench_training,
 }
+
+_PATHS = {"cache_dir", "config", "output_dir", "prepared"}
 
 _HELP = """usage: nsa bench WHAT [options]
 
@@ -46,7 +49,8 @@ def run() -> int:
         print(f"nsa bench: error: no benchmark {name!r}; {known}", file=sys.stderr)
         return 2
     words = sys.argv[3:] if name != "training" else _with_fit_settings(sys.argv[3:])
-    return run_function(f"bench {name}", _BENCHMARKS[name], words)
+    paths = _PATHS & inspect.signature(_BENCHMARKS[name]).parameters.keys()
+    return run_function(f"bench {name}", _BENCHMARKS[name], words, paths=paths)
 
 
 def _with_fit_settings(words: list[str]) -> list[str]:

@@ -1,7 +1,7 @@
 """A command that is a function: the settings are its parameters, the help is its docstring."""
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from jsonargparse import ArgumentParser, set_parsing_settings
@@ -9,6 +9,7 @@ from nsa_kernels.errors import SettingError
 
 from nsa_cli.errors import print_error
 from nsa_cli.parser import OneLineParser
+from nsa_lightning.paths import expand_path
 
 
 class _Parser(OneLineParser, ArgumentParser):
@@ -19,10 +20,15 @@ class _Parser(OneLineParser, ArgumentParser):
         return self.prog.removeprefix("nsa ")
 
 
-def run_function(command: str, function: Callable[..., int], words: list[str]) -> int:
-    """Call `function` with the settings that follow `nsa command`; returns the exit status, 2 for a mistake in them."""
+def run_function(command: str, function: Callable[..., int], words: list[str], paths: Collection[str] = ()) -> int:
+    """Call `function` with the settings that follow `nsa command`; returns the exit status, 2 for a mistake in them.
+
+    `~` and `$VAR` are expanded in those that are `paths`.
+    """
     try:
-        return function(**_parse(command, function, words))
+        settings = _parse(command, function, words)
+        settings |= {name: _expanded(settings[name]) for name in paths}
+        return function(**settings)
     except SettingError as error:
         print_error(command, str(error))
         return 2
@@ -37,3 +43,9 @@ def _parse(command: str, function: Callable[..., int], words: list[str]) -> dict
     parser = _Parser(prog=f"nsa {command}", description=description, allow_abbrev=False)
     parser.add_function_arguments(function, as_group=False)
     return parser.instantiate_classes(parser.parse_args(words)).as_dict()
+
+
+def _expanded(value: Any) -> Any:
+    if isinstance(value, list):
+        return [expand_path(each) for each in value]
+    return value if value is None else type(value)(expand_path(str(value)))

@@ -1,16 +1,17 @@
 """`nsa fit | validate | test | predict`: LightningCLI with our model, data and callbacks."""
 
 import logging
+import os
 import re
 import signal
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import set_parsing_settings
+from jsonargparse import Namespace, set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import (
@@ -20,7 +21,7 @@ from lightning.pytorch.callbacks import (
     ProgressBar,
     TQDMProgressBar,
 )
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.utilities import rank_zero_info
@@ -32,6 +33,7 @@ from nsa_cli.parser import OneLineParser
 from nsa_lightning.data.datamodule import PackedTextDataModule
 from nsa_lightning.data.sets import configured_vocab_size
 from nsa_lightning.data.storage import writable
+from nsa_lightning.paths import expand_path
 from nsa_lightning.training.callbacks import (
     Continuations,
     DocumentScores,
@@ -53,6 +55,9 @@ from nsa_lightning.training.run_directory import (
     run_directory,
 )
 
+_CONFIG_FLAGS = ("--config", "-c")
+_PATHS = ("default_root_dir", "save_dir", "dirpath", "dir", "root_dir", "log_dir")
+"""Settings of the trainer and of its loggers, callbacks and profilers that are paths."""
 _MEASUREMENTS = ("validate", "test", "predict")
 _FOREIGN_WORDS = ("hpc", "registry")
 """Words for a checkpoint that Lightning knows and we do not."""
@@ -60,6 +65,17 @@ _FOREIGN_WORDS = ("hpc", "registry")
 
 class NSAParser(OneLineParser, LightningArgumentParser):
     """Lightning's parser with what all commands share."""
+
+    def parse_args(self, args: Sequence[str] | None = None, *more: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """Parse, with `~` and `$VAR` in the paths of configs."""
+        words = list(sys.argv[1:] if args is None else args)
+        for index, word in enumerate(words):
+            flag, equals, path = word.partition("=")
+            if flag in _CONFIG_FLAGS and equals:
+                words[index] = f"{flag}={expand_path(path)}"
+            elif index and words[index - 1] in _CONFIG_FLAGS:
+                words[index] = expand_path(word)
+        return super().parse_args(words, *more, **kwargs)
 
 
 class SaveRun(SaveConfigCallback):
@@ -111,6 +127,15 @@ class NSACommandLine(LightningCLI):
             "model.transformer.vocab_size",
             compute_fn=configured_vocab_size,
         )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse, with `~` and `$VAR` in the paths of Lightning's own classes; ours expand them themselves."""
+        super().parse_arguments(parser, args)
+        config = self.config[self.config.subcommand]
+        path = config.get("ckpt_path")
+        if path:
+            config.ckpt_path = expand_path(path)
+        _expand_paths(config.trainer)
 
     def before_instantiate_classes(self) -> None:
         """Check what would otherwise fail late or unclearly."""
@@ -165,6 +190,19 @@ class NSACommandLine(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """Model settings come from the config and the flags, never from a checkpoint."""
+
+
+def _expand_paths(settings: Any) -> None:
+    """Expand `~` and `$VAR`, in place, in what settings call paths at any depth."""
+    if isinstance(settings, list):
+        for each in settings:
+            _expand_paths(each)
+    elif isinstance(settings, Namespace | dict):
+        for name, value in list(vars(settings).items() if isinstance(settings, Namespace) else settings.items()):
+            if name in _PATHS and isinstance(value, str | os.PathLike):
+                settings[name] = expand_path(os.fspath(value))
+            else:
+                _expand_paths(value)
 
 
 def _any_of(objects: Iterable[Any], kind: type) -> bool:

@@ -25,6 +25,7 @@ from nsa_lightning.model.loss import summed_cross_entropy, token_cross_entropy
 from nsa_lightning.model.recompute import Recompute
 from nsa_lightning.model.statistics import BranchStatistics
 from nsa_lightning.model.transformer import Transformer, TransformerConfig, TransformerOutput
+from nsa_lightning.paths import expand_path
 from nsa_lightning.training.checkpoints import check_same_sizes
 from nsa_lightning.training.distillation import Distillation, Teacher
 from nsa_lightning.training.metrics import LanguageModelingMetrics, LossByPosition
@@ -72,6 +73,7 @@ class LanguageModel(LightningModule):
         if isinstance(transformer, dict):  # load_from_checkpoint hands over the saved settings
             transformer = TransformerConfig.from_dict(transformer)
         if init_from is not None:
+            init_from = expand_path(init_from)
             transformer = _with_its_vocabulary(transformer, Path(init_from))
         distillation.check(transformer.vocab_size)
         self.save_hyperparameters({"transformer": dataclasses.asdict(transformer)})
@@ -120,7 +122,7 @@ class LanguageModel(LightningModule):
     def on_fit_start(self) -> None:
         """Read the teacher, which training alone needs."""
         if self.distillation.teacher is not None:
-            directory = Path(self.distillation.teacher)
+            directory = Path(expand_path(self.distillation.teacher))
             self.teacher = Teacher.read(directory, self.trainer.strategy, str(self.trainer.precision))
 
     def on_fit_end(self) -> None:

@@ -152,3 +152,25 @@ def test_the_config_of_a_run_is_kept_with_its_checkpoints(workplace, monkeypatch
     (checkpoint,) = workplace.glob("runs/**/last.ckpt")
     saved = yaml.safe_load((checkpoint.parent.parent / "config.yaml").read_text())
     assert saved["trainer"]["max_steps"] == 3
+
+
+def test_a_tilde_and_variables_are_expanded_in_every_path_of_a_run(workplace, monkeypatch, messages, capsys):
+    monkeypatch.setenv("HOME", str(workplace / "home"))
+    monkeypatch.setenv("PLACE", str(workplace / "place"))
+    monkeypatch.setenv("TEXTS", str(workplace / "texts"))
+    (workplace / "home").mkdir()
+    (workplace / "small.yaml").rename(workplace / "home" / "mine.yaml")
+    words = ("--config", "~/mine.yaml", "--data.sources", "$TEXTS", "--trainer.logger", "CSVLogger")
+    words += ("--trainer.logger.save_dir", "~/runs", "--data.cache_dir", "$PLACE/cache")
+    assert run(monkeypatch, "fit", *words) == 0
+    assert "home/runs/" in " ".join(closing_command(capsys)[0])
+    messages.clear()
+    assert run(monkeypatch, "fit", *words, "--ckpt_path", "last", "--trainer.max_steps", "4") == 0
+    assert resumed(messages).startswith(str(workplace / "home" / "runs"))
+    checkpoint = "$HOME/runs/lightning_logs/version_0/checkpoints/last.ckpt"
+    scores = ("--document_scores.path", "$PLACE/scores.jsonl")
+    assert run(monkeypatch, "predict", *words, "--ckpt_path", checkpoint, *scores) == 0
+    assert run(monkeypatch, "fit", *words, "--checkpoint.dirpath", "~/ck") == 0
+    assert run(monkeypatch, "export", "--checkpoint", "~/ck/last.ckpt", "--output", "$PLACE/exported") == 0
+    assert {path.name for path in (workplace / "place").iterdir()} == {"cache", "scores.jsonl", "exported"}
+    assert not list(workplace.glob("*~*")) + list(workplace.glob("*$*"))

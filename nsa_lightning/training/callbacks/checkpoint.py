@@ -7,6 +7,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from nsa_kernels.errors import SettingError
 
+from nsa_lightning.paths import expand_path
 from nsa_lightning.training.callbacks.stop_signals import StopRequested, StopSignals
 
 
@@ -23,7 +24,8 @@ class RunCheckpoint(ModelCheckpoint):
     """
 
     def __init__(self, *args: Any, last_every_n_steps: int | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+        dirpath, *others = args or (kwargs.pop("dirpath", None),)
+        super().__init__(dirpath if dirpath is None else expand_path(str(dirpath)), *others, **kwargs)
         if last_every_n_steps is not None and last_every_n_steps < 1:
             raise SettingError(f"checkpoint.last_every_n_steps must be at least 1, got {last_every_n_steps}")
         self.last_every_n_steps = last_every_n_steps
