@@ -5,9 +5,8 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 from jsonargparse import ArgumentParser, set_parsing_settings
-from nsa_kernels.errors import SettingError
 
-from nsa_cli.errors import print_error
+from nsa_cli.errors import print_error, user_message
 from nsa_cli.parser import OneLineParser
 from nsa_lightning.paths import expand_path
 
@@ -29,8 +28,11 @@ def run_function(command: str, function: Callable[..., int], words: list[str], p
         settings = _parse(command, function, words)
         settings |= {name: _expanded(settings[name]) for name in paths}
         return function(**settings)
-    except SettingError as error:
-        print_error(command, str(error))
+    except Exception as error:
+        message = user_message(error)
+        if message is None:
+            raise
+        print_error(command, message)
         return 2
     except KeyboardInterrupt:
         print_error(command, "interrupted")

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from jsonargparse import Namespace, set_parsing_settings
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import (
     LearningRateMonitor,
@@ -28,11 +27,12 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from nsa_kernels.errors import SettingError
 
-from nsa_cli.errors import print_error
+from nsa_cli.errors import print_error, silence_threads, user_message
 from nsa_cli.parser import OneLineParser
+from nsa_cli.trainer_settings import check_seed, check_trainer_settings
 from nsa_lightning.data.datamodule import PackedTextDataModule
 from nsa_lightning.data.sets import configured_vocab_size
-from nsa_lightning.data.storage import writable
+from nsa_lightning.data.storage import whole_file, writable
 from nsa_lightning.paths import expand_path
 from nsa_lightning.training.callbacks import (
     Continuations,
@@ -86,9 +86,10 @@ class SaveRun(SaveConfigCallback):
         directory = run_directory(trainer)  # asks the other ranks, so on every rank
         if trainer.is_global_zero and not self.already_saved:
             data: Any = trainer.datamodule  # type: ignore[attr-defined]
-            with writable(directory / CONFIG):
+            with writable(directory):
                 directory.mkdir(parents=True, exist_ok=True)
-                self.parser.save(self.config, directory / CONFIG, skip_none=False, overwrite=True)
+            with whole_file(directory / CONFIG) as stream:
+                stream.write(self.parser.dump(self.config, skip_none=False).encode())
             data.tokenizer.save(directory / TOKENIZER)
             self.already_saved = True
 
@@ -131,6 +132,7 @@ class NSACommandLine(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse, with `~` and `$VAR` in the paths of Lightning's own classes; ours expand them themselves."""
         super().parse_arguments(parser, args)
+        check_seed(self.config[self.config.subcommand].seed_everything)
         config = self.config[self.config.subcommand]
         path = config.get("ckpt_path")
         if path:
@@ -141,11 +143,7 @@ class NSACommandLine(LightningCLI):
         """Check what would otherwise fail late or unclearly."""
         config = self.config[self.subcommand]
         check_accelerator(config.trainer.accelerator)
-        if self.subcommand == "fit" and config.trainer.max_steps < 1:
-            raise SettingError(
-                f"trainer.max_steps must be at least 1, got {config.trainer.max_steps}: "
-                "the learning-rate schedule ends there. Set --trainer.max_steps"
-            )
+        check_trainer_settings(config.trainer, str(self.subcommand))
         path = config.get("ckpt_path")
         if path and path not in ("best", "last"):
             _check_checkpoint(Path(path))
@@ -230,6 +228,7 @@ def run_command_line(command_line: type[NSACommandLine], trainer_class: type[Tra
     """
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     _silence()
+    silence_threads()
     try:
         command_line(
             LanguageModel,
@@ -247,11 +246,14 @@ def run_command_line(command_line: type[NSACommandLine], trainer_class: type[Tra
                 "description": "Train and measure language models with Native Sparse Attention.",
             },
         )
-    except (SettingError, MisconfigurationException) as error:
-        print_error(sys.argv[1], str(error))
-        return 2
     except SIGTERMException as stop:  # the run has ended after its batch
         return stop.code if isinstance(stop.code, int) else 128 + signal.SIGTERM
+    except Exception as error:
+        message = user_message(error)
+        if message is None:
+            raise
+        print_error(sys.argv[1], message)
+        return 2
     return 0
 
 

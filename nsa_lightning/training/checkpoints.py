@@ -12,17 +12,27 @@ from lightning.pytorch.utilities import rank_zero_warn
 from nsa_kernels.errors import SettingError
 from torch import Tensor
 
+from nsa_lightning.data.storage import writable
 from nsa_lightning.training.sharded_checkpoint import META, read_contents, read_meta, read_whole
 
 
 def save_file(content: Any, path: Path) -> None:
-    """Write a file that is either the old one or the new one, whole, whenever the process ends."""
+    """Write a file that is either the old one or the new one, whole, whenever the process ends.
+
+    Raises:
+        ValueError: it cannot be written; nothing is left of it.
+    """
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    publish(temporary, path)
+    with writable(path):
+        try:
+            with temporary.open("wb") as file:
+                torch.save(content, file)
+                file.flush()
+                os.fsync(file.fileno())
+        except Exception:
+            temporary.unlink(missing_ok=True)
+            raise
+        publish(temporary, path)
 
 
 def publish(temporary: Path, path: Path) -> None:
@@ -174,7 +184,8 @@ class RunCheckpointIO(TorchCheckpointIO):
         if storage_options is not None or "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with writable(Path(path)):
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
         save_file(checkpoint, Path(path))
 
     def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:

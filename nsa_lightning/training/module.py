@@ -34,6 +34,7 @@ from nsa_lightning.training.optimizer import (
     NewParts,
     Schedule,
     WarmupCosine,
+    check_optimizer,
     frozen_groups,
     group_schedules,
     parameter_groups,
@@ -76,6 +77,7 @@ class LanguageModel(LightningModule):
             init_from = expand_path(init_from)
             transformer = _with_its_vocabulary(transformer, Path(init_from))
         distillation.check(transformer.vocab_size)
+        check_optimizer(optimizer)
         self.save_hyperparameters({"transformer": dataclasses.asdict(transformer)})
         self.transformer_config = transformer
         self.optimizer_callable = optimizer

@@ -3,6 +3,8 @@
 import sys
 from uuid import uuid4
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback
 from lightning.pytorch.loggers import Logger
 from nsa_cli.main import main
 
@@ -72,3 +74,17 @@ class ProjectLogger(Logger):
 
     def log_hyperparams(self, params, *args, **kwargs):
         pass
+
+
+class FailingCallback(Callback):
+    """A callback of the user's."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+
+    def on_fit_start(self, trainer, pl_module):
+        if self.kind == "zip":
+            list(zip([1], [1, 2], strict=True))
+        if self.kind == "misconfiguration":
+            raise MisconfigurationException("a callback's own")
+        pl_module.log("train/loss", 1.0)  # not allowed here

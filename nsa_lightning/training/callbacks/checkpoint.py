@@ -1,5 +1,6 @@
 """Checkpoints: the best by validation, and the last step of the run whatever ended it."""
 
+from datetime import timedelta
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -28,6 +29,9 @@ class RunCheckpoint(ModelCheckpoint):
         super().__init__(dirpath if dirpath is None else expand_path(str(dirpath)), *others, **kwargs)
         if last_every_n_steps is not None and last_every_n_steps < 1:
             raise SettingError(f"checkpoint.last_every_n_steps must be at least 1, got {last_every_n_steps}")
+        interval = self._train_time_interval
+        if interval is not None and interval <= timedelta():
+            raise SettingError(f"checkpoint.train_time_interval must be above 0, got {interval}")
         self.last_every_n_steps = last_every_n_steps
         self.given_dirpath = (
             None if self.dirpath is None else str(self.dirpath)
