@@ -3,6 +3,11 @@
 import os
 
 import pytest
+from support.plain_environment import VARIABLE, hide_development_packages
+
+if os.environ.get(VARIABLE) == "1":
+    hide_development_packages()  # before anything is imported that looks for them
+
 import torch
 
 if not torch.cuda.is_available():

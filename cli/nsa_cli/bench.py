@@ -1,10 +1,12 @@
 """`nsa bench WHAT`: finds the measurement and runs it."""
 
+import inspect
 import json
 import sys
 from collections.abc import Callable
 
 from nsa_cli.function_command import run_function
+from nsa_cli.parser import suggestion
 from nsa_lightning.benchmark.decode import bench_decode
 from nsa_lightning.benchmark.kernels import bench_kernels
 from nsa_lightning.benchmark.loader import bench_loader
@@ -18,6 +20,8 @@ _BENCHMARKS: dict[str, Callable[..., int]] = {
     "training": bench_training,
     "study": bench_study,
 }
+
+_PATHS = {"cache_dir", "config", "output_dir", "prepared"}
 
 _HELP = """usage: nsa bench WHAT [options]
 
@@ -43,10 +47,12 @@ def run() -> int:
         print(_HELP.format(benchmarks="\n".join(lines)))
         return 0
     if name not in _BENCHMARKS:
-        print(f"nsa bench: error: no benchmark {name!r}; the benchmarks are {', '.join(_BENCHMARKS)}", file=sys.stderr)
+        known = f"the benchmarks are {', '.join(_BENCHMARKS)}{suggestion(name, _BENCHMARKS)}"
+        print(f"nsa bench: error: no benchmark {name!r}; {known}", file=sys.stderr)
         return 2
     words = sys.argv[3:] if name != "training" else _with_fit_settings(sys.argv[3:])
-    return run_function(f"bench {name}", _BENCHMARKS[name], words)
+    paths = _PATHS & inspect.signature(_BENCHMARKS[name]).parameters.keys()
+    return run_function(f"bench {name}", _BENCHMARKS[name], words, paths=paths)
 
 
 def _with_fit_settings(words: list[str]) -> list[str]:

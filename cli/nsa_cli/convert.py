@@ -69,4 +69,4 @@ def _words(losses: dict[str, float]) -> str:
 
 def run() -> int:
     """Run the command of `sys.argv`; returns the exit status, 2 for a mistake in the settings."""
-    return run_function("convert", convert_model, sys.argv[2:] or ["--help"])
+    return run_function("convert", convert_model, sys.argv[2:] or ["--help"], paths=("source", "output", "sample"))

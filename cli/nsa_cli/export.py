@@ -52,4 +52,4 @@ def export_model(
 
 def run() -> int:
     """Run the command of `sys.argv`; returns the exit status, 2 for a mistake in the settings."""
-    return run_function("export", export_model, sys.argv[2:] or ["--help"])
+    return run_function("export", export_model, sys.argv[2:] or ["--help"], paths=("checkpoint", "output", "tokenizer"))

@@ -1,35 +1,47 @@
 """A command that is a function: the settings are its parameters, the help is its docstring."""
 
 import signal
-import sys
 from collections.abc import Callable, Collection
-from typing import Any, NoReturn
+from typing import Any
 
 from jsonargparse import ArgumentParser, set_parsing_settings
-from nsa_kernels.errors import SettingError
 
-from nsa_cli.errors import print_error
+from nsa_cli.errors import print_error, user_message
+from nsa_cli.parser import OneLineParser
 from nsa_cli.words import read_words
+from nsa_lightning.paths import expand_path
 
 
-class _Parser(ArgumentParser):
-    """A parser that says a mistake in one line."""
+class _Parser(OneLineParser, ArgumentParser):
+    """The parser of a command's own settings."""
 
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print the message and exit with status 2."""
-        print_error(self.prog.removeprefix("nsa "), " ".join(message.split()))
-        sys.exit(2)
+    @property
+    def _command(self) -> str:
+        return self.prog.removeprefix("nsa ")
 
 
-def run_function(command: str, function: Callable[..., int], words: list[str], verbatim: Collection[str] = ()) -> int:
+def run_function(
+    command: str,
+    function: Callable[..., int],
+    words: list[str],
+    *,
+    paths: Collection[str] = (),
+    verbatim: Collection[str] = (),
+) -> int:
     """Call `function` with the settings that follow `nsa command`; returns the exit status, 2 for a mistake in them.
 
-    Texts reach it as they were typed. A list of texts may be written as in YAML, `[a, b]`, unless it is in `verbatim`.
+    Texts reach it as they were typed, but `~` and `$VAR` are expanded in those that are `paths`. A list of texts may be
+    written as in YAML, `[a, b]`, unless it is in `verbatim`.
     """
     try:
-        return function(**_parse(command, function, words, verbatim))
-    except SettingError as error:
-        print_error(command, str(error))
+        settings = _parse(command, function, words, verbatim)
+        settings |= {name: _expanded(settings[name]) for name in paths}
+        return function(**settings)
+    except Exception as error:
+        message = user_message(error)
+        if message is None:
+            raise
+        print_error(command, message)
         return 2
     except KeyboardInterrupt:
         print_error(command, "interrupted")
@@ -46,3 +58,9 @@ def _parse(command: str, function: Callable[..., int], words: list[str], verbati
     for name, text in texts.items():
         settings[name] = text
     return parser.instantiate_classes(settings).as_dict()
+
+
+def _expanded(value: Any) -> Any:
+    if isinstance(value, list):
+        return [expand_path(each) for each in value]
+    return value if value is None else type(value)(expand_path(str(value)))

@@ -16,6 +16,8 @@ from nsa_lightning.generation.language_model import open_language_model
 from nsa_lightning.generation.prompts import read_prompts
 from nsa_lightning.generation.sampling import Sampler, SamplingConfig
 
+_PATHS = ("model", "prompt_file", "output", "tokenizer")
+
 
 def generate_text(
     model: str,
@@ -105,7 +107,7 @@ def generate_text(
 def run() -> int:
     """Run the command of `sys.argv`; returns the exit status, 2 for a mistake in the settings."""
     try:
-        return run_function("generate", generate_text, sys.argv[2:] or ["--help"], verbatim=("stop",))
+        return run_function("generate", generate_text, sys.argv[2:] or ["--help"], paths=_PATHS, verbatim=("stop",))
     except BrokenPipeError:  # who reads has enough; nothing is left for the interpreter to flush
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE

@@ -56,8 +56,11 @@ def main() -> int:
         except KeyboardInterrupt:  # such as during the imports, which take seconds
             print(f"nsa {command}: error: interrupted", file=sys.stderr)
             return 128 + signal.SIGINT
-    names = ", ".join(_TRAINER_COMMANDS | _OTHER_COMMANDS)
-    print(f"nsa: error: no command {command!r}; the commands are {names}", file=sys.stderr)
+    from nsa_cli.parser import suggestion
+
+    commands = _TRAINER_COMMANDS | _OTHER_COMMANDS
+    known = f"the commands are {', '.join(commands)}{suggestion(command, commands)}"
+    print(f"nsa: error: no command {command!r}; {known}", file=sys.stderr)
     return 2
 
 

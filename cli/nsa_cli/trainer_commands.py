@@ -1,53 +1,82 @@
 """`nsa fit | validate | test | predict`: LightningCLI with our model, data and callbacks."""
 
 import logging
+import os
 import re
 import signal
 import sys
 import warnings
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from jsonargparse import Namespace, set_parsing_settings
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.callbacks import (
+    LearningRateMonitor,
+    ModelCheckpoint,
+    ModelSummary,
+    ProgressBar,
+    TQDMProgressBar,
+)
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from nsa_kernels.errors import SettingError
 
 from nsa_cli.data_origin import with_one_origin
-from nsa_cli.errors import print_error
+from nsa_cli.errors import print_error, silence_threads, user_message
+from nsa_cli.parser import OneLineParser
+from nsa_cli.trainer_settings import check_seed, check_trainer_settings
 from nsa_lightning.data.datamodule import PackedTextDataModule
 from nsa_lightning.data.sets import configured_vocab_size
+from nsa_lightning.data.storage import whole_file, writable
+from nsa_lightning.paths import expand_path
 from nsa_lightning.training.callbacks import (
     Continuations,
     DocumentScores,
     FitReport,
     GateMonitor,
     LossGuard,
+    ModelSize,
     RunCheckpoint,
     TokenThroughput,
 )
 from nsa_lightning.training.checkpoints import RunCheckpointIO, find_best, find_last, read_summary
 from nsa_lightning.training.module import LanguageModel
 from nsa_lightning.training.optimizer import ADAMW_DEFAULTS
+from nsa_lightning.training.run_directory import (
+    CONFIG,
+    TOKENIZER,
+    RunDirectories,
+    earlier_directories,
+    run_directory,
+)
 
+_CONFIG_FLAGS = ("--config", "-c")
+_PATHS = ("default_root_dir", "save_dir", "dirpath", "dir", "root_dir", "log_dir")
+"""Settings of the trainer and of its loggers, callbacks and profilers that are paths."""
+_MEASUREMENTS = ("validate", "test", "predict")
 _FOREIGN_WORDS = ("hpc", "registry")
 """Words for a checkpoint that Lightning knows and we do not."""
-_LINK_FAILURE = re.compile(r"^Call to compute_fn of link .*? failed: ", re.DOTALL)
 
 
-class NSAParser(LightningArgumentParser):
-    """Lightning's parser that says a mistake in one line instead of below all its options."""
+class NSAParser(OneLineParser, LightningArgumentParser):
+    """Lightning's parser with what all commands share."""
 
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print the message, without jsonargparse's words on linked settings, and exit with status 2."""
-        print_error(sys.argv[1], _LINK_FAILURE.sub("", message.strip()))
-        sys.exit(2)
+    def parse_args(self, args: Sequence[str] | None = None, *more: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """Parse, with `~` and `$VAR` in the paths of configs."""
+        words = list(sys.argv[1:] if args is None else args)
+        for index, word in enumerate(words):
+            flag, equals, path = word.partition("=")
+            if flag in _CONFIG_FLAGS and equals:
+                words[index] = f"{flag}={expand_path(path)}"
+            elif index and words[index - 1] in _CONFIG_FLAGS:
+                words[index] = expand_path(word)
+        return super().parse_args(words, *more, **kwargs)
 
 
 class SaveRun(SaveConfigCallback):
@@ -55,11 +84,15 @@ class SaveRun(SaveConfigCallback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write `config.yaml`, and `tokenizer.json` beside it."""
-        super().setup(trainer, pl_module, stage)
-        log_dir = trainer.log_dir  # asks the other ranks, so on every rank
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        if trainer.is_global_zero and log_dir is not None:
-            data.tokenizer.save(Path(log_dir, "tokenizer.json"))
+        directory = run_directory(trainer)  # asks the other ranks, so on every rank
+        if trainer.is_global_zero and not self.already_saved:
+            data: Any = trainer.datamodule  # type: ignore[attr-defined]
+            with writable(directory):
+                directory.mkdir(parents=True, exist_ok=True)
+            with whole_file(directory / CONFIG) as stream:
+                stream.write(self.parser.dump(self.config, skip_none=False).encode())
+            data.tokenizer.save(directory / TOKENIZER)
+            self.already_saved = True
 
 
 class NSACommandLine(LightningCLI):
@@ -97,46 +130,85 @@ class NSACommandLine(LightningCLI):
             compute_fn=configured_vocab_size,
         )
 
-    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse `sys.argv`, where a later origin of the text takes the place of an earlier one."""
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse, with a later origin of the text in the place of an earlier one.
+
+        `~` and `$VAR` are expanded in the paths of Lightning's own classes; ours expand them themselves.
+        """
         self.config = parser.parse_args(with_one_origin(sys.argv[1:]))
+        config = self.config[self.config.subcommand]
+        check_seed(config.seed_everything)
+        path = config.get("ckpt_path")
+        if path:
+            config.ckpt_path = expand_path(path)
+        _expand_paths(config.trainer)
 
     def before_instantiate_classes(self) -> None:
         """Check what would otherwise fail late or unclearly."""
         config = self.config[self.subcommand]
         check_accelerator(config.trainer.accelerator)
-        if self.subcommand == "fit" and config.trainer.max_steps < 1:
-            raise SettingError(
-                f"trainer.max_steps must be at least 1, got {config.trainer.max_steps}: "
-                "the learning-rate schedule ends there. Set --trainer.max_steps"
-            )
+        check_trainer_settings(config.trainer, str(self.subcommand))
         path = config.get("ckpt_path")
-        if path in ("best", "last"):
-            config.ckpt_path = _find_checkpoint(path, _run_directory(config), required=self.subcommand != "fit")
-        elif path:
+        if path and path not in ("best", "last"):
             _check_checkpoint(Path(path))
-        elif self.subcommand != "fit" and config.model.init_from is None:
+        elif not path and self.subcommand != "fit" and config.model.init_from is None:
             raise SettingError(
                 "ckpt_path must name the checkpoint to measure, got none. "
                 "Set --ckpt_path, or --model.init_from to measure what training starts from"
             )
 
+    def after_instantiate_classes(self) -> None:
+        """Find the checkpoint that a word stands for: which are the run's own, its logger knows."""
+        word = self.config[self.subcommand].get("ckpt_path")
+        if word in ("best", "last"):
+            logger = self.config[self.subcommand].trainer.logger
+            directories = earlier_directories(self.trainer, logger)
+            path = _find_checkpoint(word, directories, required=self.subcommand != "fit")
+            self.config[self.subcommand].ckpt_path = self.config_init[self.subcommand].ckpt_path = path
+
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
-        """Leave out the callbacks that the trainer's own switches turn off; write checkpoints our way."""
+        """Leave out what the trainer's own switches turn off and what a measurement does not need; write our way."""
+        if self.subcommand in _MEASUREMENTS:
+            loggers = config["logger"] if isinstance(config["logger"], list) else [config["logger"]]
+            kept = [each for each in loggers if not isinstance(each, TensorBoardLogger | CSVLogger | bool | None)]
+            config["logger"] = kept or False  # the others would begin a version of the run with nothing in it
+            self.save_config_callback = None  # that of the run stays as it is
         if config.get("logger") is False:
             callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]
-            if self.subcommand != "fit":  # nothing of the run is kept: it has no directory of its own
-                self.save_config_callback = None
         if config.get("enable_checkpointing") is False:
             callbacks = [callback for callback in callbacks if not isinstance(callback, ModelCheckpoint)]
+        given = config.get("callbacks") or []
+        given = given if isinstance(given, list) else [given]
+        if config.get("enable_progress_bar") is not False and not _any_of(given, ProgressBar):
+            callbacks.append(TQDMProgressBar())  # the same whether or not the package `rich` is installed
+        if config.get("enable_model_summary") is not False and not _any_of(given, ModelSummary):
+            callbacks.append(ModelSize())
+            config["enable_model_summary"] = False
         plugins = config.get("plugins") or []
         plugins = plugins if isinstance(plugins, list) else [plugins]
-        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+        if not _any_of(plugins, CheckpointIO):
             config["plugins"] = [*plugins, RunCheckpointIO()]
         return super()._instantiate_trainer(config, callbacks)
 
     def _parse_ckpt_path(self) -> None:
         """Model settings come from the config and the flags, never from a checkpoint."""
+
+
+def _expand_paths(settings: Any) -> None:
+    """Expand `~` and `$VAR`, in place, in what settings call paths at any depth."""
+    if isinstance(settings, list):
+        for each in settings:
+            _expand_paths(each)
+    elif isinstance(settings, Namespace | dict):
+        for name, value in list(vars(settings).items() if isinstance(settings, Namespace) else settings.items()):
+            if name in _PATHS and isinstance(value, str | os.PathLike):
+                settings[name] = expand_path(os.fspath(value))
+            else:
+                _expand_paths(value)
+
+
+def _any_of(objects: Iterable[Any], kind: type) -> bool:
+    return any(isinstance(each, kind) for each in objects)
 
 
 def check_accelerator(accelerator: Any) -> None:
@@ -160,6 +232,7 @@ def run_command_line(command_line: type[NSACommandLine], trainer_class: type[Tra
     """
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     _silence()
+    silence_threads()
     try:
         command_line(
             LanguageModel,
@@ -173,14 +246,18 @@ def run_command_line(command_line: type[NSACommandLine], trainer_class: type[Tra
             seed_everything_default=0,
             parser_kwargs={
                 "prog": "nsa",
+                "allow_abbrev": False,
                 "description": "Train and measure language models with Native Sparse Attention.",
             },
         )
-    except (SettingError, MisconfigurationException) as error:
-        print_error(sys.argv[1], str(error))
-        return 2
     except SIGTERMException as stop:  # the run has ended after its batch
         return stop.code if isinstance(stop.code, int) else 128 + signal.SIGTERM
+    except Exception as error:
+        message = user_message(error)
+        if message is None:
+            raise
+        print_error(sys.argv[1], message)
+        return 2
     return 0
 
 
@@ -188,7 +265,7 @@ def _silence() -> None:
     """Leave out what Lightning says in every run and no user can act on."""
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
     logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    logger.addFilter(lambda record: "litlogger" not in record.getMessage())
+    logger.addFilter(lambda record: not re.search("litlogger|^TPU available: False", record.getMessage()))
 
 
 def _check_checkpoint(path: Path) -> None:
@@ -200,22 +277,13 @@ def _check_checkpoint(path: Path) -> None:
     read_summary(path)
 
 
-def _find_checkpoint(word: str, root: Path, required: bool) -> str | None:
+def _find_checkpoint(word: str, directories: RunDirectories, required: bool) -> str | None:
     """The best or last complete checkpoint of all versions of a run; none where a run may start anew."""
-    path = {"best": find_best, "last": find_last}[word](root)
+    path = {"best": find_best, "last": find_last}[word](*directories.checkpoints, below=False)
     if path is None and required:
-        raise SettingError(f"ckpt_path={word} needs a complete checkpoint under {root}, there is none")
-    rank_zero_info(f"ckpt_path={word}: {path}" if path else f"ckpt_path={word}: nothing under {root}, starting anew")
+        raise SettingError(
+            f"ckpt_path={word} needs a complete checkpoint of this run under {directories.root}, there is none"
+        )
+    found = path or f"nothing of this run under {directories.root}, starting anew"
+    rank_zero_info(f"ckpt_path={word}: {found}")
     return str(path) if path else None
-
-
-def _run_directory(config: Namespace) -> Path:
-    """Where runs with this config write their checkpoints, whatever their version."""
-    logger = config.trainer.logger[0] if isinstance(config.trainer.logger, list) else config.trainer.logger
-    root = config.trainer.default_root_dir or "."
-    if config.checkpoint.dirpath is not None:
-        return Path(config.checkpoint.dirpath)
-    if logger is False:
-        return Path(root, "checkpoints")
-    settings = logger.get("init_args", Namespace()) if isinstance(logger, Namespace) else Namespace()
-    return Path(settings.get("save_dir") or root, settings.get("name", "lightning_logs") or "")

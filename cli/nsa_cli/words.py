@@ -6,10 +6,10 @@ from argparse import ArgumentParser
 from collections import deque
 from collections.abc import Collection, Sequence
 from types import NoneType
-from typing import Any, Literal, NamedTuple, get_args, get_origin
+from typing import Any, Literal, NamedTuple, get_args
 
-Kind = Literal["text", "texts", "values", "switch", "value"]
-"""What a setting holds: a text, a list of texts, another list, true or false, or any other value."""
+Kind = Literal["text", "texts", "switch", "value"]
+"""What a setting holds: a text, a list of texts, true or false, or any other value."""
 
 _OPTION = re.compile(r"--?[A-Za-z]")
 
@@ -25,8 +25,8 @@ def read_words(words: Sequence[str], parser: ArgumentParser, verbatim: Collectio
     """Take the texts out of what was typed.
 
     A text is the word behind its option, whatever it begins with, unless that is another option of the command. A list
-    takes all words up to the next option; texts given twice add up, of other values the last count. `--x` is
-    `--x true` for a switch.
+    of texts takes all words up to the next option; given twice, it has the words of both. `--x` is `--x true` for a
+    switch.
 
     Args:
         words: behind the command's name.
@@ -59,9 +59,6 @@ def read_words(words: Sequence[str], parser: ArgumentParser, verbatim: Collectio
             continue
         while not equals and waiting and not _OPTION.match(waiting[0]):
             values.append(waiting.popleft())
-        if kind == "values":
-            rest.append(f"--{name}={_bracketed(values)}")
-            continue
         lists.setdefault(name, []).extend(values if name in verbatim else _listed(values))
         texts[name] = lists[name]
         rest.append(f"--{name}=[]")
@@ -75,9 +72,7 @@ def _kind(action: Any) -> Kind:
         return "switch"
     if kinds == [str]:
         return "text"
-    if len(kinds) == 1 and get_origin(kinds[0]) is list:
-        return "texts" if get_args(kinds[0]) == (str,) else "values"
-    return "value"
+    return "texts" if kinds == [list[str]] else "value"
 
 
 def _listed(words: list[str]) -> list[str]:
@@ -94,8 +89,3 @@ def _listed(words: list[str]) -> list[str]:
         except yaml.YAMLError:
             return words
     return found if all(isinstance(word, str) for word in found) else words
-
-
-def _bracketed(words: list[str]) -> str:
-    """`8192 16384` as `[8192, 16384]`, which jsonargparse reads as a list."""
-    return words[0] if len(words) == 1 and words[0].startswith("[") else f"[{', '.join(words)}]"

@@ -22,6 +22,7 @@ from nsa_lightning.data.prepare import check_fractions, make_plan, prepare
 from nsa_lightning.data.sets import MixtureSet, Packing, check_origin, common_tokenizer, open_set
 from nsa_lightning.data.token_store import TokenStore
 from nsa_lightning.data.tokenizer import Tokenizer, TokenizerConfig
+from nsa_lightning.paths import expand_path
 
 Loader = TypeVar("Loader", bound=PackedLoader)
 
@@ -404,5 +405,5 @@ def _listed(names: Sequence[str] | str) -> list[str]:
 
 def _cache_dir(path: str | None) -> Path:
     if path is not None:
-        return Path(path).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "nsa-lightning"
+        return Path(expand_path(path))
+    return Path(expand_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")) / "nsa-lightning"

@@ -35,6 +35,7 @@ from nsa_lightning.data.storage import is_url, whole_file, writable
 from nsa_lightning.data.token_store import FORMAT_VERSION, TokenStore
 from nsa_lightning.data.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer, train_tokenizer, training_sample
 from nsa_lightning.data.workers import ShardJob, tokenise_shards
+from nsa_lightning.paths import expand_path
 
 SHARD_SIZE = 2**27
 PARTS_A_SHARD = 8  # that a long file is cut in: each shard mixes parts of several places
@@ -202,6 +203,7 @@ def prepare_set(
     Raises:
         ValueError: a setting is out of its range, or a file cannot be read or written.
     """
+    output_dir = expand_path(output_dir)
     if verify:
         with TemporaryDirectory() as cache_dir:
             TokenStore(output_dir, Path(cache_dir)).verify()
@@ -225,7 +227,7 @@ def prepare_set(
         seed=seed,
         shard_size=shard_size,
     )
-    store = prepare(plan, Path(output_dir).expanduser(), num_workers)
+    store = prepare(plan, Path(output_dir), num_workers)
     print(_summary(store, plan))
     return 0
 

@@ -11,6 +11,7 @@ from nsa_kernels.settings import check_types
 from nsa_lightning.data.storage import is_url
 from nsa_lightning.data.token_store import TokenStore
 from nsa_lightning.data.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer, vocab_size_of
+from nsa_lightning.paths import expand_path
 
 Packing = Literal["sequential", "best_fit"]
 """How documents are laid in sequences."""
@@ -58,9 +59,10 @@ def open_set(setting: str, place: str, cache_dir: Path | None = None) -> TokenSt
     Raises:
         ValueError: there is none, or it is damaged.
     """
+    place = expand_path(place)
     if is_url(place):
         return TokenStore(place, cache_dir)
-    path = Path(place).expanduser()
+    path = Path(place)
     if not (path / "manifest.json").exists():
         raise SettingError(
             f"{setting} must be a set that nsa prepare has finished, got {place}: it has no manifest.json"

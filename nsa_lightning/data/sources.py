@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from nsa_kernels.errors import SettingError
 
 from nsa_lightning.data.storage import filesystem_of, is_url, open_binary, retried
+from nsa_lightning.paths import expand_path
 
 JSON_LINES = (".jsonl", ".ndjson")
 COMPRESSION = 4  # bytes of text that a byte of a compressed file is taken for
@@ -64,6 +65,7 @@ def find_files(sources: Sequence[str], include: Sequence[str] = (), exclude: Seq
     found: dict[str, SourceFile] = {}
     names: set[str] = set()
     for source in sources:
+        source = expand_path(source) if is_url(source) else source  # noqa: PLW2901
         root, files = _url_files(source) if is_url(source) else _local_files(source)
         if not files:
             raise SettingError(f"data.sources must match files, {source!r} matches none")
@@ -151,7 +153,7 @@ class _Globs:
 
 
 def _expand(pattern: str) -> str:
-    return str(Path(pattern.replace("{stdlib}", sysconfig.get_path("stdlib"))).expanduser())
+    return str(Path(expand_path(pattern.replace("{stdlib}", sysconfig.get_path("stdlib")))))
 
 
 def _path_regex(pattern: str) -> str:

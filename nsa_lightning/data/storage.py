@@ -125,8 +125,20 @@ def writable(path: Path) -> Iterator[None]:
     """Say which file the disk would not take."""
     try:
         yield
-    except OSError as error:
-        raise SettingError(f"{error.filename or path} cannot be written: {error.strerror or error}") from error
+    except Exception as error:
+        cause = _os_error(error)
+        if cause is None or isinstance(error, SettingError):
+            raise
+        named = cause.filename if cause.filename and not str(cause.filename).startswith(str(path)) else path
+        raise SettingError(f"{named} cannot be written: {cause.strerror or cause}") from error
+
+
+def _os_error(error: BaseException) -> OSError | None:
+    """The error of the system behind that of a library: torch, on a full disk, finds its file too short."""
+    found: BaseException | None = error
+    while found is not None and not isinstance(found, OSError):
+        found = found.__cause__ or found.__context__
+    return found
 
 
 def _is_lasting(error: Exception) -> bool:

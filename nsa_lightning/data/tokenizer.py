@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from nsa_lightning.data.documents import text_fraction
 from nsa_lightning.data.storage import whole_file
 from nsa_lightning.data.token_names import END_OF_TEXT_NAMES, SETTINGS, find_end_of_text, read_settings
+from nsa_lightning.paths import expand_path
 
 Result = TypeVar("Result")
 
@@ -359,7 +360,7 @@ def training_sample(texts: Iterable[str], max_characters: int = 2**25) -> list[s
 
 
 def _read_state(path: str) -> str:
-    file = Path(path).expanduser()
+    file = Path(expand_path(path))
     file = file / "tokenizer.json" if file.is_dir() else file
     try:
         return file.read_text(encoding="utf-8")

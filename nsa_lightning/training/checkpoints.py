@@ -17,6 +17,7 @@ from nsa_kernels.errors import SettingError
 from torch import Tensor
 
 from nsa_lightning.checkpoint.run_files import KEY, read_run_files
+from nsa_lightning.data.storage import writable
 from nsa_lightning.training.sharded_checkpoint import META, check_shards, read_contents, read_meta, read_whole
 
 _ABANDONED_AFTER = 3600.0
@@ -24,13 +25,22 @@ _ABANDONED_AFTER = 3600.0
 
 
 def save_file(content: Any, path: Path) -> None:
-    """Write a file that is either the old one or the new one, whole, whenever the process ends."""
+    """Write a file that is either the old one or the new one, whole, whenever the process ends.
+
+    Raises:
+        ValueError: it cannot be written; nothing is left of it.
+    """
     temporary = beside(path, "tmp")
-    with temporary.open("wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    publish(temporary, path)
+    with writable(path):
+        try:
+            with temporary.open("wb") as file:
+                torch.save(content, file)
+                file.flush()
+                os.fsync(file.fileno())
+        except Exception:
+            temporary.unlink(missing_ok=True)
+            raise
+        publish(temporary, path)
 
 
 def publish(temporary: Path, path: Path) -> None:
@@ -175,18 +185,23 @@ def consolidate(checkpoint: str, output: str) -> int:
     return 0
 
 
-def find_checkpoints(root: Path) -> list[Path]:
-    """Everything under a directory that looks like a checkpoint, complete or not, the last written first.
+def find_checkpoints(*roots: Path, below: bool = True) -> list[Path]:
+    """Everything in directories that looks like a checkpoint, complete or not, the last written first.
 
     Of directories that a save was killed in, or is writing, those that hold everything.
+
+    Args:
+        roots: the directories.
+        below: look in the directories below as well.
     """
-    found = [p for p in root.glob("**/*.ckpt*") if p.is_file() or p.suffix == ".ckpt" or (p / META).is_file()]
+    paths = [path for root in roots for path in root.glob("**/*.ckpt*" if below else "*.ckpt*")]
+    found = [p for p in paths if p.is_file() or p.suffix == ".ckpt" or (p / META).is_file()]
     return sorted(found, key=_written, reverse=True)
 
 
-def find_last(root: Path) -> Path | None:
-    """The complete checkpoint under a directory that was written last; incomplete ones are passed over, with a word."""
-    for path in find_checkpoints(root):
+def find_last(*roots: Path, below: bool = True) -> Path | None:
+    """The complete checkpoint in directories that was written last; incomplete ones are passed over, with a word."""
+    for path in find_checkpoints(*roots, below=below):
         try:
             read_summary(path)
         except SettingError as error:
@@ -196,14 +211,20 @@ def find_last(root: Path) -> Path | None:
     return None
 
 
-def find_best(root: Path) -> Path | None:
-    """The checkpoint with the best validation, as the last one under a directory knows it."""
-    last = find_last(root)
+def find_best(*roots: Path, below: bool = True) -> Path | None:
+    """The checkpoint with the best validation, as the last one in directories knows it.
+
+    A run that started from another one's checkpoint knows that one's best until its first validation: what is not in
+    the directories is not meant.
+    """
+    last = find_last(*roots, below=below)
     if last is None:
         return None
     states = read_summary(last).get("callbacks", {}).values()
     paths = [Path(state["best_model_path"]) for state in states if state.get("best_model_path")]
-    return next((path for path in paths if path.exists()), None)
+    known = {path.resolve() for path in find_checkpoints(*roots, below=below)}
+    places = [place for path in paths for place in (path, last.parent / path.name)]  # which may have been moved
+    return next((place for place in places if place.resolve() in known), None)
 
 
 def _written(path: Path) -> float:
@@ -223,7 +244,8 @@ class RunCheckpointIO(TorchCheckpointIO):
         if storage_options is not None or "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with writable(Path(path)):
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
         save_file(checkpoint, Path(path))
 
     def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from nsa_lightning.data.batch import IGNORE_INDEX, PackedBatch
 from nsa_lightning.model.initialization import materialise
 from nsa_lightning.model.loss import summed_divergence
 from nsa_lightning.model.transformer import Transformer
+from nsa_lightning.paths import expand_path
 from nsa_lightning.training.strategy import FSDP2Strategy
 
 _SETTING = "distillation.teacher"
@@ -49,8 +50,9 @@ class Distillation:
         """
         if self.teacher is None:
             return
-        rows = read_config(Path(self.teacher), _SETTING).config.vocab_size
-        WeightFiles(Path(self.teacher), _SETTING)
+        teacher = Path(expand_path(self.teacher))
+        rows = read_config(teacher, _SETTING).config.vocab_size
+        WeightFiles(teacher, _SETTING)
         if rows != vocab_size:
             raise SettingError(f"{_SETTING} must have the model's vocabulary of {vocab_size} tokens, got {rows}")
 

@@ -26,6 +26,7 @@ from nsa_lightning.model.loss import summed_cross_entropy, token_cross_entropy
 from nsa_lightning.model.recompute import Recompute
 from nsa_lightning.model.statistics import BranchStatistics
 from nsa_lightning.model.transformer import Transformer, TransformerConfig, TransformerOutput
+from nsa_lightning.paths import expand_path
 from nsa_lightning.training.checkpoints import check_same_sizes
 from nsa_lightning.training.distillation import Distillation, Teacher
 from nsa_lightning.training.metrics import LanguageModelingMetrics, LossByPosition
@@ -34,6 +35,7 @@ from nsa_lightning.training.optimizer import (
     NewParts,
     Schedule,
     WarmupCosine,
+    check_optimizer,
     frozen_groups,
     group_schedules,
     parameter_groups,
@@ -78,8 +80,10 @@ class LanguageModel(LightningModule):
             transformer = TransformerConfig.from_dict(transformer)
         check_arguments(LanguageModel.__init__, locals(), "model.")
         if init_from is not None:
+            init_from = expand_path(init_from)
             transformer = _with_its_vocabulary(transformer, Path(init_from))
         distillation.check(transformer.vocab_size)
+        check_optimizer(optimizer)
         self.save_hyperparameters({"transformer": dataclasses.asdict(transformer)})
         self.transformer_config = transformer
         self.optimizer_callable = optimizer
@@ -130,7 +134,7 @@ class LanguageModel(LightningModule):
     def on_fit_start(self) -> None:
         """Read the teacher, which training alone needs."""
         if self.distillation.teacher is not None:
-            directory = Path(self.distillation.teacher)
+            directory = Path(expand_path(self.distillation.teacher))
             self.teacher = Teacher.read(directory, self.trainer.strategy, str(self.trainer.precision))
 
     def on_fit_end(self) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from nsa_kernels.errors import SettingError
 from nsa_kernels.settings import check_arguments, check_types
 from torch import nn
@@ -61,6 +62,23 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
             undecayed = not (name.endswith("weight") and parameter.ndim >= 2)
             groups[2 * is_new_part(name) + undecayed]["params"].append(parameter)
     return [group for group in groups if group["params"]]
+
+
+def check_optimizer(create: Callable[[Any], Optimizer]) -> None:
+    """Refuse settings that the optimizer refuses or with which it would not train, before anything is read.
+
+    Raises:
+        ValueError: naming the setting, or with torch's words.
+    """
+    try:
+        optimizer = create([{"params": [nn.Parameter(torch.zeros(2, 2))], "name": "decayed"}])
+    except ValueError as error:
+        raise SettingError(f"model.optimizer: {str(error)[:1].lower()}{str(error)[1:]}") from error
+    for name, least in {"lr": "above 0", "weight_decay": "at least 0", "momentum": "at least 0"}.items():
+        for value in (group[name] for group in optimizer.param_groups if group.get(name) is not None):
+            number = float(value)
+            if not (number > 0 if name == "lr" else number >= 0) or number == float("inf"):
+                raise SettingError(f"model.optimizer.{name} must be {least} and finite, got {number:g}")
 
 
 def scale_new_parts(optimizer: Optimizer, new_parts: NewParts) -> None:

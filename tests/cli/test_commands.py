@@ -1,7 +1,6 @@
 """The `nsa` command as a user types it; every mistake ends in one line that names it."""
 
 import json
-import logging
 import os
 import re
 import signal
@@ -14,78 +13,12 @@ import nsa_cli.main
 import pytest
 import torch
 import yaml
-from nsa_cli.main import main
+from support.command_line import LOGGED, SMALL, run, run_small
 
 from nsa_lightning.memory import simulated_gpu
 from nsa_lightning.model.transformer import Transformer, TransformerConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-
-SMALL = """
-trainer:
-  accelerator: cpu
-  devices: 1
-  max_steps: 3
-  enable_progress_bar: false
-  enable_model_summary: false
-  limit_val_batches: 1
-  val_check_interval: 3
-  check_val_every_n_epoch: null
-  num_sanity_val_steps: 0
-model:
-  transformer:
-    hidden_size: 16
-    num_layers: 1
-    num_heads: 2
-    num_kv_heads: 1
-    intermediate_size: 16
-    nsa: {compress_block_size: 8, compress_stride: 4, select_block_size: 8, num_selected_blocks: 4, window_size: 8}
-data:
-  tokenizer: {vocab_size: 300}
-  seq_len: 64
-  val_fraction: 0.2
-  num_workers: 0
-"""
-
-LOGGED = ("--trainer.logger", "TensorBoardLogger", "--trainer.logger.save_dir", "runs")
-
-
-@pytest.fixture
-def workplace(tmp_path, monkeypatch):
-    """An empty directory to work in, with a small config and some texts."""
-    monkeypatch.setattr(logging, "raiseExceptions", False)  # Lightning logs to the stderr of the first test, closed now
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    (tmp_path / "texts").mkdir()
-    for index in range(12):
-        (tmp_path / "texts" / f"{index}.txt").write_text(f"document {index} counts: " + " ".join(map(str, range(90))))
-    (tmp_path / "small.yaml").write_text(SMALL)
-    return tmp_path
-
-
-def run(monkeypatch, *arguments):
-    """Exit status of `nsa *arguments`."""
-    monkeypatch.setattr(sys, "argv", ["nsa", *arguments])
-    try:
-        return main()
-    except SystemExit as stop:
-        return stop.code
-
-
-def run_small(monkeypatch, command, *arguments):
-    return run(monkeypatch, command, "--config", "small.yaml", "--data.sources", '["texts"]', *arguments)
-
-
-def test_fit_writes_checkpoints_and_a_config_that_goes_on(workplace, monkeypatch, capsys):
-    assert run_small(monkeypatch, "fit", *LOGGED) == 0
-    report = capsys.readouterr().out
-    (line,) = [line for line in report.splitlines() if line.startswith("train on")]
-    _, *arguments = line.removeprefix("train on").split()
-    assert arguments[0] == "fit"
-    assert run(monkeypatch, *arguments) == 0
-    assert "bits per byte" in capsys.readouterr().out
-    assert list(workplace.glob("runs/**/last.ckpt"))
-    assert not list(workplace.rglob("*.tmp"))
 
 
 def test_validate_and_predict_read_what_fit_wrote(workplace, monkeypatch, capsys):
@@ -254,7 +187,9 @@ def test_a_run_that_is_told_to_stop_saves_and_does_not_look_finished(workplace, 
     assert run.returncode == status
     (path,) = workplace.glob("runs/**/last.ckpt")
     assert torch.load(path, weights_only=True)["global_step"] >= 3
-    assert printed.endswith(f"--ckpt_path {path.relative_to(workplace)}\n")  # of the command that goes on
+    command, words = printed.splitlines()[-2:]
+    assert command.endswith(f"--ckpt_path {path.relative_to(workplace)}")  # of the command that goes on
+    assert "along the same schedule" in words
 
 
 def test_a_key_that_does_not_exist_in_a_config_is_named(workplace, monkeypatch, capsys):

@@ -1,5 +1,6 @@
 """Checkpoints: the best by validation, and the last step of the run whatever ended it."""
 
+from datetime import timedelta
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -7,6 +8,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from nsa_kernels.errors import SettingError
 
+from nsa_lightning.paths import expand_path
 from nsa_lightning.training.callbacks.stop_signals import StopRequested, StopSignals
 
 
@@ -23,11 +25,36 @@ class RunCheckpoint(ModelCheckpoint):
     """
 
     def __init__(self, *args: Any, last_every_n_steps: int | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+        dirpath, *others = args or (kwargs.pop("dirpath", None),)
+        super().__init__(dirpath if dirpath is None else expand_path(str(dirpath)), *others, **kwargs)
         if last_every_n_steps is not None and last_every_n_steps < 1:
             raise SettingError(f"checkpoint.last_every_n_steps must be at least 1, got {last_every_n_steps}")
+        interval = self._train_time_interval
+        if interval is not None and interval <= timedelta():
+            raise SettingError(f"checkpoint.train_time_interval must be above 0, got {interval}")
         self.last_every_n_steps = last_every_n_steps
+        self.given_dirpath = (
+            None if self.dirpath is None else str(self.dirpath)
+        )  # Lightning fills it in where it is not
         self._signals = StopSignals()
+        self._trains = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find the directory of the checkpoints; a measurement writes none."""
+        self._trains = stage == "fit"
+        if self._trains:
+            super().setup(trainer, pl_module, stage)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the best checkpoint of a run that goes on, and in the same directory all that are kept.
+
+        A run that goes on in another directory, as every version does, keeps its own best ones there.
+        """
+        if self._trains:
+            same = self.dirpath == state_dict.get("dirpath", self.dirpath)
+            super().load_state_dict(
+                state_dict if same else self.state_dict() | {"best_model_path": state_dict["best_model_path"]}
+            )
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Watch for signals from the first batch on."""

@@ -41,8 +41,12 @@ class Continuations(Callback):
         path: str | None = None,
     ) -> None:
         check_arguments(Continuations.__init__, locals(), "generate.")
-        for name, value in (("prompt_tokens", prompt_tokens), ("batch_size", batch_size)):
-            if value < 1:
+        for name, value in {
+            "max_new_tokens": max_new_tokens,
+            "prompt_tokens": prompt_tokens,
+            "batch_size": batch_size,
+        }.items():
+            if value is not None and value < 1:
                 raise SettingError(f"generate.{name} must be at least 1, got {value}")
         self.stop = StopConfig(max_new_tokens=max_new_tokens) if max_new_tokens is not None else None
         self.prompt_tokens, self.sampling, self.batch_size, self.path = prompt_tokens, sampling, batch_size, path

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from nsa_kernels.errors import SettingError
+from nsa_kernels.settings import check_arguments
 from torch import Tensor
 
 from nsa_lightning.data.batch import IGNORE_INDEX, PackedBatch
@@ -35,6 +36,7 @@ class CopyProbe(Callback):
     """
 
     def __init__(self, lengths: list[int] | None = None, num_documents: int = 2, seed: int = 0) -> None:
+        check_arguments(CopyProbe.__init__, locals(), "copy_probe.")
         if lengths is not None and (not lengths or min(lengths) < 2):
             raise SettingError(f"copy_probe.lengths must be one or more numbers of at least 2, got {lengths}")
         if num_documents < 1:
@@ -115,4 +117,6 @@ def _packed(documents: Sequence[Tensor]) -> PackedBatch:
     targets = tokens.roll(-1).index_fill(0, ends - 1, IGNORE_INDEX)
     positions = torch.cat([torch.arange(len(document)) for document in documents])
     cu_seqlens = torch.cat([ends.new_zeros(1), ends]).int()
-    return PackedBatch(tokens, targets, positions, cu_seqlens, len(tokens), torch.tensor(0))
+    return PackedBatch(
+        tokens, targets, positions, cu_seqlens, len(tokens), torch.zeros(len(documents), dtype=torch.int64)
+    )

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from nsa_kernels.errors import SettingError
 from nsa_kernels.packing import document_index
 from torch import Tensor
 
@@ -26,6 +27,8 @@ class DocumentScores(Callback):
     """
 
     def __init__(self, path: str | None = None, preview_characters: int = 60) -> None:
+        if preview_characters < 0:
+            raise SettingError(f"document_scores.preview_characters must be at least 0, got {preview_characters}")
         self.path, self.preview_characters = path, preview_characters
         self._lines: list[str] = []
 

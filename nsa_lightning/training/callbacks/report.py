@@ -1,36 +1,46 @@
 """The last words of a fit: how good the model is, where it is, how to look at it and how to go on."""
 
+import math
 import shlex
+import time
 from pathlib import Path
+from typing import Any
 
+import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from nsa_lightning.data.datamodule import PackedTextDataModule
+from nsa_lightning.paths import relative
 from nsa_lightning.training.callbacks.stop_signals import StopRequested
+from nsa_lightning.training.module import LanguageModel
+from nsa_lightning.training.optimizer import group_schedules
+from nsa_lightning.training.run_directory import CONFIG, run_directory
 
 
 class FitReport(Callback):
-    """Print the validation result beside a unigram model's, the best checkpoint and two commands to copy."""
+    """Print the validation result beside a unigram model's, the best checkpoint and commands to copy."""
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Print after the last checkpoint is written, and only if training got somewhere."""
-        log_dir = trainer.log_dir  # asks the other ranks, so on every rank
         if stage == "fit":
-            self._print(trainer, log_dir, f" --trainer.max_steps {2 * trainer.global_step}")
+            self._print(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Print where a run is and how it goes on that was told to stop and has saved its step."""
         if isinstance(exception, StopRequested):
-            self._print(trainer, trainer.log_dir, "")  # every rank has stopped
+            self._print(trainer, pl_module)  # every rank has stopped
 
-    def _print(self, trainer: Trainer, log_dir: str | None, more_steps: str) -> None:
+    def _print(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        directory, log_dir = run_directory(trainer), trainer.log_dir  # they ask the other ranks, so on every rank
         if trainer.global_step > 0 and trainer.is_global_zero:
-            lines = self._lines(trainer, log_dir, more_steps)
+            lines = self._lines(trainer, pl_module, directory, log_dir)
             print("\n" + "\n".join(f"{name:<18}{text}" for name, text in lines), flush=True)
 
-    def _lines(self, trainer: Trainer, log_dir: str | None, more_steps: str) -> list[tuple[str, str]]:
+    def _lines(
+        self, trainer: Trainer, pl_module: LightningModule, directory: Path, log_dir: str | None
+    ) -> list[tuple[str, str]]:
         lines = _validation(trainer)
         checkpoint = trainer.checkpoint_callback
         best = checkpoint.best_model_path if isinstance(checkpoint, ModelCheckpoint) else ""
@@ -39,10 +49,58 @@ class FitReport(Callback):
             lines.append(("best checkpoint", _relative(best)))
         if log_dir and any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers):
             lines.append(("look at it", f"tensorboard --logdir {_relative(log_dir)}"))
-        if last and log_dir and Path(log_dir, "config.yaml").exists():
-            command = f"nsa fit --config {_relative(Path(log_dir, 'config.yaml'))} --ckpt_path {_relative(last)}"
-            lines.append(("train on", f"{command}{more_steps}"))
+        if last and (directory / CONFIG).exists():
+            options, words = _train_on(trainer, pl_module, directory / CONFIG)
+            command = f"nsa fit --config {_relative(directory / CONFIG)} --ckpt_path {_relative(last)}"
+            lines += [("train on", f"{command}{options}"), ("", words)]
         return lines
+
+
+def _train_on(trainer: Trainer, pl_module: LightningModule, config: Path) -> tuple[str, str]:
+    """The options with which a run trains on, and what its learning rate does then."""
+    done, total = trainer.global_step, trainer.max_steps
+    if done < total:
+        options, words = "", f"goes on at step {done} of {total}, along the same schedule"
+        more_time = _more_time(trainer)
+        if more_time is not None and _setting(config, "max_time") is not None:
+            options += f" --trainer.max_time {more_time}"
+            words += "; trainer.max_time counts from the first start: this is the same time again"
+        if trainer.max_epochs not in (None, -1) and trainer.current_epoch >= trainer.max_epochs:
+            options += " --trainer.max_epochs -1"
+        return options, words
+    options = f" --trainer.max_steps {2 * done}"
+    words = f"the schedule has ended with step {done}"
+    if isinstance(pl_module, LanguageModel):
+        now, then = (_rate(trainer, pl_module, *step) for step in ((done - 1, total), (done, 2 * done)))
+        if now != then:
+            change = "raises" if then > now else "lowers"
+            words += f"; one of {2 * done} steps {change} the learning rate again, from {now:.3g} to {then:.3g}"
+    return options, words
+
+
+def _rate(trainer: Trainer, module: LanguageModel, step: int, total_steps: int) -> float:
+    """The learning rate of the first parameter group in a step of a run."""
+    optimizer = trainer.optimizers[0]
+    factor = group_schedules(optimizer, module.new_parts, module.schedule, total_steps)[0](step)
+    return float(optimizer.param_groups[0]["initial_lr"] * factor)
+
+
+def _more_time(trainer: Trainer) -> str | None:
+    """The limit that gives a run as much time again as it had since its last start, if it has used up its own."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        left = callback.time_remaining() if isinstance(callback, Timer) else None
+        if left is not None and left <= 0:
+            start, end = callback.start_time(), callback.end_time() or time.monotonic()
+            seconds = math.ceil(callback.time_elapsed() + end - (start or end))
+            minutes, hours, days = seconds // 60, seconds // 3600, seconds // 86400
+            return f"{days:02}:{hours % 24:02}:{minutes % 60:02}:{seconds % 60:02}"
+    return None
+
+
+def _setting(config: Path, name: str) -> Any:
+    """A setting of the trainer, as the run's config has it."""
+    settings = yaml.safe_load(config.read_text(encoding="utf-8"))
+    return settings.get("trainer", {}).get(name)
 
 
 def _validation(trainer: Trainer) -> list[tuple[str, str]]:
@@ -62,7 +120,5 @@ def _validation(trainer: Trainer) -> list[tuple[str, str]]:
 
 
 def _relative(path: str | Path) -> str:
-    """The path as one would type it from here."""
-    path = Path(path)
-    here = Path.cwd()
-    return shlex.quote(str(path.relative_to(here) if path.is_relative_to(here) else path))
+    """The path as one would type it from here, quoted for a shell."""
+    return shlex.quote(str(relative(path)))

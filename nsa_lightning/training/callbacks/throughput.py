@@ -3,6 +3,7 @@
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ThroughputMonitor
+from nsa_kernels.errors import SettingError
 
 from nsa_lightning.data.batch import PackedBatch
 from nsa_lightning.training.strategy import ranks_a_batch
@@ -18,6 +19,8 @@ class TokenThroughput(ThroughputMonitor):
     """
 
     def __init__(self, window_size: int = 20) -> None:
+        if window_size < 2:
+            raise SettingError(f"throughput.window_size must be at least 2, got {window_size}")
         super().__init__(batch_size_fn=_num_batches, length_fn=self._num_tokens, window_size=window_size)
         self._ranks_a_batch = 1
 

@@ -1,0 +1,200 @@
+"""What all parsers of the `nsa` command share: the same types whatever was imported, and mistakes in one line."""
+
+import argparse
+import difflib
+import functools
+import json
+import operator
+import re
+import sys
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from types import UnionType
+from typing import Any, NoReturn, Union, get_args, get_origin
+
+from nsa_cli.errors import print_error
+
+_CLOSE_ENOUGH = 0.75
+"""How alike a name must be to be suggested in the place of an unknown one, by `difflib`."""
+_LINK_FAILURE = re.compile(r"^Call to compute_fn of link .*? failed: ", re.DOTALL)
+_UNKNOWN_KEY = re.compile(r"(?:Group '(?P<group>[^']+)' does not accept option|accept option|Option) '(?P<key>[^']+)'")
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Mixed into a parser of jsonargparse.
+
+    jsonargparse makes the parsers of nested classes of the same class, and copies `add_argument` to its groups.
+    """
+
+    def add_argument(self, *args: Any, **kwargs: Any) -> Any:
+        """Add an argument whose number is an int where it can be one."""
+        action = super().add_argument(*args, **kwargs)  # which has the type, as jsonargparse reads it
+        if hasattr(action, "_typehint"):
+            action._typehint = with_int_first(action._typehint)
+        return action
+
+    def parse_args(self, args: Sequence[str] | None = None, *more: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """Parse, with lists written as `--lengths 8192 16384` too."""
+        words = list(sys.argv[1:] if args is None else args)
+        return super().parse_args(join_lists(words, self._types(), self._options()), *more, **kwargs)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print the message in one line, with the name that was probably meant, and exit with status 2."""
+        print_error(self._command, one_line(message) + self._suggestion(message))
+        sys.exit(2)
+
+    @property
+    def _command(self) -> str:
+        return sys.argv[1]
+
+    def _parsers(self) -> Iterable["OneLineParser"]:
+        """This one and those of its subcommands."""
+        yield self
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                yield from dict.fromkeys(action.choices.values())
+
+    def _types(self) -> dict[str, Any]:
+        """The types of settings by their flags."""
+        actions = [action for parser in self._parsers() for action in parser._actions]
+        return {flag: getattr(action, "_typehint", None) for action in actions for flag in action.option_strings}
+
+    def _options(self) -> list[str]:
+        return [option for parser in self._parsers() for option in parser._option_string_actions]
+
+    def _suggestion(self, message: str) -> str:
+        """`; did you mean …?` where the message is of a setting that does not exist and another is called alike."""
+        flags = [option for option in self._options() if option.startswith("--") and not option.endswith("+")]
+        unrecognized = message.removeprefix("unrecognized arguments: ")
+        if unrecognized != message:
+            words = [word.partition("=")[0] for word in unrecognized.split() if word.startswith("--")]
+            return suggestion(words[0], flags) if words else ""
+        unknown = _UNKNOWN_KEY.search(message)
+        if unknown is None:
+            return ""
+        key = f"{unknown['group']}.{unknown['key']}" if unknown["group"] else unknown["key"]
+        return suggestion(key, [flag.removeprefix("--") for flag in flags])
+
+
+def suggestion(name: str, known: Collection[str]) -> str:
+    """`; did you mean …?` with the known name that is most like `name`, or nothing if none is.
+
+    A name without its groups is as good as with them: `max_steps` is `trainer.max_steps`.
+    """
+    found = difflib.get_close_matches(name, known, n=1, cutoff=_CLOSE_ENOUGH)
+    leaf = name.lstrip("-").rpartition(".")[2]
+    same_leaf = [each for each in known if each.lstrip("-").rpartition(".")[2] == leaf]
+    if len(same_leaf) == 1 and not (found and difflib.SequenceMatcher(None, name, found[0]).ratio() > 0.9):
+        found = same_leaf
+    return f"; did you mean {found[0]}?" if found else ""
+
+
+def with_int_first(kind: Any) -> Any:
+    """A type in which `int` comes before `float` in every union.
+
+    jsonargparse tries the members of a union in their order, and a float takes every int: 1, of batches, would become
+    1.0, of all. The order is not what the source says but what `typing` has cached: `Union[int, float]` is
+    `Union[float, int]` where another library has written that first.
+    """
+    origin, members = get_origin(kind), get_args(kind)
+    if origin not in (Union, UnionType, list, dict, tuple):
+        return kind
+    ordered = [with_int_first(member) for member in members]
+    if origin in (Union, UnionType) and {int, float} <= set(ordered):
+        ordered.remove(int)
+        ordered.insert(ordered.index(float), int)
+    if all(new is old for new, old in zip(ordered, members, strict=True)):
+        return kind
+    return functools.reduce(operator.or_, ordered) if origin in (Union, UnionType) else origin[tuple(ordered)]
+
+
+def join_lists(words: list[str], types: Mapping[str, Any], options: Collection[str]) -> list[str]:
+    """`--lengths 8192 16384` as `--lengths [8192, 16384]`, which jsonargparse reads as a list.
+
+    Args:
+        words: of the command line.
+        types: of settings, by their flags.
+        options: all flags, which end a list.
+    """
+    joined: list[str] = []
+    values: list[str] = []
+    flag: str | None = None
+    for word in [*words, "--"]:
+        if flag is not None and not word.startswith("--") and word not in options:
+            values.append(word)
+            continue
+        if flag is not None:
+            joined.extend(_as_list(values, types[flag.removesuffix("+")]))
+        joined.append(word)
+        flag, values = (word if _element(types.get(word.removesuffix("+"))) is not None else None), []
+    return joined[:-1]
+
+
+def _as_list(values: list[str], kind: Any) -> list[str]:
+    """The values of one flag as the one word that jsonargparse reads, or no word for none."""
+    only_lists = _is_list(kind)
+    if len(values) == 1 and (values[0].startswith("[") or not only_lists):
+        return values
+    if not values and not only_lists:
+        return []
+    text = [json.dumps(value) if _element(kind) is str else value for value in values]
+    return [f"[{', '.join(text)}]"]
+
+
+def _is_list(kind: Any) -> bool:
+    return get_origin(kind) in (list, Sequence)
+
+
+def _element(kind: Any) -> Any:
+    """What a list is of that a setting's type allows; None if it allows none."""
+    if _is_list(kind):
+        return get_args(kind)[0]
+    members = get_args(kind) if get_origin(kind) in (Union, UnionType) else ()
+    return next((get_args(member)[0] for member in members if _is_list(member)), None)
+
+
+def one_line(message: str) -> str:
+    """jsonargparse's words for a mistake, without its tree of everything that was tried."""
+    message = _LINK_FAILURE.sub("", message.strip())
+    key = re.match(r'Parser key "(?P<key>[^"]+)":\s*', message)
+    if key is None:
+        return " ".join(message.split())
+    rest = message[key.end() :]
+    given = re.search(r"(?:\. Got value: |\nGiven value: |\n *Given value: )(?P<value>.*)\Z", rest, re.DOTALL)
+    value = f", got {_value(given['value'])}" if given else ""
+    problems = re.findall(
+        r"Problem with given class_path '([^']+)':\s*(.*?)(?=\n *- |\n *Given value|\Z)", rest, re.DOTALL
+    )
+    if problems:
+        name, problem = problems[0]
+        return f"{key['key']}: {name}: {' '.join(problem.split())}"
+    expected = re.findall(r"Expected an? (.*?)(?=\. Got value|\n|\Z)", rest)
+    got = re.search(r"dot import path string: (\S+)", rest)
+    if expected and got and not given:
+        value = f", got {got[1]}"
+    elif not expected or not given:
+        return f"{key['key']}: {' '.join(rest.split()).removeprefix('- ')}"
+    words = [_type_name(each) for each in expected if not re.search("NoneType|^path but", each)]
+    return f"{key['key']} must be {' or '.join(dict.fromkeys(words))}{value}"
+
+
+def _value(text: str) -> str:
+    """What the user gave, of a nested setting with its name."""
+    nested = re.fullmatch(r"NestedArg\(key='(?P<key>[^']*)', val='?(?P<value>.*?)'?\)", text.strip())
+    return f"{nested['key']}={nested['value']}" if nested else " ".join(text.split())
+
+
+def _type_name(text: str) -> str:
+    """`a <class 'collections.abc.Iterable'>` in a user's words."""
+    text = re.sub(r"<class '(?:[\w]+\.)*(\w+)'>", r"\1", text)
+    if text.startswith("dot import path string"):
+        return "the name of a class"
+    literal = re.fullmatch(r"typing\.Literal\[(.*)\]", text)
+    if literal:
+        return literal[1].replace("'", "")
+    return {
+        "int": "a whole number",
+        "float": "a number",
+        "bool": "true or false",
+        "str": "text",
+        "Iterable": "a list",
+    }.get(text, text)
