@@ -30,7 +30,7 @@ def computed_as_given(function: Callable[Concatenate[Tensor, P], R]) -> Callable
     """Let autocast change nothing within a function whose first argument is a tensor."""
 
     @functools.wraps(function)
-    def call(x: Tensor, *args: P.args, **kwargs: P.kwargs) -> R:
+    def call(x: Tensor, /, *args: P.args, **kwargs: P.kwargs) -> R:
         with without_autocast(x):
             return function(x, *args, **kwargs)
 
