@@ -21,11 +21,13 @@ from nsa_kernels.primitives import (
     block_descriptor,
     ceil_div,
     dot_precision,
+    finite_part,
     load_block,
     load_rows,
     padded,
     row_addresses,
     softmax_end,
+    spoil,
     store_rows,
     tile_rows,
     wide,
@@ -43,8 +45,14 @@ def _union_part(start_ptr, mask_ptr, i, BLOCK_SIZE: tl.constexpr, KEYS: tl.const
 
 
 @triton.jit
-def _blocks_before(start_ptr, size, first_key, SLOTS: tl.constexpr, BLOCK_SIZE: tl.constexpr):
-    """How many blocks of a union, its first, end no later than `first_key`: whoever chose one sees all of it."""
+def blocks_before(
+    start_ptr, size, first_key, document_start_ptr, first, last, SLOTS: tl.constexpr, BLOCK_SIZE: tl.constexpr
+):
+    """How many blocks of a union, its first, end no later than `first_key`: whoever chose one sees all of it.
+
+    None where the queries `first` and `last` are of two documents: infinity and NaN of one must not reach the other.
+    """
+    size = tl.where(tl.load(document_start_ptr + first) == tl.load(document_start_ptr + last), size, 0)
     i = tl.arange(0, triton.next_power_of_2(SLOTS))
     start = tl.load(start_ptr + i, mask=i < size, other=first_key + 1)
     return tl.sum((start + BLOCK_SIZE - 1 <= first_key).to(tl.int32), 0)
@@ -68,7 +76,10 @@ def _add_blocks(
         chose = (mask >> query) & 1 != 0
         products = tl.dot(q, k.T, input_precision=PRECISION)
         if EDGE:
-            products = tl.where((start + tl.arange(0, KEYS))[None, :] <= key[:, None], products, HIDDEN)
+            seen = ((start + tl.arange(0, KEYS))[None, :] <= key[:, None]) & chose[:, None]
+            products = tl.where(seen, products, HIDDEN)
+            v, spoilt = finite_part(v)
+            acc = spoil(acc, seen, spoilt)
         new_max = tl.where(chose, tl.maximum(row_max, tl.max(products, 1) * scale_log2), row_max)
         p = tl.exp2(products * scale_log2 - tl.where(chose, new_max, -LOWEST)[:, None])
         shrink = tl.exp2(row_max - new_max)
@@ -81,6 +92,7 @@ def _add_blocks(
 def _forward_kernel(
     q_ptr,  # [T, H, D_QK]
     k_desc, v_desc,  # [T, H_KV, D]
+    document_start_ptr,  # [T]
     start_ptr, mask_ptr,  # [tiles, H_KV, U]
     size_ptr,  # [tiles, H_KV]
     o_ptr,  # [T, H, D_V]
@@ -103,7 +115,9 @@ def _forward_kernel(
     union, size = (tile.to(tl.int64) * H_KV + kv_head) * U, tl.load(size_ptr + tile * H_KV + kv_head)
     start_ptr, mask_ptr = start_ptr + union, mask_ptr + union
     key, query = past + token, token - tile * QUERIES
-    whole = _blocks_before(start_ptr, size, past + tile * QUERIES, QUERIES * SLOTS, BLOCK_SIZE) * (BLOCK_SIZE // KEYS)
+    first, last = tile * QUERIES, tl.minimum(tile * QUERIES + QUERIES, num_tokens) - 1
+    whole = blocks_before(start_ptr, size, past + first, document_start_ptr, first, last, QUERIES * SLOTS, BLOCK_SIZE)
+    whole *= BLOCK_SIZE // KEYS
     softmax = _add_blocks((row_max, row_sum, acc), q, k_desc, v_desc, start_ptr, mask_ptr, 0, whole, key, query,
                           kv_head, scale_log2, BLOCK_QK, BLOCK_V, BLOCK_SIZE, KEYS, False, PRECISION)  # fmt: skip
     row_max, row_sum, acc = _add_blocks(
@@ -116,20 +130,38 @@ def _forward_kernel(
 
 @triton.jit
 def add_blocks_to_dq(
-    dq, q, do, lse, delta, k_desc, v_desc, start_ptr, mask_ptr, size, token, first_token, kv_head, scale_log2,
-    BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_SIZE: tl.constexpr, KEYS: tl.constexpr,
+    dq, q, do, lse, delta, k_desc, v_desc, document_start_ptr, start_ptr, mask_ptr, size, token, first_token,
+    last_token, kv_head, scale_log2,
+    BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_SIZE: tl.constexpr, KEYS: tl.constexpr, SLOTS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add ds · k of the blocks of a tile's union to dq."""
-    for i in tl.range(0, size * (BLOCK_SIZE // KEYS)):
+    """Add ds · k of the blocks of a tile's union to dq; SLOTS are those of all its queries."""
+    whole = blocks_before(start_ptr, size, first_token, document_start_ptr, first_token, last_token, SLOTS, BLOCK_SIZE)
+    whole, end = whole * (BLOCK_SIZE // KEYS), size * (BLOCK_SIZE // KEYS)
+    dq = _add_steps_to_dq(dq, q, do, lse, delta, k_desc, v_desc, start_ptr, mask_ptr, 0, whole, token, first_token,
+                          kv_head, scale_log2, BLOCK_QK, BLOCK_V, BLOCK_SIZE, KEYS, False, PRECISION)  # fmt: skip
+    return _add_steps_to_dq(dq, q, do, lse, delta, k_desc, v_desc, start_ptr, mask_ptr, whole, end, token, first_token,
+                            kv_head, scale_log2, BLOCK_QK, BLOCK_V, BLOCK_SIZE, KEYS, True, PRECISION)  # fmt: skip
+
+
+@triton.jit
+def _add_steps_to_dq(
+    dq, q, do, lse, delta, k_desc, v_desc, start_ptr, mask_ptr, begin, stop, token, first_token, kv_head, scale_log2,
+    BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_SIZE: tl.constexpr, KEYS: tl.constexpr, EDGE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Steps [begin, stop) of a union add ds · k to dq."""
+    for i in tl.range(begin, stop):
         start, mask = _union_part(start_ptr, mask_ptr, i, BLOCK_SIZE, KEYS)
         k = load_block(k_desc, start, kv_head, KEYS, BLOCK_QK)
         v = load_block(v_desc, start, kv_head, KEYS, BLOCK_V)
         last = tl.where((mask >> (token - first_token)) & 1 != 0, token, -1)
         s = start + tl.arange(0, KEYS)
         p = tl.exp2(tl.dot(q, k.T, input_precision=PRECISION) * scale_log2 - lse[:, None])
-        p = tl.where(s[None, :] <= last[:, None], p, 0.0)
         ds = p * (tl.dot(do, v.T, input_precision=PRECISION) - delta[:, None])
+        ds = tl.where(s[None, :] <= last[:, None], ds, 0.0)
+        if EDGE:
+            k, _ = finite_part(k)  # of a key that is seen ds itself is not finite
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
     return dq
 
@@ -140,13 +172,14 @@ def _dq_kernel(
     k_desc, v_desc,  # [T, H_KV, D]
     do_ptr,  # [T, H, D_V]
     lse_ptr, delta_ptr,  # [T, H]
+    document_start_ptr,  # [T]
     start_ptr, mask_ptr,  # [tiles, H_KV, U]
     size_ptr,  # [tiles, H_KV]
     dq_ptr,  # [T, H, D_QK]
     num_tokens, scale, U,
     H_KV: tl.constexpr, GROUP: tl.constexpr, D_QK: tl.constexpr, D_V: tl.constexpr,
     BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    KEYS: tl.constexpr, PRECISION: tl.constexpr,
+    KEYS: tl.constexpr, SLOTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program computes dq of the queries of one tile and one KV head."""
     tile, kv_head = tl.program_id(0), tl.program_id(1)
@@ -158,8 +191,9 @@ def _dq_kernel(
     union = (tile.to(tl.int64) * H_KV + kv_head) * U
     size = tl.load(size_ptr + tile * H_KV + kv_head)
     dq = add_blocks_to_dq(
-        dq, q, do, lse, delta, k_desc, v_desc, start_ptr + union, mask_ptr + union, size, token, tile * QUERIES,
-        kv_head, scale * LOG2_E, BLOCK_QK, BLOCK_V, BLOCK_SIZE, KEYS, PRECISION)  # fmt: skip
+        dq, q, do, lse, delta, k_desc, v_desc, document_start_ptr, start_ptr + union, mask_ptr + union, size, token,
+        tile * QUERIES, tl.minimum(tile * QUERIES + QUERIES, num_tokens) - 1, kv_head, scale * LOG2_E,
+        BLOCK_QK, BLOCK_V, BLOCK_SIZE, KEYS, QUERIES * SLOTS, PRECISION)  # fmt: skip
     store_rows(dq_ptr, rows, exists, dq * scale, D_QK, BLOCK_QK)
 
 
@@ -197,7 +231,7 @@ def _dkv_kernel(
         for first in tl.range(begin, end, QUERIES):
             listed = first + r // GROUP
             exists = (listed < end) & (r < QUERIES * GROUP)
-            token = tl.load(token_ptr + listed, mask=exists, other=0)
+            token = tl.load(token_ptr + tl.minimum(listed, end - 1))  # of this document in rows that do not exist too
             rows = row_addresses(token, head, H_KV * GROUP)
             q, do = load_rows(q_ptr, rows, D_QK, BLOCK_QK), load_rows(do_ptr, rows, D_V, BLOCK_V)
             lse = tl.load(lse_ptr + rows, mask=exists, other=-HIDDEN) * LOG2_E  # p = 0 in rows that do not exist
@@ -275,7 +309,7 @@ def forward(
     tile = union_tile("selected_forward", q, v, block_size)
     unions = unite(block_indices, document_start, block_size, tile.queries)
     _forward_kernel[(ceil_div(T, tile.queries), H_KV)](
-        q, block_descriptor(k, tile.keys), block_descriptor(v, tile.keys), *unions, o, lse,
+        q, block_descriptor(k, tile.keys), block_descriptor(v, tile.keys), document_start, *unions, o, lse,
         T, past, scale * LOG2_E.value, unions.start.shape[-1],
         H_KV, H // H_KV, D_QK, D_V, padded(D_QK), padded(D_V), tile.queries, tile.rows, block_size, tile.keys,
         block_indices.shape[2], dot_precision(q.dtype), num_warps=tile.num_warps, num_stages=tile.num_stages,
@@ -294,10 +328,10 @@ def backward_q(
     block_indices = without_empty_slots(block_indices, k, block_size)
     unions = unite(block_indices, document_start, block_size, tile.queries)
     _dq_kernel[(ceil_div(T, tile.queries), H_KV)](
-        q, block_descriptor(k, tile.keys), block_descriptor(v, tile.keys), do, lse, delta, *unions,
+        q, block_descriptor(k, tile.keys), block_descriptor(v, tile.keys), do, lse, delta, document_start, *unions,
         dq, T, scale, unions.start.shape[-1],
         H_KV, H // H_KV, D_QK, D_V, padded(D_QK), padded(D_V), tile.queries, tile.rows, block_size, tile.keys,
-        dot_precision(q.dtype), num_warps=tile.num_warps, num_stages=tile.num_stages,
+        block_indices.shape[2], dot_precision(q.dtype), num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     return dq
 

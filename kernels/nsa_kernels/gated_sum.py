@@ -63,6 +63,7 @@ def _dq_kernel(
     compressed_o_ptr, selected_o_ptr, sliding_o_ptr,  # [T, H, D_V]
     compressed_lse_ptr, selected_lse_ptr, sliding_lse_ptr,  # [T, H]
     compressed_first_ptr, compressed_end_ptr, window_first_ptr, window_end_ptr,  # [T]
+    document_start_ptr,  # [T]
     start_ptr, mask_ptr,  # [tiles, H_KV, U]
     size_ptr,  # [tiles, H_KV]
     delta_ptr, shifted_ptr,  # float32 [3, T, H]
@@ -70,7 +71,7 @@ def _dq_kernel(
     num_tokens, U, scale,
     H_KV: tl.constexpr, GROUP: tl.constexpr, D_QK: tl.constexpr, D_V: tl.constexpr,
     BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, SLOTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program computes dq of one tile and one KV head through all branches, and what the kernels of dk, dv need."""
     tile, kv_head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
@@ -92,9 +93,10 @@ def _dq_kernel(
                             delta_ptr + branch, shifted_ptr + branch, rows, exists, D_V, BLOCK_V)  # fmt: skip
     union = (tile.to(tl.int64) * H_KV + kv_head) * U
     size = tl.load(size_ptr + tile * H_KV + kv_head)
-    dq = add_blocks_to_dq(dq, q, do, lse, delta, selected_k, selected_v, start_ptr + union, mask_ptr + union, size,
-                          token, tile * QUERIES, kv_head, scale_log2,
-                          BLOCK_QK, BLOCK_V, BLOCK_SIZE, KEYS, PRECISION)  # fmt: skip
+    dq = add_blocks_to_dq(dq, q, do, lse, delta, selected_k, selected_v, document_start_ptr, start_ptr + union,
+                          mask_ptr + union, size, token, tile * QUERIES,
+                          tl.minimum(tile * QUERIES + QUERIES, num_tokens) - 1, kv_head, scale_log2,
+                          BLOCK_QK, BLOCK_V, BLOCK_SIZE, KEYS, QUERIES * SLOTS, PRECISION)  # fmt: skip
     store_rows(dq_ptr, rows, exists, dq * scale, D_QK, BLOCK_QK)
 
 
@@ -148,10 +150,10 @@ def _gated_branches_backward(
         unions = unite(block_indices, where.document_start, block_size, tile.queries)
         _dq_kernel[(ceil_div(T, tile.queries), H_KV)](
             q, do, gates, grad_gates, *(block_descriptor(x, tile.keys) for x in pairs), *o, *lse,
-            *where.compressed_runs[:2], *where.sliding_runs[:2], *unions, delta, lse_shifted, dq,
+            *where.compressed_runs[:2], *where.sliding_runs[:2], where.document_start, *unions, delta, lse_shifted, dq,
             T, unions.start.shape[-1], scale,
             H_KV, H // H_KV, D_QK, D_V, padded(D_QK), padded(D_V), tile.queries, tile.rows, tile.keys, block_size,
-            dot_precision(q.dtype), num_warps=tile.num_warps, num_stages=tile.num_stages,
+            block_indices.shape[2], dot_precision(q.dtype), num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
     grad_compressed = run_attention.backward_kv(
         q, compressed_k, compressed_v, do, lse_shifted[0], delta[0], where.compressed_runs, scale, "compressed"

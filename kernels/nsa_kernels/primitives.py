@@ -68,6 +68,19 @@ def load_block(descriptor, first_row, head, ROWS: tl.constexpr, BLOCK_D: tl.cons
 
 
 @triton.jit
+def finite_part(x):
+    """x [N, D] with zeros for infinity and NaN, and which rows held one: 0 times it would reach those that see no x."""
+    finite = x - x == 0
+    return tl.where(finite, x, 0.0).to(x.dtype), tl.min(finite.to(tl.int32), 1) == 0
+
+
+@triton.jit
+def spoil(x, seen, spoilt):
+    """x [M, D] with NaN in the rows that see [M, N] one of the spoilt [N]."""
+    return tl.where((tl.max((seen & spoilt[None, :]).to(tl.int32), 1) != 0)[:, None], float("nan"), x)
+
+
+@triton.jit
 def softmax_step(products, v, scale_log2, row_max, row_sum, acc, PRECISION: tl.constexpr):
     """Add the keys of one block to a running softmax: products q · k [M, N], v [N, D]."""
     new_max = tl.maximum(row_max, tl.max(products, 1) * scale_log2)

@@ -8,6 +8,9 @@
 where key s is seen by the queries seen_from[s] <= t < seen_to[s]. The compressed branch has a summary as a key, the
 sliding branch a token. A gate g is folded into `lse` and `delta` (see `gated_sum.py`): all branches then read one `do`.
 
+Tiles at the edge of a run, where a mask is needed, may hold keys or queries of other documents. Infinity and NaN are
+taken out of them before a product, for 0 times those is NaN, and put where they are seen.
+
 Backward takes two passes, one over keys for dq and one over queries for dk and dv: nothing is added atomically, so
 gradients are the same in every run. Where keys are few, the second pass is cut in chunks of queries and summed.
 """
@@ -29,6 +32,7 @@ from nsa_kernels.primitives import (
     ceil_div,
     check_inputs,
     dot_precision,
+    finite_part,
     load_block,
     load_rows,
     padded,
@@ -36,6 +40,7 @@ from nsa_kernels.primitives import (
     row_sums,
     softmax_end,
     softmax_step,
+    spoil,
     store_rows,
     tile_rows,
     wide,
@@ -79,7 +84,10 @@ def _attend_run(
         scores = tl.dot(q, k.T, input_precision=PRECISION)
         if MASKED:
             s = start + tl.arange(0, KEYS)
-            scores = tl.where((s[None, :] >= first[:, None]) & (s[None, :] < end[:, None]), scores, HIDDEN)
+            seen = (s[None, :] >= first[:, None]) & (s[None, :] < end[:, None])
+            scores = tl.where(seen, scores, HIDDEN)
+            v, spoilt = finite_part(v)
+            acc = spoil(acc, seen, spoilt)
         row_max, row_sum, acc = softmax_step(scores, v, scale_log2, row_max, row_sum, acc, PRECISION)
     return row_max, row_sum, acc
 
@@ -135,10 +143,11 @@ def _add_keys_to_dq(
         k = load_block(k_desc, start, kv_head, KEYS, BLOCK_QK)
         v = load_block(v_desc, start, kv_head, KEYS, BLOCK_V)
         p = tl.exp2(tl.dot(q, k.T, input_precision=PRECISION) * scale_log2 - lse[:, None])
+        ds = p * (tl.dot(do, v.T, input_precision=PRECISION) - delta[:, None])
         if MASKED:
             s = start + tl.arange(0, KEYS)
-            p = tl.where((s[None, :] >= first[:, None]) & (s[None, :] < end[:, None]), p, 0.0)
-        ds = p * (tl.dot(do, v.T, input_precision=PRECISION) - delta[:, None])
+            ds = tl.where((s[None, :] >= first[:, None]) & (s[None, :] < end[:, None]), ds, 0.0)
+            k, _ = finite_part(k)  # of a key that is seen ds itself is not finite
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
     return dq
 
@@ -198,11 +207,18 @@ def _add_queries_to_dkv(
         q, do = load_rows(q_ptr, rows, D_QK, BLOCK_QK), load_rows(do_ptr, rows, D_V, BLOCK_V)
         lse = tl.load(lse_ptr + rows, mask=exists, other=-HIDDEN) * LOG2_E  # p = 0 in rows that do not exist
         p = tl.exp2(tl.dot(k, q.T, input_precision=PRECISION) * scale_log2 - lse[None, :])
-        if MASKED:
-            p = tl.where((token[None, :] >= seen_from[:, None]) & (token[None, :] < seen_to[:, None]), p, 0.0)
-        dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
         minus_delta = tl.broadcast_to(-tl.load(delta_ptr + rows)[None, :], p.shape)  # as a start it spares registers
-        ds = p * tl.dot(v, do.T, minus_delta, input_precision=PRECISION)
+        if MASKED:
+            sees = (token[None, :] >= seen_from[:, None]) & (token[None, :] < seen_to[:, None])
+            p = tl.where(sees, p, 0.0)
+            ds = tl.where(sees, p * tl.dot(v, do.T, minus_delta, input_precision=PRECISION), 0.0)
+            do, spoilt = finite_part(do)
+            dv = spoil(dv, sees, spoilt)
+            q, _ = finite_part(q)  # of a query that sees the key ds itself is not finite
+            dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
+        else:
+            dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
+            ds = p * tl.dot(v, do.T, minus_delta, input_precision=PRECISION)
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
     return dk, dv
 
