@@ -1,5 +1,6 @@
 """`nsa convert`: a dense Hugging Face model as an NSA model, ready to be trained on."""
 
+import shlex
 import sys
 from pathlib import Path
 
@@ -60,7 +61,8 @@ def _report(result: Conversion, output: str) -> None:
             print(f"  from {start:<8}{_words(found)}")
     for remark in result.remarks:
         print(f"note         {remark}")
-    print(f"train on     nsa fit --config {Path(output, 'continue.yaml')} --data.sources '[\"my_texts/\"]'")
+    config = shlex.quote(str(Path(output, "continue.yaml")))
+    print(f"train on     nsa fit --config {config} --data.sources my_texts/")
 
 
 def _words(losses: dict[str, float]) -> str:

@@ -1,6 +1,7 @@
 """What the user reads when a command ends in a mistake, and which errors of libraries are one."""
 
 import errno
+import os
 import sys
 import threading
 from collections.abc import Iterator
@@ -108,7 +109,7 @@ def _file(error: OSError) -> str | None:
     traceback, name = error.__traceback__, None
     while traceback is not None:
         found = traceback.tb_frame.f_locals.get("filename")
-        name = found if isinstance(found, str) else name
+        name = os.fsdecode(found) if isinstance(found, str | bytes | os.PathLike) else name
         traceback = traceback.tb_next
     return name
 

@@ -160,7 +160,7 @@ class NSACommandLine(LightningCLI):
     def after_instantiate_classes(self) -> None:
         """Find the checkpoint that a word stands for: which are the run's own, its logger knows."""
         word = self.config[self.subcommand].get("ckpt_path")
-        if word in ("best", "last"):
+        if word in ("best", "last") and self.subcommand in LightningCLI.subcommands():  # others do not read it
             logger = self.config[self.subcommand].trainer.logger
             directories = earlier_directories(self.trainer, logger)
             path = _find_checkpoint(word, directories, required=self.subcommand != "fit")

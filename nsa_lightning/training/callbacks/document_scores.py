@@ -22,7 +22,8 @@ class DocumentScores(Callback):
     share their batches the first writes.
 
     Args:
-        path: file to write; `document_scores.jsonl` in the log directory if not given.
+        path: file to write; if not given, `document_scores.jsonl` in the log directory of a logger that makes one for each
+            version, or with the run that is measured, in `predictions/` and there by the checkpoint's name.
         preview_characters: characters of the document's beginning in each line.
     """
 

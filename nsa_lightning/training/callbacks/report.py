@@ -33,22 +33,21 @@ class FitReport(Callback):
             self._print(trainer, pl_module)  # every rank has stopped
 
     def _print(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        directory, log_dir = run_directory(trainer), trainer.log_dir  # they ask the other ranks, so on every rank
+        directory = run_directory(trainer)  # asks the other ranks, so on every rank
         if trainer.global_step > 0 and trainer.is_global_zero:
-            lines = self._lines(trainer, pl_module, directory, log_dir)
+            lines = self._lines(trainer, pl_module, directory)
             print("\n" + "\n".join(f"{name:<18}{text}" for name, text in lines), flush=True)
 
-    def _lines(
-        self, trainer: Trainer, pl_module: LightningModule, directory: Path, log_dir: str | None
-    ) -> list[tuple[str, str]]:
+    def _lines(self, trainer: Trainer, pl_module: LightningModule, directory: Path) -> list[tuple[str, str]]:
         lines = _validation(trainer)
         checkpoint = trainer.checkpoint_callback
         best = checkpoint.best_model_path if isinstance(checkpoint, ModelCheckpoint) else ""
         last = checkpoint.last_model_path if isinstance(checkpoint, ModelCheckpoint) else ""
         if best:
             lines.append(("best checkpoint", _relative(best)))
-        if log_dir and any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers):
-            lines.append(("look at it", f"tensorboard --logdir {_relative(log_dir)}"))
+        boards = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+        if boards:
+            lines.append(("look at it", f"tensorboard --logdir {_relative(boards[0].log_dir)}"))
         if last and (directory / CONFIG).exists():
             options, words = _train_on(trainer, pl_module, directory / CONFIG)
             command = f"nsa fit --config {_relative(directory / CONFIG)} --ckpt_path {_relative(last)}"
