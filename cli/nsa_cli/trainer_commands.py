@@ -48,6 +48,7 @@ from nsa_lightning.training.callbacks import (
 from nsa_lightning.training.checkpoints import RunCheckpointIO, find_best, find_last, read_summary
 from nsa_lightning.training.module import LanguageModel
 from nsa_lightning.training.optimizer import ADAMW_DEFAULTS
+from nsa_lightning.training.processes import check_processes
 from nsa_lightning.training.run_directory import (
     CONFIG,
     TOKENIZER,
@@ -188,7 +189,9 @@ class NSACommandLine(LightningCLI):
         plugins = plugins if isinstance(plugins, list) else [plugins]
         if not _any_of(plugins, CheckpointIO):
             config["plugins"] = [*plugins, RunCheckpointIO()]
-        return super()._instantiate_trainer(config, callbacks)
+        trainer = super()._instantiate_trainer(config, callbacks)
+        check_processes(trainer)
+        return trainer
 
     def _parse_ckpt_path(self) -> None:
         """Model settings come from the config and the flags, never from a checkpoint."""

@@ -40,7 +40,7 @@ FITTING = [
     {"count": 0}, {"ratio": 1}, {"ratio": -2.5}, {"flag": True}, {"limit": 3}, {"limit": None}, {"kind": "b"},
     {"kinds": ["b", "a"]}, {"kinds": ("a",)}, {"kinds": []}, {"names": ["x"]}, {"one_or_more": "x"},
     {"one_or_more": ["x"]}, {"pair": [1, 2.0]}, {"steps": {0: 8}}, {"steps": {}}, {"inner": Inner(size=2)},
-    {"function": len}, {"anything": object()}, {"name": Path("x")},
+    {"function": len}, {"anything": (len, "x")}, {"name": Path("x")},
 ]  # fmt: skip
 
 
