@@ -4,7 +4,8 @@
 
 With do the gradient of out, branch b needs p · g_b · do for dv and p · (g_b · do · v - g_b · o_b · do) for dq and dk:
 the gate only scales p. It is folded into the log-sum-exp, g · p = exp(s - (lse - ln g)), and then every branch reads
-the same do, with delta_b = o_b · do, which is also the gradient of g_b.
+the same do, with delta_b = o_b · do, which is also the gradient of g_b. Gates are therefore not negative; a host that
+need not wait for the numbers refuses those that are.
 """
 
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor
 from nsa_kernels import block_attention, run_attention
 from nsa_kernels.block_attention import add_blocks_to_dq
 from nsa_kernels.block_lists import unite
+from nsa_kernels.errors import SettingError
 from nsa_kernels.geometry import NSAConfig
 from nsa_kernels.packing import BatchLayout
 from nsa_kernels.primitives import (
@@ -43,10 +45,13 @@ def _fold_gate(
     gates_ptr, grad_gates_ptr, o_ptr, do, lse_ptr, delta_ptr, shifted_ptr, rows, exists,
     D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """delta = o · do, the gate's gradient, and lse - ln(gate) of a branch; a gate of 0 shifts so far that p is 0."""
+    """delta = o · do, the gate's gradient, and lse - ln(gate) of a branch; a gate of 0 shifts so far that p is 0.
+
+    A negative gate has no logarithm: p and all gradients through it are NaN, which no run takes for a result.
+    """
     delta = tl.sum(load_rows(o_ptr, rows, D, BLOCK_D).to(tl.float32) * do.to(tl.float32), 1)
     gate = tl.load(gates_ptr + 3 * rows).to(tl.float32)
-    shifted = tl.where(gate > 0, tl.load(lse_ptr + rows) - tl.log(gate), -HIDDEN)
+    shifted = tl.where(gate == 0, -HIDDEN, tl.load(lse_ptr + rows) - tl.log(gate))
     tl.store(delta_ptr + rows, delta, mask=exists)
     tl.store(shifted_ptr + rows, shifted, mask=exists)
     tl.store(grad_gates_ptr + 3 * rows, delta.to(grad_gates_ptr.dtype.element_ty), mask=exists)
@@ -107,6 +112,11 @@ def gated_branches(
     layout: list[Tensor], block_size: int, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`gated_sum`; returns out, selected_o, selected_lse, sliding_o and sliding_lse, of which out has a gradient."""
+    if gates.device.type == "cpu" and bool((gates < 0).any()):  # on a GPU the host would wait
+        raise SettingError(
+            f"gates must be at least 0 for the triton backend, got {gates.min().item():.3g}; use the eager one, "
+            "or a sigmoid"
+        )
     where = BatchLayout(*layout)
     selected_o, selected_lse = block_attention.forward(
         q, k, v, block_indices, where.document_start, block_size, scale
@@ -225,7 +235,7 @@ def gated_sum(
         sliding_v: values of the sliding branch, [T, H_kv, D_v].
         compressed_k: block keys, [C, H_kv, D_qk].
         compressed_v: block values, [C, H_kv, D_v].
-        gates: weights in [0, 1] of the compressed, selected and sliding branch, [T, H, 3].
+        gates: weights, not negative, of the compressed, selected and sliding branch, [T, H, 3].
         block_indices: int32 [T, H_kv, n].
         compressed_o: output of the compressed branch, [T, H, D_v].
         compressed_lse: its log-sum-exp, float32 [T, H].

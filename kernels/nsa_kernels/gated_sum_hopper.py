@@ -113,7 +113,7 @@ def _fold_gate(
     """delta = o · do, the gate's gradient, and lse - ln(gate) of a branch; a gate of 0 shifts so far that p is 0."""
     delta = gl.sum(load_tile(o_ptr, rows, D).to(gl.float32) * do, 1)
     gate = gl.load(gates_ptr + 3 * rows).to(gl.float32)
-    shifted = gl.where(gate > 0, gl.load(lse_ptr + rows) - gl.log(gate), -HIDDEN)
+    shifted = gl.where(gate == 0, -HIDDEN, gl.load(lse_ptr + rows) - gl.log(gate))  # NaN where it is negative
     gl.store(delta_ptr + rows, delta, mask=exists)
     gl.store(shifted_ptr + rows, shifted, mask=exists)
     gl.store(grad_gates_ptr + 3 * rows, delta.to(grad_gates_ptr.dtype.element_ty), mask=exists)

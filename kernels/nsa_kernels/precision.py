@@ -9,7 +9,7 @@ functions too, where that runs in such a context or is compiled in one. What an 
 import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,13 +26,14 @@ def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-def computed_as_given(function: Callable[Concatenate[Tensor, P], R]) -> Callable[Concatenate[Tensor, P], R]:
-    """Let autocast change nothing within a function whose first argument is a tensor."""
+def computed_as_given(function: Callable[P, R]) -> Callable[P, R]:
+    """Let autocast change nothing within a function of queries, its first argument."""
 
     @functools.wraps(function)
-    def call(x: Tensor, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        with without_autocast(x):
-            return function(x, *args, **kwargs)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        queries: Any = args[0] if args else kwargs["q"]
+        with without_autocast(queries):
+            return function(*args, **kwargs)
 
     return call
 

@@ -1,7 +1,9 @@
 """The Triton backend on a GPU: right numbers in every dtype and shape, no wait for the device, bounded memory."""
 
+import dataclasses
 import functools
 import itertools
+import sys
 
 import pytest
 import torch
@@ -258,6 +260,79 @@ def test_checkpointing_changes_nothing(deterministic, selective):
         assert torch.equal(actual[name], value), name
     assert expected["d q"].any()
     assert recorder.count(selection) == (1 if selective else 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("kind", ["mean", "mlp"])
+def test_autocast_changes_nothing_forward_or_backward(deterministic, kind, dtype):
+    lengths, config, shape = SMALL_BATCH
+    inputs = gpu_inputs(lengths, config, shape, dtype, kind=kind)
+    for backend in ("triton", "eager"):
+        expected = attend(inputs, config, backend)
+        with torch.autocast(DEVICE, torch.float16 if dtype == torch.bfloat16 else torch.bfloat16):
+            actual = attend(inputs, config, backend)
+        for name, value in expected.items():
+            assert actual[name].dtype == value.dtype, name
+            assert torch.equal(actual[name], value), (backend, name)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"window_size": 2**31},
+        {"window_size": sys.maxsize},
+        {"select_block_size": 2**62},
+        {"compress_block_size": 2**40},
+        {"num_selected_blocks": 1000, "num_local_blocks": 900},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("shape", [(16, 2, 64, 64), (16, 2, 128, 128), (6, 2, 80, 80)], ids=str)
+def test_sizes_that_no_document_reaches_are_as_right_as_others(shape, change):
+    lengths, config, _ = SMALL_BATCH
+    config = dataclasses.replace(config, **change)
+    inputs = gpu_inputs(lengths, config, shape, torch.bfloat16, kind="mean", rotary=False)
+    assert {"out", "d q", "d v", "d gates"} <= compare(inputs, config, torch.finfo(torch.bfloat16).eps)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+@pytest.mark.parametrize("name", ["q", "k", "v", "compress_k", "compress_v", "sliding_k", "sliding_v"])
+@pytest.mark.parametrize("shape", [(6, 2, 80, 80), (7, 1, 96, 96)], ids=str)
+def test_infinity_and_nan_of_a_document_leave_the_others_as_they_are(deterministic, shape, name, value):
+    """Head dims of 64 and 128 have kernels of their own on Hopper, which multiply whole tiles at the edges."""
+    lengths, config, _ = SMALL_BATCH
+    inputs = gpu_inputs(lengths, config, shape, torch.bfloat16, kind="mean", rotary=False)
+    start, end = sum(lengths[:2]), sum(lengths[:3])
+    bad = getattr(inputs, name).detach().clone()
+    bad[start + 333] = value
+    spoilt = inputs._replace(**{name: bad.requires_grad_()})
+
+    def attended(x):
+        out = attention(x, config)["out"]
+        grad = torch.ones_like(out).where(out.isfinite(), float("nan"))
+        leaves = x.leaves()
+        return {"out": out} | dict(zip(leaves, torch.autograd.grad(out, list(leaves.values()), grad), strict=True))
+
+    expected, actual = attended(inputs), attended(spoilt)
+    for part, clean in expected.items():
+        for rows in (slice(0, start), slice(end, None)):
+            assert torch.equal(actual[part][rows], clean[rows]), part
+    assert torch.equal(actual["out"][: start + 333], expected["out"][: start + 333])
+    assert not actual["out"][start + 333 : end].isfinite().all()
+
+
+@pytest.mark.parametrize("shape", [(16, 2, 64, 64), (16, 2, 128, 128), (6, 2, 80, 80)], ids=str)
+def test_gradients_through_a_negative_gate_are_nan_and_never_wrong(shape):
+    lengths, config, _ = SMALL_BATCH
+    inputs = gpu_inputs(lengths, config, shape, torch.bfloat16, kind="mean", rotary=False)
+    gates = inputs.gates.detach().clone()
+    token = sum(lengths[:2]) + 5
+    gates[token, :, 1] = -0.5
+    actual = attend(inputs._replace(gates=gates.requires_grad_()), config, "triton")
+    assert actual["out"].isfinite().all()
+    assert actual["d q"][token].isnan().all()
+    assert actual["d v"][token].isnan().all()
+    assert actual["d q"][:token].isfinite().all()
 
 
 def test_peak_memory_is_that_of_the_inputs_the_branches_and_the_gradients():

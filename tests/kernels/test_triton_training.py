@@ -14,6 +14,7 @@ from nsa_kernels.packing import batch_layout
 from support.measured import assert_strays_at_most_twice_as_far, attend, evaluate
 from support.packings import PACKINGS, SMALL, random_inputs
 from support.recorder import OperatorRecorder
+from torch._dynamo.backends.debugging import aot_eager
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 triton_backend = pytest.importorskip("nsa_kernels.triton_backend", exc_type=ImportError)
@@ -173,6 +174,49 @@ def test_a_gate_of_zero_takes_its_branch_out_and_has_a_gradient(shut):
     assert not actual[("d compress_v", "d v", "d sliding_v")[shut]].any()
     assert actual["d gates"][-2, :, shut].all()
     assert {"out", "d q", "d gates"} <= compared
+
+
+def test_gates_above_1_have_the_gradients_of_eager():
+    inputs = small([3, 9], kind="mean")
+    inputs = inputs._replace(gates=(7 * inputs.gates).detach().requires_grad_())
+    actual = attend(inputs, RANKED, "triton")
+    plain = attend(inputs, RANKED, "eager", actual["block_indices"])
+    truth = attend(inputs.to(dtype=torch.float64), RANKED, "reference", actual["block_indices"])
+    assert {"d q", "d v"} <= assert_strays_at_most_twice_as_far(actual, plain, truth, 2e-6)
+    assert (inputs.gates > 1).any()
+
+
+def test_negative_gates_are_refused_by_the_kernels_and_taken_by_eager():
+    inputs = small([3, 9], kind="mean")
+    gates = inputs.gates.detach().clone()
+    gates[5, 1, 2] = -0.25
+    inputs = inputs._replace(gates=gates.requires_grad_())
+    with pytest.raises(ValueError, match=r"gates must be at least 0 for the triton backend, got -0\.25"):
+        run(inputs)
+    expected, actual = (attend(inputs, RANKED, backend) for backend in ("reference", "eager"))
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("compressed", ["mean", "linear", "mlp"])
+@pytest.mark.parametrize("separate", [True, False], ids=["separate", "shared"])
+def test_one_graph_takes_every_length(compressed, separate):
+    graphs = []
+
+    def counted(graph, inputs):
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
+
+    torch.compiler.reset()
+    compiled = torch.compile(lambda x: run(x)["out"], dynamic=True, fullgraph=True, backend=counted)
+    for lengths in ([3, 4, 5], [1, 7, 6], [2, 9, 12]):
+        inputs = small(lengths, kind=compressed, separate=separate)
+        leaves = list(inputs.leaves().values())
+        actual = torch.autograd.grad(compiled(inputs).square().sum(), leaves)
+        expected = torch.autograd.grad(run(inputs)["out"].square().sum(), leaves)
+        for pair in zip(actual, expected, strict=True):
+            torch.testing.assert_close(*pair, rtol=1e-5, atol=1e-5)
+    assert len(graphs) == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
