@@ -176,6 +176,7 @@ def _set_regex(characters: str) -> str:
 def _once(names: Collection[str]) -> list[str]:
     """The names in order, of those that lead to the same file its own or the first one."""
     chosen: dict[str, str] = {}
+    _real_folder.cache_clear()  # links may have changed since
     for name in sorted(names):
         real = name if is_url(name) else _real_path(name)
         if real not in chosen or name == real:
