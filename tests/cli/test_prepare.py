@@ -88,11 +88,3 @@ def test_the_help_explains_every_setting_without_importing_torch():
     text = " ".join(result.stdout.split())
     for words in "--tokenizer.vocab_size VOCAB_SIZE Number of tokens", "--shard_size SHARD_SIZE bytes of text", "s3fs":
         assert words in text
-
-
-def test_words_after_a_flag_are_its_list_to_the_next_flag():
-    from nsa_cli.function_command import _bracketed
-
-    words = ["--names", "*.c", "a b", "--numbers", "1", "2", "--names", "[x]", "--other", "y", "--names"]
-    joined = ["--names", '["*.c", "a b"]', "--numbers", "[1, 2]", "--names", "[x]", "--other", "y", "--names", "[]"]
-    assert _bracketed(words, {"--names": str, "--numbers": int}) == joined
