@@ -125,8 +125,7 @@ def _beneath_parser(error: BaseException) -> BaseException:
 
 
 def _type_names(error: BaseException) -> set[str]:
-    names = {f"{kind.__module__}.{kind.__qualname__}" for kind in type(error).__mro__}
-    return names | {"torch.OutOfMemoryError"} if type(error).__name__ == "OutOfMemoryError" else names
+    return {f"{kind.__module__}.{kind.__qualname__}" for kind in type(error).__mro__}
 
 
 def _places(error: BaseException) -> Iterator[tuple[str, str]]:

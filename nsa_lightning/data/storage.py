@@ -1,5 +1,6 @@
 """Local paths and fsspec URLs: read alike, and a URL again when reading it fails."""
 
+import errno
 import io
 import logging
 import shutil
@@ -21,6 +22,8 @@ Result = TypeVar("Result")
 
 PAUSES = (1.0, 4.0, 16.0)
 """Seconds to wait before a URL is read again; after the last attempt reading it has failed."""
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 
 READ_AHEAD = 2**22  # bytes of a URL that are asked for at once
 
@@ -126,17 +129,17 @@ def writable(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        cause = _os_error(error)
+        cause = error if isinstance(error, OSError) else _full_disk(error)
         if cause is None or isinstance(error, SettingError):
             raise
         named = cause.filename if cause.filename and not str(cause.filename).startswith(str(path)) else path
         raise SettingError(f"{named} cannot be written: {cause.strerror or cause}") from error
 
 
-def _os_error(error: BaseException) -> OSError | None:
+def _full_disk(error: BaseException) -> OSError | None:
     """The error of the system behind that of a library: torch, on a full disk, finds its file too short."""
     found: BaseException | None = error
-    while found is not None and not isinstance(found, OSError):
+    while found is not None and not (isinstance(found, OSError) and found.errno in _FULL):
         found = found.__cause__ or found.__context__
     return found
 

@@ -11,6 +11,7 @@ from nsa_cli.errors import user_message
 from nsa_kernels.errors import SettingError
 from support.command_line import LOGGED, run_small
 
+from nsa_lightning.data.storage import writable
 from nsa_lightning.training.callbacks import Continuations, DocumentScores, LossGuard, RunCheckpoint, TokenThroughput
 from nsa_lightning.training.checkpoints import save_file
 from nsa_lightning.training.module import LanguageModel
@@ -129,6 +130,25 @@ def test_a_run_on_a_full_disk_ends_in_one_line_without_litter(workplace, monkeyp
     assert "cannot be written: File too large" in capsys.readouterr().err.splitlines()[-1]
     assert len(list(workplace.glob("runs/**/*.ckpt"))) == 2
     assert not list(workplace.rglob("*.tmp*"))
+
+
+def test_too_little_memory_is_a_line_that_names_the_remedy():
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+    assert user_message(caught.value) == (
+        "CUDA out of memory. Tried to allocate 2 GiB; nsa memory, with the same settings, tells what a step needs"
+    )
+
+
+def test_an_error_beside_a_file_is_not_taken_for_one_of_it(tmp_path):
+    def fail():
+        try:
+            raise FileNotFoundError(errno.ENOENT, "No such file", "b")
+        except FileNotFoundError:
+            raise KeyError("c")  # noqa: B904 (a programming error)
+
+    with pytest.raises(KeyError), writable(tmp_path / "a"):
+        fail()
 
 
 def test_only_what_the_machine_or_a_library_says_of_a_file_is_a_line():

@@ -1,7 +1,10 @@
 """How settings are read from the command line and from YAML. Run in the plain environment too."""
 
+from collections.abc import Sequence
+
 import pytest
 import yaml
+from nsa_cli.parser import join_lists
 from support.command_line import SMALL, run, run_small
 
 NUMBERS = ("limit_train_batches", "limit_val_batches", "limit_test_batches", "limit_predict_batches", "overfit_batches")
@@ -110,6 +113,16 @@ def test_a_value_of_the_wrong_kind_is_refused_in_one_line(workplace, monkeypatch
     assert message in error
     assert len(error.splitlines()) == 1
     assert "Union" not in error
+
+
+def test_words_after_a_flag_are_its_list_to_the_next_flag():
+    types = {"--names": list[str], "--numbers": list[int], "--sources": Sequence[str] | str, "--other": str}
+    words = ["--names", "*.c", "a b", "--numbers", "1", "2", "--names", "[x]", "--other", "y", "--names"]
+    joined = ["--names", '["*.c", "a b"]', "--numbers", "[1, 2]", "--names", "[x]", "--other", "y", "--names", "[]"]
+    assert join_lists(words, types, ["--names"]) == joined
+    words = ["--sources", "a", "--sources", "a", "b", "--sources", "-c", "d", "--sources+", "e", "f"]
+    joined = ["--sources", "a", "--sources", '["a", "b"]', "--sources", "-c", "d", "--sources+", '["e", "f"]']
+    assert join_lists(words, types, ["-c", "--sources"]) == joined
 
 
 def test_a_small_config_names_no_unknown_setting():

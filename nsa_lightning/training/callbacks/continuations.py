@@ -29,7 +29,7 @@ class Continuations(Callback):
         prompt_tokens: tokens of the beginning; pieces that are not longer are left out.
         sampling: how tokens are drawn; the likeliest each time if not given.
         batch_size: pieces that are continued at once.
-        path: file to write; if not given, `continuations.jsonl` in the log directory of a logger that makes one for each
+        path: file to write; if not given, `continuations.jsonl` in the log directory of a logger that makes one a
             version, or with the run that is measured, in `predictions/` and there by the checkpoint's name.
     """
 

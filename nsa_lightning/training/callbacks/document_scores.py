@@ -22,7 +22,7 @@ class DocumentScores(Callback):
     share their batches the first writes.
 
     Args:
-        path: file to write; if not given, `document_scores.jsonl` in the log directory of a logger that makes one for each
+        path: file to write; if not given, `document_scores.jsonl` in the log directory of a logger that makes one a
             version, or with the run that is measured, in `predictions/` and there by the checkpoint's name.
         preview_characters: characters of the document's beginning in each line.
     """

@@ -56,7 +56,7 @@ class LossGuard(Callback):
         if max_skips < 1:
             raise SettingError(f"loss_guard.max_skips must be at least 1, got {max_skips}")
         if spike_ratio is not None and not 1 < spike_ratio < float("inf"):
-            raise SettingError(f"loss_guard.spike_ratio must be above 1 and finite, got {spike_ratio}")
+            raise SettingError(f"loss_guard.spike_ratio must be above 1, got {spike_ratio}")
         if window < _FEWEST_LOSSES:
             raise SettingError(f"loss_guard.window must be at least {_FEWEST_LOSSES}, got {window}")
         self.skip, self.max_skips, self.spike_ratio = skip, max_skips, spike_ratio
