@@ -1,6 +1,8 @@
 """`nsa memory`: what a step of `nsa fit` with the same settings takes on each GPU, before anything is allocated."""
 
 import warnings
+from pathlib import Path
+from typing import Any
 
 from jsonargparse import Namespace
 from lightning.pytorch import Trainer
@@ -15,7 +17,25 @@ from nsa_lightning.memory.settings import step_settings
 class _MemoryTrainer(Trainer):
     """Makes `memory` a command that takes what `fit` takes."""
 
-    memory = Trainer.fit
+    def memory(
+        self,
+        model: Any,
+        train_dataloaders: Any = None,
+        val_dataloaders: Any = None,
+        datamodule: Any = None,
+        ckpt_path: str | Path | None = None,
+        weights_only: bool | None = None,
+    ) -> None:
+        """Tell what a step of `nsa fit` with the same settings takes on each GPU, before anything is allocated.
+
+        Args:
+            model: as of `fit`.
+            train_dataloaders: as of `fit`.
+            val_dataloaders: as of `fit`.
+            datamodule: as of `fit`.
+            ckpt_path: read in a config of `nsa fit`; a checkpoint changes nothing about memory, and is not opened.
+            weights_only: read in a config of `nsa fit`; it changes nothing about memory.
+        """
 
 
 class MemoryCommandLine(NSACommandLine):

@@ -57,7 +57,7 @@ def step_settings(trainer: Mapping[str, Any], seq_len: int, batch_size: int, wor
         world_size: GPUs; if not given, as many as the trainer's devices and nodes, one where devices is `auto`.
 
     Raises:
-        ValueError: a strategy or a precision whose memory is not known, or no GPU.
+        ValueError: a strategy or a precision whose memory is not known, or GPUs that cannot be counted.
     """
     ranks = _world_size(trainer) if world_size is None else world_size
     if ranks < 1:
@@ -101,9 +101,26 @@ def _strategy(strategy: Any, world_size: int) -> dict[str, Any]:
 
 
 def _world_size(trainer: Mapping[str, Any]) -> int:
-    devices = trainer["devices"]
+    devices, nodes = trainer["devices"], trainer["num_nodes"]
+    count = 1 if devices == "auto" else _count(devices)
+    if count is None:
+        raise SettingError(
+            "trainer.devices must be a number of GPUs from 1 on, a list of different ones, or auto for one, "
+            f"got {devices}; world_size says how many the run has"
+        )
+    if nodes < 1:
+        raise SettingError(f"trainer.num_nodes must be at least 1, got {nodes}")
+    return count * int(nodes)
+
+
+def _count(devices: Any) -> int | None:
+    """How many GPUs a number or a list of them stands for, as Lightning reads it; none if they cannot be counted."""
+    if isinstance(devices, str):
+        try:
+            numbers = [int(part) for part in devices.split(",") if part.strip()]
+        except ValueError:
+            return None
+        devices = numbers if "," in devices or not numbers else numbers[0]
     if isinstance(devices, list):
-        devices = len(devices)
-    elif isinstance(devices, str):
-        devices = int(devices) if devices.isdigit() else 1 + devices.count(",")
-    return max(devices, 1) * trainer["num_nodes"]
+        return len(devices) if devices and min(devices) >= 0 and len(set(devices)) == len(devices) else None
+    return int(devices) if devices >= 1 else None

@@ -1,5 +1,6 @@
 """The estimate against what PyTorch really allocates; nothing is allocated for it."""
 
+import re
 from dataclasses import replace
 from unittest.mock import patch
 
@@ -16,7 +17,7 @@ from nsa_lightning.memory.estimate import estimate_memory
 from nsa_lightning.memory.meter import PARAMETERS, MemoryMeter, Place
 from nsa_lightning.memory.settings import StepSettings, step_settings
 from nsa_lightning.memory.sharded import shard_shape
-from nsa_lightning.memory.simulated_gpu import DEVICE, simulated_gpu
+from nsa_lightning.memory.simulated_gpu import DEVICE, _walk, simulated_gpu
 from nsa_lightning.memory.step import GRADIENTS, OPTIMIZER_STATE, SimulatedStep, allocate
 from nsa_lightning.model import loss
 from nsa_lightning.model.context_parallel import ContextParallel
@@ -48,7 +49,6 @@ def _every_byte(monkeypatch):
 
 
 def forward_and_backward(model, length=40):
-    """Long enough for the peak to be a block's: PyTorch's chunked loss works otherwise on a CPU than on a GPU."""
     tokens, positions = torch.zeros(length, dtype=torch.int64), torch.zeros(length, dtype=torch.int64)
     output = model(tokens, positions, cu_seqlens([length]), length)
     nats = summed_cross_entropy(output.hidden, model.output_embedding, tokens, -100)
@@ -61,6 +61,7 @@ def most_allocated(model):
     activities = [torch.profiler.ProfilerActivity.CPU]
     with (
         patch.object(torch.Tensor, "is_cuda", True),
+        patch.object(loss, "fused_walk", lambda _: _walk),
         torch.profiler.profile(activities=activities, profile_memory=True) as profile,
     ):
         forward_and_backward(model)
@@ -74,7 +75,9 @@ def most_allocated(model):
 
 @pytest.mark.usefixtures("_every_byte")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter is for machines without a GPU")
-def test_a_simulated_step_allocates_to_the_byte_what_a_real_one_does():
+def test_a_simulated_step_allocates_to_the_byte_what_a_real_one_does(monkeypatch):
+    """The peak is a block's: the loss holds few logits at once, and is not compiled."""
+    monkeypatch.setattr(loss, "_CHUNK_LOGITS", 8 * CONFIG.vocab_size)
     triton = pytest.importorskip("triton")
     config = replace(CONFIG, num_layers=1)
     real = most_allocated(Transformer(config, "block"))
@@ -237,10 +240,20 @@ def test_heads_that_cannot_be_shared_are_refused():
         estimate_memory(LanguageModel(CONFIG), shared)
 
 
-@pytest.mark.parametrize(("devices", "expected"), [(4, 8), ("4", 8), ([0, 1], 4), ("0,2,3", 6), ("auto", 2), (-1, 2)])
+@pytest.mark.parametrize(("devices", "expected"), [(4, 8), ("4", 8), ([0, 1], 4), ("0,2,3", 6), ("auto", 2), ("1,", 2)])
 def test_without_a_world_size_the_trainers_devices_count(devices, expected):
     assert step_settings(TRAINER | {"devices": devices, "num_nodes": 2}, T, 1, None).world_size == expected
     assert isinstance(settings(), StepSettings)
+
+
+@pytest.mark.parametrize("devices", [0, -1, "0", "-1", "", "two", [], [0, 0], [-1], "1,1"])
+def test_devices_that_cannot_be_counted_are_refused_by_name(devices):
+    trainer = TRAINER | {"devices": devices, "num_nodes": 2}
+    with pytest.raises(ValueError, match=re.escape(f"or auto for one, got {devices}; world_size says")):
+        step_settings(trainer, T, 1, None)
+    assert step_settings(trainer, T, 1, 3).world_size == 3
+    with pytest.raises(ValueError, match=r"trainer.num_nodes must be at least 1, got 0"):
+        step_settings(TRAINER | {"devices": 1, "num_nodes": 0}, T, 1, None)
 
 
 @pytest.mark.usefixtures("_every_byte")

@@ -20,9 +20,7 @@ def test_more_processes_than_devices_are_refused_by_name(tmp_path, monkeypatch, 
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     launcher = next(name for variable, name in NAMES.items() if variable in environment)
-    message = (
-        f"trainer.devices times trainer.num_nodes must be .* that {launcher} starts, got 1 times 1 and 2 processes"
-    )
+    message = f"trainer.devices times .* must be .* that {launcher} starts, got 1 times 1 and 2 processes"
     with pytest.raises(ValueError, match=message):
         check_processes(make_trainer(tmp_path, strategy=strategy))
     with pytest.raises(ValueError, match=r"got 2 times 2 and 2 processes"):
