@@ -124,8 +124,10 @@ def join_lists(words: list[str], types: Mapping[str, Any], options: Collection[s
             continue
         if flag is not None:
             joined.extend(_as_list(values, types[flag.removesuffix("+")]))
-        joined.append(word)
-        flag, values = (word if _element(types.get(word.removesuffix("+"))) is not None else None), []
+        name, equals, value = word.partition("=")
+        kind = types.get(name.removesuffix("+"))
+        joined.append(f"{name}={_as_list([value], kind)[0]}" if equals and _is_list(kind) else word)
+        flag, values = (word if not equals and _element(kind) is not None else None), []
     return joined[:-1]
 
 
