@@ -58,14 +58,11 @@ GEOMETRIES = {
 
 
 LARGEST = 2**62  # a power of two, as the kernels want blocks
-WINDOWS = (2**31, sys.maxsize)
 HUGE = {
-    **{f"window of {window}": replace(RANKED, window_size=window) for window in WINDOWS},
+    "window": replace(RANKED, window_size=sys.maxsize),
     "selection blocks": replace(RANKED, select_block_size=LARGEST, num_selected_blocks=3),
     "compression blocks": replace(RANKED, compress_block_size=LARGEST),
-    "every block": replace(RANKED, compress_block_size=LARGEST, compress_stride=LARGEST, select_block_size=LARGEST),
-    "selected blocks": replace(RANKED, num_selected_blocks=1000),
-    "local blocks": replace(RANKED, num_selected_blocks=1000, num_init_blocks=0, num_local_blocks=1000),
+    "selected blocks": replace(RANKED, num_selected_blocks=1000, num_local_blocks=999),
 }
 
 
@@ -177,14 +174,14 @@ def test_whole_operator_for_other_geometries(name):
 
 @pytest.mark.parametrize("name", HUGE)
 def test_sizes_that_no_document_reaches_mean_all_of_it(name):
-    config, lengths = HUGE[name], [3, 11, 1]
+    config, lengths = HUGE[name], [1, 9]
     inputs = small(lengths, config, kind="mean", rotary=False)
     compared, blocks = compare_whole(inputs, config)
     assert {"out", "d q", "d v", "d gates"} <= compared
-    assert ("d compress_k" in compared) == ("compression" not in name and "every" not in name)
+    assert ("d compress_k" in compared) == ("compression" not in name)
     assert blocks.shape[2] == config.num_selected_blocks
-    if name.startswith(("selected", "local")):
-        assert blocks[13, 0, :4].tolist() == [0, 1, 2, -1]
+    if name == "selected blocks":
+        assert blocks[9, 0, :4].tolist() == [0, 1, 2, -1]
         assert (blocks[..., 3:] == -1).all()
 
 
