@@ -112,7 +112,7 @@ def gated_branches(
     layout: list[Tensor], block_size: int, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`gated_sum`; returns out, selected_o, selected_lse, sliding_o and sliding_lse, of which out has a gradient."""
-    if gates.device.type == "cpu" and bool((gates < 0).any()):  # on a GPU the host would wait
+    if not gates.is_cuda and bool((gates < 0).any()):  # on a GPU the host would wait
         raise SettingError(
             f"gates must be at least 0 for the triton backend, got {gates.min().item():.3g}; use the eager one, "
             "or a sigmoid"

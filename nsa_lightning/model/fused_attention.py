@@ -43,7 +43,7 @@ def packed_causal_attention(
     """
     if _takes_varlen(q, v):
         return _varlen(q, k, v, (cu_seqlens, cu_seqlens), (max_seqlen, max_seqlen), window_size)
-    if q.device.type == "cpu" and not all(bool(x.sum().isfinite()) for x in (q, k, v)):
+    if not q.is_cuda and q.device.type == "cpu" and not all(bool(x.sum().isfinite()) for x in (q, k, v)):
         return eager.sliding_attention(q, k, v, cu_seqlens, window_size or len(q))[0]
     lengths = cu_seqlens.diff().tolist()
     documents = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
