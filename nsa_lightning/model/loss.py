@@ -175,4 +175,4 @@ def _compute_dtype(hidden: Tensor) -> torch.dtype:
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
     """The dtype of sums over values in `dtype`: float32, unless they are wider."""
-    return torch.promote_types(dtype, torch.float32)
+    return dtype if dtype == torch.float64 else torch.float32
