@@ -258,7 +258,8 @@ class PackedTextDataModule(L.LightningDataModule):
         self._train_state = state_dict["train"]
 
     def _check_settings(self) -> None:
-        check_origin(self.sources, self.prepared, self.mixture)
+        choice = {"data.include": self.include, "data.exclude": self.exclude}
+        check_origin(self.sources, self.prepared, self.mixture, choice)
         for name, least in {"seq_len": 2, "batch_size": 1, "seed": 0, "num_workers": 0}.items():
             if getattr(self, name) < least:
                 raise SettingError(f"data.{name} must be at least {least}, got {getattr(self, name)}")

@@ -31,11 +31,19 @@ class MixtureSet:
         check_types(self, "data.mixture: ")
 
 
-def check_origin(sources: Sequence[str], prepared: str | None, mixture: Mapping[str, MixtureSet]) -> None:
+def check_origin(
+    sources: Sequence[str], prepared: str | None, mixture: Mapping[str, MixtureSet], choice: Mapping[str, Sequence[str]]
+) -> None:
     """Refuse settings that name no text, or more than one origin of it.
 
+    Args:
+        sources: files, directories, globs and URLs.
+        prepared: a set.
+        mixture: several of them.
+        choice: patterns that choose among the files of `sources`, by the names of their settings.
+
     Raises:
-        ValueError: not exactly one of the three is set, or a weight is not above 0.
+        ValueError: not exactly one of the three is set, patterns lack `sources`, or a weight is not above 0.
     """
     settings = {"data.sources": sources, "data.prepared": prepared, "data.mixture": mixture}
     given = [name for name, value in settings.items() if value]
@@ -48,6 +56,11 @@ def check_origin(sources: Sequence[str], prepared: str | None, mixture: Mapping[
             f"exactly one of {', '.join(settings)} must be set, got {' and '.join(given)}; "
             "clear the others: data.sources with '[]', the rest with null"
         )
+    for name, patterns in choice.items():
+        if patterns and not sources:
+            raise SettingError(
+                f"{name} must be empty with {given[0]}, whose files nsa prepare has chosen, got {list(patterns)}"
+            )
     for name, each in mixture.items():
         if not 0 < each.weight < float("inf"):
             raise SettingError(f"data.mixture.{name}.weight must be a number above 0, got {each.weight}")

@@ -129,15 +129,17 @@ def writable(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        cause = error if isinstance(error, OSError) else _full_disk(error)
+        cause = system_error(error)
         if cause is None or isinstance(error, SettingError):
             raise
         named = cause.filename if cause.filename and not str(cause.filename).startswith(str(path)) else path
         raise SettingError(f"{named} cannot be written: {cause.strerror or cause}") from error
 
 
-def _full_disk(error: BaseException) -> OSError | None:
-    """The error of the system behind that of a library: torch, on a full disk, finds its file too short."""
+def system_error(error: BaseException) -> OSError | None:
+    """The error of the system, or that behind a library's: torch, on a full disk, finds its file too short."""
+    if isinstance(error, OSError):
+        return error
     found: BaseException | None = error
     while found is not None and not (isinstance(found, OSError) and found.errno in _FULL):
         found = found.__cause__ or found.__context__

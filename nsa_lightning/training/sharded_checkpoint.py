@@ -5,8 +5,10 @@ is in `meta.pt`, written last. So nothing in a directory has to be unpickled wit
 """
 
 import pickle
+import shutil
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,8 @@ from torch.distributed.checkpoint import metadata as storage
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.optim import Optimizer
+
+from nsa_lightning.data.storage import system_error
 
 META = "meta.pt"
 
@@ -59,6 +63,30 @@ class _Reader(FileSystemReader):
         contents.storage_meta = contents.storage_meta or storage.StorageMeta()
         contents.storage_meta.load_id = self.load_id
         return contents
+
+
+@contextmanager
+def saving(path: Path, temporary: Path, removes: bool) -> Iterator[None]:
+    """Say which checkpoint the disk would not take, where torch raises what failed on every rank as one error.
+
+    Args:
+        path: the checkpoint.
+        temporary: what was written of it.
+        removes: whether this rank removes that.
+
+    Raises:
+        ValueError: a rank could not write.
+    """
+    try:
+        yield
+    except BaseException as error:  # torch's own is no Exception
+        if removes:
+            shutil.rmtree(temporary, ignore_errors=True)
+        failures = error.failures.values() if isinstance(error, CheckpointException) else []
+        causes = [cause for failed, _ in failures if (cause := system_error(failed)) is not None]
+        if not causes:
+            raise
+        raise SettingError(f"{path} cannot be written: {causes[0].strerror or causes[0]}") from error
 
 
 def split(checkpoint: dict[str, Any], orders: list[Names]) -> tuple[dict[str, Tensor], dict[str, Any]]:

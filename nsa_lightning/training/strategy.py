@@ -26,7 +26,7 @@ from nsa_lightning.model.context_parallel import ContextParallel
 from nsa_lightning.model.initialization import copy_whole
 from nsa_lightning.model.transformer import Transformer
 from nsa_lightning.training.checkpoints import beside, check_same_sizes, publish, read_summary, remove, save_file
-from nsa_lightning.training.sharded_checkpoint import META, read_shards, split
+from nsa_lightning.training.sharded_checkpoint import META, read_shards, saving, split
 from nsa_lightning.training.sharding import shard_transformer
 
 
@@ -223,7 +223,8 @@ class FSDP2Strategy(ModelParallelStrategy):
             written = cast("Future[Any]", dcp.async_save(tensors, checkpoint_id=temporary, process_group=group))
             self._unfinished.append(written)
         else:
-            dcp.save(tensors, checkpoint_id=temporary)
+            with saving(path, temporary, removes=self.is_global_zero):
+                dcp.save(tensors, checkpoint_id=temporary)
         if self.is_global_zero:
             self._unfinished.append(self._background.submit(_complete, written, deepcopy(rest), temporary, path))
         if not self.async_checkpoint:
@@ -288,9 +289,10 @@ class FSDP2Strategy(ModelParallelStrategy):
 
 def _complete(written: Future[Any] | None, rest: dict[str, Any], temporary: Path, path: Path) -> None:
     """Add to the shards of all ranks what is not sharded, and put the checkpoint in its place."""
-    if written is not None:
-        written.result()  # rank 0 has the table of contents when the others have their shards
-    save_file(rest, temporary / META)
+    with saving(path, temporary, removes=True):
+        if written is not None:
+            written.result()  # rank 0 has the table of contents when the others have their shards
+        save_file(rest, temporary / META)
     publish(temporary, path)
 
 

@@ -15,6 +15,7 @@ def configs(tmp_path, monkeypatch):
         "mixture": {"mixture": {"a": {"prepared": "sets/a"}}},
         "both": {"sources": ["a"], "prepared": "sets/a"},
         "neither": {"seq_len": 9},
+        "chosen": {"sources": ["a"], "exclude": ["b"]},
     }
     for name, data in states.items():
         (tmp_path / f"{name}.yaml").write_text(json.dumps({"data": data}))
@@ -52,6 +53,22 @@ def test_the_last_place_that_names_an_origin_holds(configs, words, cleared):
     clear = {"sources": "--data.sources=[]", "prepared": "--data.prepared=null", "mixture": "--data.mixture=null"}
     given = ["fit", *words.split()]
     assert with_one_origin(given) == [*given, *(clear[name] for name in cleared.split())]
+
+
+@pytest.mark.parametrize(
+    ("words", "cleared"),
+    [
+        ("--config chosen.yaml --data.prepared x", "sources exclude"),
+        ("--config chosen.yaml --config prepared.yaml --config other.yaml", "sources exclude"),
+        ("--config chosen.yaml --data.prepared x --data.exclude b", "sources"),
+        ("--config chosen.yaml --data.sources x", ""),
+        ("--config chosen.yaml --data.include b", ""),
+        ("--data.prepared x --data.exclude b", ""),
+    ],
+)
+def test_patterns_go_with_the_sources_that_they_were_given_for(configs, words, cleared):
+    given = ["fit", *words.split()]
+    assert with_one_origin(given) == [*given, *(f"--data.{name}=[]" for name in cleared.split())]
 
 
 def test_a_config_may_be_given_as_its_text():

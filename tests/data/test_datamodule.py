@@ -210,6 +210,10 @@ def test_binary_files_are_named_or_skipped_on_request(
             "exactly one of data.sources, data.prepared, data.mixture must be set, got data.sources and",
         ),
         (
+            {"sources": [], "prepared": "set", "exclude": "*.c"},
+            "data.exclude must be empty with data.prepared, whose files nsa prepare has chosen, got ['*.c']",
+        ),
+        (
             {"sources": [], "mixture": {"a": MixtureSet(prepared="x", weight=0)}},
             "data.mixture.a.weight must be a number",
         ),
