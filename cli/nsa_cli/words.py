@@ -25,8 +25,8 @@ def read_words(words: Sequence[str], parser: ArgumentParser, verbatim: Collectio
     """Take the texts out of what was typed.
 
     A text is the word behind its option, whatever it begins with, unless that is another option of the command. A list
-    of texts takes all words up to the next option; given twice, it has the words of both. `--x` is `--x true` for a
-    switch.
+    of texts takes all words up to the next option; given twice, it has the words of both, and `[]` empties it. `--x` is
+    `--x true` for a switch.
 
     Args:
         words: behind the command's name.
@@ -59,7 +59,8 @@ def read_words(words: Sequence[str], parser: ArgumentParser, verbatim: Collectio
             continue
         while not equals and waiting and not _OPTION.match(waiting[0]):
             values.append(waiting.popleft())
-        lists.setdefault(name, []).extend(values if name in verbatim else _listed(values))
+        found = values if name in verbatim else _listed(values)
+        lists[name] = lists.get(name, []) + found if found else []
         texts[name] = lists[name]
         rest.append(f"--{name}=[]")
     return Words(rest, texts)

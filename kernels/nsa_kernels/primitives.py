@@ -77,7 +77,8 @@ def finite_part(x):
 @triton.jit
 def spoil(x, seen, spoilt):
     """x [M, D] with NaN in the rows that see [M, N] one of the spoilt [N]."""
-    return tl.where((tl.max((seen & spoilt[None, :]).to(tl.int32), 1) != 0)[:, None], float("nan"), x)
+    sees_one = tl.max((seen & spoilt[None, :]).to(tl.int32), 1) != 0
+    return x + tl.where(sees_one, float("nan"), 0.0)[:, None]  # a choice of x itself fails to compile for Blackwell
 
 
 @triton.jit

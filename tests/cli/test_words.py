@@ -92,6 +92,7 @@ def test_a_list_takes_the_words_up_to_the_next_option_and_adds_up():
     assert found["stop"] == ["[x]", "[INST]", "---"]
     assert parsed("--stop=a", "--stop=b", "--stop", "c", "d")["stop"] == ["a", "b", "c", "d"]
     assert parsed("--lengths=1", "--lengths", "2", "3")["lengths"] == [2, 3]
+    assert parsed("--files", "a", "--files", "[]", "--files", "b")["files"] == ["b"]
     assert parsed("--stop", "--chat", "--files")["stop"] == []
 
 
