@@ -54,9 +54,8 @@ def native_sparse_attention(
         q: queries with their position applied, [T, H, D_qk].
         k: keys of the selected branch, [T, H_kv, D_qk].
         v: values of the selected branch, [T, H_kv, D_v].
-        gates: branch weights, [T, H, 3]: compressed, selected, sliding; a sigmoid's, or others. The Triton kernels take
-            none below 0: on the CPU they are refused, on a GPU, where a look would wait for it, the gradients through
-            them are NaN.
+        gates: branch weights, [T, H, 3]: compressed, selected, sliding; a sigmoid's, or others. On a GPU
+            the Triton kernels give NaN as gradients through a negative one: to see it, the host would have to wait.
         cu_seqlens: document offsets, int32 [N + 1], from 0 to T.
         config: block sizes, counts and window.
         sliding_k: keys of the sliding branch, [T, H_kv, D_qk]; `k` if not given.

@@ -18,7 +18,6 @@ from torch import Tensor
 from nsa_kernels import block_attention, run_attention
 from nsa_kernels.block_attention import add_blocks_to_dq
 from nsa_kernels.block_lists import unite
-from nsa_kernels.errors import SettingError
 from nsa_kernels.geometry import NSAConfig
 from nsa_kernels.packing import BatchLayout
 from nsa_kernels.primitives import (
@@ -47,7 +46,7 @@ def _fold_gate(
 ):  # fmt: skip
     """delta = o · do, the gate's gradient, and lse - ln(gate) of a branch; a gate of 0 shifts so far that p is 0.
 
-    A negative gate has no logarithm: p and all gradients through it are NaN, which no run takes for a result.
+    A negative gate has no logarithm: p and all gradients through it would be NaN, which no run takes for a result.
     """
     delta = tl.sum(load_rows(o_ptr, rows, D, BLOCK_D).to(tl.float32) * do.to(tl.float32), 1)
     gate = tl.load(gates_ptr + 3 * rows).to(tl.float32)
@@ -112,11 +111,6 @@ def gated_branches(
     layout: list[Tensor], block_size: int, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`gated_sum`; returns out, selected_o, selected_lse, sliding_o and sliding_lse, of which out has a gradient."""
-    if not gates.is_cuda and bool((gates < 0).any()):  # on a GPU the host would wait
-        raise SettingError(
-            f"gates must be at least 0 for the triton backend, got {gates.min().item():.3g}; use the eager one, "
-            "or a sigmoid"
-        )
     where = BatchLayout(*layout)
     selected_o, selected_lse = block_attention.forward(
         q, k, v, block_indices, where.document_start, block_size, scale
@@ -141,7 +135,28 @@ def _gated_branches_backward(
     compressed_k: Tensor, compressed_v: Tensor, gates: Tensor, block_indices: Tensor,
     o: list[Tensor], lse: list[Tensor], layout: list[Tensor], block_size: int, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q, k, v, sliding_k, sliding_v, compressed_k, compressed_v and gates."""
+    """Gradients of q, k, v, sliding_k, sliding_v, compressed_k, compressed_v and gates.
+
+    All but that of the gates are linear in the gates, and the kernels take none below 0: where some are, their part is
+    computed by itself. On a GPU, where the host would have to wait to see one, its gradients are NaN.
+    """
+    keys = k, v, sliding_k, sliding_v, compressed_k, compressed_v
+    rest = block_indices, o, lse, layout, block_size, scale
+    if gates.is_cuda or not bool((gates < 0).any()):
+        return _branch_gradients(do, q, *keys, gates, *rest)
+    *above, grad_gates = _branch_gradients(do, q, *keys, gates.clamp(min=0), *rest)
+    *below, _ = _branch_gradients(do, q, *keys, (-gates).clamp(min=0), *rest)
+    dq, dk, dv, *others = (a - b for a, b in zip(above, below, strict=True))
+    sliding_dk, sliding_dv, compressed_dk, compressed_dv = others
+    return dq, dk, dv, sliding_dk, sliding_dv, compressed_dk, compressed_dv, grad_gates
+
+
+def _branch_gradients(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, sliding_k: Tensor, sliding_v: Tensor,
+    compressed_k: Tensor, compressed_v: Tensor, gates: Tensor, block_indices: Tensor,
+    o: list[Tensor], lse: list[Tensor], layout: list[Tensor], block_size: int, scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """`_gated_branches_backward` for gates that are not negative."""
     where, do = BatchLayout(*layout), do.contiguous()
     block_indices = block_attention.without_empty_slots(block_indices, k, block_size)
     (T, H, D_QK), (_, H_KV, D_V) = q.shape, v.shape
@@ -235,7 +250,7 @@ def gated_sum(
         sliding_v: values of the sliding branch, [T, H_kv, D_v].
         compressed_k: block keys, [C, H_kv, D_qk].
         compressed_v: block values, [C, H_kv, D_v].
-        gates: weights, not negative, of the compressed, selected and sliding branch, [T, H, 3].
+        gates: weights of the compressed, selected and sliding branch, [T, H, 3].
         block_indices: int32 [T, H_kv, n].
         compressed_o: output of the compressed branch, [T, H, D_v].
         compressed_lse: its log-sum-exp, float32 [T, H].
