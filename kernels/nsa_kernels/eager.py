@@ -39,16 +39,20 @@ def _scores(q: Tensor, k: Tensor, hidden: Tensor) -> Tensor:
     return torch.bmm(q, k.mT).masked_fill_(hidden, float("-inf"))
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """Softmax attention: q [B, M, D], k [B, N, D], v [B, N, D_v] -> o [B, M, D_v], lse [B, M]; no key gives 0, 0."""
+def attend(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, watchful: bool | None = None) -> tuple[Tensor, Tensor]:
+    """Softmax attention: q [B, M, D], k [B, N, D], v [B, N, D_v] -> o [B, M, D_v], lse [B, M]; no key gives 0, 0.
+
+    `watchful` says whether v may hold infinity or NaN, where the caller has looked.
+    """
     scores = _scores(q, k, hidden)
     row_max = scores.amax(-1, keepdim=True)
     row_max = row_max.masked_fill(row_max == float("-inf"), 0.0)
     p = scores.sub_(row_max).exp_()
     row_sum = p.sum(-1, keepdim=True)
     seen = row_sum != 0
-    o = torch.bmm(p, _without(v, v.isfinite()) if _may_be_infinite(v) else v).div_(row_sum.masked_fill(~seen, 1.0))
-    if _may_be_infinite(v):
+    watchful = may_be_infinite(v) if watchful is None else watchful
+    o = torch.bmm(p, _without(v, v.isfinite()) if watchful else v).div_(row_sum.masked_fill(~seen, 1.0))
+    if watchful:
         spoilt = ~(hidden | v.isfinite().all(-1).unsqueeze(1))
         o.masked_fill_(spoilt.any(-1, keepdim=True), float("nan"))
     lse = torch.where(seen, row_max + row_sum.log(), 0.0)
@@ -59,8 +63,6 @@ def _attend_backward(
     q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, lse: Tensor, delta: Tensor, grad_o: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v from the saved lse [B, M, 1] and delta = sum(o * grad_o) [B, M, 1]."""
-    if any(map(_may_be_infinite, (q, k, v, lse, delta, grad_o))):
-        return _attend_backward_of_finite_pairs(q, k, v, hidden, lse, delta, grad_o)
     p = _scores(q, k, hidden).sub_(lse).exp_()
     grad_v = torch.bmm(p.mT, grad_o)
     grad_scores = torch.bmm(grad_o, v.mT).sub_(delta).mul_(p)
@@ -91,7 +93,7 @@ def _attend_backward_of_finite_pairs(
     )
 
 
-def _may_be_infinite(x: Tensor) -> bool:
+def may_be_infinite(x: Tensor) -> bool:
     """Whether to look for infinity and NaN: a CPU knows by the sum, for another device the host would wait."""
     return x.device.type != "cpu" or not bool(x.sum().isfinite())
 
@@ -184,6 +186,7 @@ class _ChunkedAttention(torch.autograd.Function):
         dtype = torch.promote_types(q.dtype, torch.float32)
         o = q.new_empty(*q.shape[:2], v.shape[-1])
         lse = q.new_empty(q.shape[:2], dtype=dtype)
+        watchful = may_be_infinite(v)
         for queries, keys, hidden in chunks:
             num_queries = queries.stop - queries.start
             o_rows, lse_rows = attend(
@@ -191,6 +194,7 @@ class _ChunkedAttention(torch.autograd.Function):
                 chunks.take(k, keys).to(dtype),
                 chunks.take(v, keys).to(dtype),
                 chunks.for_rows(hidden, q.shape[1] // num_kv_heads),
+                watchful,
             )
             o[queries] = chunks.from_query_rows(o_rows, num_queries).to(o.dtype)
             lse[queries] = chunks.from_query_rows(lse_rows, num_queries)
@@ -213,9 +217,11 @@ class _ChunkedAttention(torch.autograd.Function):
         grad_q = torch.empty_like(q)
         grad_k, grad_v = torch.zeros_like(k, dtype=dtype), torch.zeros_like(v, dtype=dtype)
         delta = (o.to(dtype) * grad_o.to(dtype)).sum(-1)  # [T, H]
+        watchful = any(map(may_be_infinite, (q, k, v, lse, delta, grad_o)))
+        attend_backward = _attend_backward_of_finite_pairs if watchful else _attend_backward
         for queries, keys, hidden in chunks:
             num_queries = queries.stop - queries.start
-            q_part, k_part, v_part = _attend_backward(
+            q_part, k_part, v_part = attend_backward(
                 chunks.query_rows(q[queries], num_kv_heads).to(dtype) * scale,
                 chunks.take(k, keys).to(dtype),
                 chunks.take(v, keys).to(dtype),
