@@ -49,6 +49,7 @@ _KNOWN = (
     _Known("builtins.ValueError", _TRAINER_ARGUMENTS),
     _Known("builtins.TypeError", ("lightning.fabric.utilities.device_parser", "lightning.fabric.accelerators")),
     _Known("builtins.RuntimeError", ("lightning.pytorch.callbacks.early_stopping:_validate_condition_metric",)),
+    _Known("builtins.RuntimeError", ("lightning.fabric.plugins.environments.slurm:_validate_srun_variables",)),
     _Known("builtins.ModuleNotFoundError", _COMPONENTS),
     _Known("builtins.ModuleNotFoundError", ("lightning.fabric.strategies", "lightning.pytorch.strategies")),
     _Known("argparse.ArgumentError", ("jsonargparse",)),

@@ -59,6 +59,13 @@ def test_a_mistake_in_the_trainers_settings_is_one_line(workplace, monkeypatch, 
     assert "Traceback" not in error
 
 
+def test_tasks_of_slurm_that_lightning_cannot_place_are_one_line(workplace, monkeypatch, capsys):
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    monkeypatch.delenv("SLURM_NTASKS_PER_NODE", raising=False)
+    assert run_small(monkeypatch, "fit") == 2
+    assert "Use `--ntasks-per-node=2` instead" in capsys.readouterr().err.splitlines()[-1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
