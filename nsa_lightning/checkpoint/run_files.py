@@ -20,7 +20,7 @@ _NAMES = (
 _DEPTH = 3  # of a checkpoint below runs/name: version_N/checkpoints/last.ckpt
 
 
-def run_directory(checkpoint: Path) -> Path | None:
+def files_directory(checkpoint: Path) -> Path | None:
     """Where the tokenizer of the run that wrote a checkpoint lies: beside the checkpoint or one directory above it."""
     beside = checkpoint.absolute().parent
     return next((place for place in (beside, beside.parent) if (place / "tokenizer.json").is_file()), None)
@@ -28,7 +28,7 @@ def run_directory(checkpoint: Path) -> Path | None:
 
 def read_run_files(checkpoint: Path) -> dict[str, str]:
     """The files of the run that wrote a checkpoint, their texts by name; none where it lies elsewhere."""
-    directory = run_directory(checkpoint)
+    directory = files_directory(checkpoint)
     if directory is None:
         return {}
     return {name: (directory / name).read_text(encoding="utf-8") for name in _NAMES if (directory / name).is_file()}

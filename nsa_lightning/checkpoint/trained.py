@@ -11,7 +11,7 @@ from nsa_kernels.errors import SettingError
 from torch import Tensor
 
 from nsa_lightning.checkpoint.directory import read_config, transformer_config
-from nsa_lightning.checkpoint.run_files import KEY, last_of_run, run_directory, unpack
+from nsa_lightning.checkpoint.run_files import KEY, files_directory, last_of_run, unpack
 from nsa_lightning.checkpoint.weights import WeightFiles
 from nsa_lightning.model.transformer import Transformer, TransformerConfig
 
@@ -71,7 +71,7 @@ def _open_checkpoint(path: Path, setting: str) -> Trained:
     else:
         state = torch.load(path, mmap=True, weights_only=True, map_location="cpu")["state_dict"]
     unpacked = unpack(summary[KEY]) if summary.get(KEY) else None
-    directory = Path(unpacked.name) if unpacked is not None else run_directory(path)
+    directory = Path(unpacked.name) if unpacked is not None else files_directory(path)
     tokenizer = directory / "tokenizer.json" if directory is not None else None
     rope = config.rope
     reach = int((rope.original_max_seq_len or 0) * rope.factor)
