@@ -162,8 +162,9 @@ class NSACommandLine(LightningCLI):
         """Find the checkpoint that a word stands for: which are the run's own, its logger knows."""
         word = self.config[self.subcommand].get("ckpt_path")
         if word in ("best", "last") and self.subcommand in LightningCLI.subcommands():  # others do not read it
-            logger = self.config[self.subcommand].trainer.logger
-            directories = earlier_directories(self.trainer, logger)
+            setting = self.config[self.subcommand].trainer.logger
+            loggers = self._run_loggers if self.subcommand in _MEASUREMENTS else self.trainer.loggers
+            directories = earlier_directories(self.trainer, loggers, setting)
             path = _find_checkpoint(word, directories, required=self.subcommand != "fit")
             self.config[self.subcommand].ckpt_path = self.config_init[self.subcommand].ckpt_path = path
 
@@ -171,6 +172,8 @@ class NSACommandLine(LightningCLI):
         """Leave out what the trainer's own switches turn off and what a measurement does not need; write our way."""
         if self.subcommand in _MEASUREMENTS:
             loggers = config["logger"] if isinstance(config["logger"], list) else [config["logger"]]
+            default = TensorBoardLogger(config.get("default_root_dir") or Path.cwd(), "lightning_logs")  # Lightning's
+            self._run_loggers = [default if each in (True, None) else each for each in loggers if each is not False]
             kept = [each for each in loggers if not isinstance(each, TensorBoardLogger | CSVLogger | bool | None)]
             config["logger"] = kept or False  # the others would begin a version of the run with nothing in it
             self.save_config_callback = None  # that of the run stays as it is

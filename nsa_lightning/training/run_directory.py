@@ -1,13 +1,13 @@
 """Where a run keeps its files, and which directories are its own."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 from jsonargparse import Namespace
 from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 CONFIG, TOKENIZER = "config.yaml", "tokenizer.json"
 _CHECKPOINTS = "checkpoints"
@@ -41,7 +41,7 @@ def run_directory(trainer: Trainer) -> Path:
 
     Every rank calls it, once the loggers have begun.
     """
-    return Path(trainer.strategy.broadcast(str(_own_directory(trainer))))
+    return Path(trainer.strategy.broadcast(str(_own_directory(trainer, trainer.loggers))))
 
 
 def directory_of_checkpoint(checkpoint: Path) -> Path:
@@ -50,24 +50,25 @@ def directory_of_checkpoint(checkpoint: Path) -> Path:
     return directory.parent if not (directory / CONFIG).exists() and directory.name == _CHECKPOINTS else directory
 
 
-def earlier_directories(trainer: Trainer, logger: Any) -> RunDirectories:
+def earlier_directories(trainer: Trainer, loggers: Sequence[Logger], setting: Any) -> RunDirectories:
     """Where a run may have left its checkpoints when it ran before.
 
     Those of a logger are in a directory for each version, beside the versions of others. A directory is this run's if
     its config gave the logger the same names, or if the logger's settings lead there.
 
     Args:
-        trainer: of the run.
-        logger: the trainer's setting.
+        trainer: of the run, or of a measurement, which does without the run's loggers.
+        loggers: of the run.
+        setting: what the trainer's setting says of them.
     """
     dirpath = _given_dirpath(trainer)
     if dirpath is not None:
         return RunDirectories(dirpath, [dirpath])
-    own = _own_directory(trainer) / _CHECKPOINTS
-    if not trainer.loggers:
+    own = _own_directory(trainer, loggers) / _CHECKPOINTS
+    if not loggers:
         return RunDirectories(own, [own])
-    first = trainer.loggers[0]
-    root, identity = Path(first.save_dir or trainer.default_root_dir), _identity(logger)
+    first = loggers[0]
+    root, identity = Path(first.save_dir or trainer.default_root_dir), _identity(setting)
     if isinstance(first, _LOCAL):
         root = root / str(first.name)
         places = [place for place in sorted(root.glob(f"*/{_CHECKPOINTS}")) if place != own]
@@ -82,13 +83,13 @@ def _given_dirpath(trainer: Trainer) -> Path | None:
     return next((Path(path) for path in given if path is not None), None)
 
 
-def _own_directory(trainer: Trainer) -> Path:
+def _own_directory(trainer: Trainer, loggers: Sequence[Logger]) -> Path:
     dirpath = _given_dirpath(trainer)
     if dirpath is not None:
         return dirpath
-    if not trainer.loggers:
+    if not loggers:
         return Path(trainer.default_root_dir)
-    logger = trainer.loggers[0]  # as Lightning's ModelCheckpoint reads it
+    logger = loggers[0]  # as Lightning's ModelCheckpoint reads it
     version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
     return Path(logger.save_dir or trainer.default_root_dir, str(logger.name), version)
 

@@ -139,6 +139,18 @@ def test_measurements_leave_one_file_with_the_run_and_say_where(workplace, monke
     assert not [text for text in told if "dirpath has changed" in text or "FLOPs" in text]
 
 
+@pytest.mark.parametrize(
+    "logger", [LOGGED, ("--trainer.logger", "CSVLogger", *LOGGED[2:]), ("--trainer.logger", "true")]
+)
+def test_measurements_find_the_last_and_the_best_checkpoint_of_the_run(workplace, monkeypatch, messages, logger):
+    fit(monkeypatch, *logger)
+    (last,), (best,) = workplace.rglob("last.ckpt"), workplace.rglob("step*.ckpt")
+    messages.clear()
+    for word, path in (("last", last), ("best", best)):
+        assert run_small(monkeypatch, "validate", *logger, "--ckpt_path", word) == 0
+        assert (workplace / resumed(messages, word)).resolve() == path.resolve()
+
+
 def test_resuming_in_a_new_version_is_no_reason_for_a_warning(workplace, monkeypatch, recwarn, messages):
     fit(monkeypatch, *LOGGED)
     recwarn.clear()
