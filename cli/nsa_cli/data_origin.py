@@ -9,6 +9,8 @@ from pathlib import Path
 
 import yaml
 
+from nsa_lightning.paths import expand_path
+
 ORIGINS = {"--data.sources": "[]", "--data.prepared": "null", "--data.mixture": "null"}
 """The settings, each with the word that clears it."""
 
@@ -46,7 +48,7 @@ def with_one_origin(words: Sequence[str]) -> list[str]:
 def _named_by(config: str) -> set[str]:
     """What a config names of them: a file, or the text of one. What cannot be read is left to the parser."""
     try:
-        path = Path(config).expanduser()
+        path = Path(expand_path(config))
         state = yaml.safe_load(path.read_text(encoding="utf-8") if path.is_file() else config)
     except (OSError, ValueError, yaml.YAMLError):
         return set()

@@ -71,6 +71,13 @@ def test_patterns_go_with_the_sources_that_they_were_given_for(configs, words, c
     assert with_one_origin(given) == [*given, *(f"--data.{name}=[]" for name in cleared.split())]
 
 
+def test_a_config_is_found_under_the_path_that_its_variables_give(configs, tmp_path, monkeypatch):
+    monkeypatch.setenv("CONFIGS", str(tmp_path))
+    monkeypatch.chdir("/")
+    words = ["--config", "$CONFIGS/sources.yaml", "--data.prepared", "x"]
+    assert with_one_origin(words) == [*words, "--data.sources=[]"]
+
+
 def test_a_config_may_be_given_as_its_text():
     words = ["--config", "{data: {sources: [a]}}", "--data.prepared", "x"]
     assert with_one_origin(words) == [*words, "--data.sources=[]"]

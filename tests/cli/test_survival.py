@@ -41,14 +41,10 @@ TWO = ["--trainer.strategy", "fsdp2", "--trainer.devices", "2", "--data.batch_si
 
 
 @pytest.fixture
-def workplace(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    (tmp_path / "texts").mkdir()
-    for index in range(12):
-        (tmp_path / "texts" / f"{index}.txt").write_text(f"document {index} counts: " + " ".join(map(str, range(90))))
-    (tmp_path / "small.yaml").write_text(CONFIG)
-    return tmp_path
+def workplace(workplace):
+    """The usual one, with another config."""
+    (workplace / "small.yaml").write_text(CONFIG)
+    return workplace
 
 
 def run(monkeypatch, *arguments):
