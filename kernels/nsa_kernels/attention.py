@@ -11,11 +11,12 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from nsa_kernels import eager, reference
+from nsa_kernels.eager import stages as eager
 from nsa_kernels.errors import SettingError
 from nsa_kernels.geometry import CompressionWeights, NSAConfig, NSAOutput
 from nsa_kernels.packing import BatchLayout, batch_layout
 from nsa_kernels.precision import without_autocast
+from nsa_kernels.reference import stages as reference
 from nsa_kernels.rotary import apply_rotary
 
 Backend = Literal["auto", "triton", "eager", "reference"]
@@ -123,7 +124,7 @@ def stages_of(backend: Backend, q: Tensor, v: Tensor, config: NSAConfig) -> Modu
         raise SettingError(f"backend must be one of {', '.join(get_args(Backend))}, got {backend!r}")
     if backend in ("auto", "triton") and (q.is_cuda or backend == "triton"):
         if HAS_TRITON:
-            from nsa_kernels import triton_backend
+            from nsa_kernels.triton import backend as triton_backend
 
             reason = triton_backend.reason_against(q, v, config)
         else:

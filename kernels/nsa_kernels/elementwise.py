@@ -13,7 +13,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """`apply_rotary`: x [T, H, D], cosines and sines [T, R/2] -> [T, H, D]."""
     if not _by_kernel(x):
         return apply_rotary(x, cos, sin)
-    from nsa_kernels import elementwise_triton
+    from nsa_kernels.triton import elementwise as elementwise_triton
 
     return elementwise_triton.rotate(x, cos, sin)
 
@@ -22,7 +22,7 @@ def silu_product(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, [T, I] each; rounded once by the kernel."""
     if not _by_kernel(gate):
         return torch.nn.functional.silu(gate) * up
-    from nsa_kernels import elementwise_triton
+    from nsa_kernels.triton import elementwise as elementwise_triton
 
     return elementwise_triton.silu_product(gate, up)
 
@@ -32,7 +32,7 @@ def add_norm(x: Tensor, change: Tensor, weight: Tensor, eps: float) -> tuple[Ten
     if not (_by_kernel(x) and x.ndim == 2 and x.dtype == change.dtype == weight.dtype):
         total = x + change
         return total, torch.nn.functional.rms_norm(total, weight.shape, weight, eps)
-    from nsa_kernels import elementwise_triton
+    from nsa_kernels.triton import elementwise as elementwise_triton
 
     return elementwise_triton.add_norm(x, change, weight, eps)
 
@@ -41,6 +41,7 @@ def _by_kernel(x: Tensor) -> bool:
     """Whether no gradient is wanted, no compiler fuses what follows, and the kernels run on x's device."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or not (x.is_cuda and HAS_TRITON):
         return False
-    from nsa_kernels import primitives, triton_backend
+    from nsa_kernels.triton import backend as triton_backend
+    from nsa_kernels.triton import primitives
 
     return x.dtype in primitives.DTYPES and triton_backend.is_recent(x.device)

@@ -10,8 +10,9 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
-from nsa_kernels import NSAConfig, eager, native_sparse_attention
+from nsa_kernels import NSAConfig, native_sparse_attention
 from nsa_kernels.attention import Backend, stages_of
+from nsa_kernels.eager import stages as eager
 from nsa_kernels.packing import compressed_layout, document_index, document_positions
 from torch import Tensor
 

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from nsa_kernels import NSAConfig
 from nsa_kernels.attention import Backend, stages_of
-from nsa_kernels.decode import LayerCache, decode_attention, decode_dense_attention
+from nsa_kernels.decode.attention import LayerCache, decode_attention, decode_dense_attention
 from torch import Tensor
 
 from nsa_lightning.benchmark.cases import Shape

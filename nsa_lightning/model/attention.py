@@ -6,15 +6,15 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from nsa_kernels import CompressionWeights, NSAConfig, NSAOutput, native_sparse_attention
-from nsa_kernels.decode import (
+from nsa_kernels.decode.attention import (
     NewToken,
     append_tokens,
     chunk_attention,
     decode_attention,
     decode_dense_attention,
 )
-from nsa_kernels.decode_eager import started_blocks
-from nsa_kernels.eager import summarise
+from nsa_kernels.decode.eager import started_blocks
+from nsa_kernels.eager.stages import summarise
 from nsa_kernels.elementwise import rotate
 from nsa_kernels.errors import SettingError
 from nsa_kernels.packing import BatchLayout

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from nsa_kernels import NSAConfig
-from nsa_kernels.decode import LayerCache, NewTokens, StartedBlocks
+from nsa_kernels.decode.attention import LayerCache, NewTokens, StartedBlocks
 from nsa_kernels.errors import SettingError
 from torch import Tensor
 

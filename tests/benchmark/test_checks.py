@@ -2,7 +2,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from nsa_kernels import eager
+from nsa_kernels.eager import stages as eager
 from support.packings import SMALL, cu_seqlens
 
 from nsa_lightning.benchmark import checks

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from nsa_cli.main import main
-from nsa_kernels import eager
+from nsa_kernels.eager import stages as eager
 
 from nsa_lightning.benchmark import checks, measure
 from nsa_lightning.benchmark.cases import parse_shape
@@ -53,7 +53,7 @@ def test_it_prints_tables_and_writes_json_and_a_plot(bench, tmp_path, capsys):
         assert row["forward_ms"] > 0
         assert row["forward_floor_ms"] > 0
         assert (row["backward_ms"] is None) == (row["stage"] == "block_selection")
-    assert nsa[0]["implementation"] == "nsa_kernels.eager"
+    assert nsa[0]["implementation"] == "nsa_kernels.eager.stages"
 
 
 def test_rivals_are_timed_once_for_all_inputs_or_say_why_not(bench, tmp_path):

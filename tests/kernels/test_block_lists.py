@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from nsa_kernels.packing import batch_layout
 from support.packings import PACKINGS, SMALL, cu_seqlens
 
-block_lists = pytest.importorskip("nsa_kernels.block_lists", exc_type=ImportError)
+block_lists = pytest.importorskip("nsa_kernels.triton.block_lists", exc_type=ImportError)
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter is for machines without a GPU")
 
 

@@ -5,7 +5,7 @@ import torch
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
-block_selection = pytest.importorskip("nsa_kernels.block_selection", exc_type=ImportError)
+block_selection = pytest.importorskip("nsa_kernels.triton.block_selection", exc_type=ImportError)
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter is for machines without a GPU")
 
 best, FORCED = block_selection.best, block_selection.FORCED.value

@@ -7,8 +7,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nsa_kernels import NSAConfig, native_sparse_attention, reference
-from nsa_kernels.decode import (
+from nsa_kernels import NSAConfig, native_sparse_attention
+from nsa_kernels.decode.attention import (
     LayerCache,
     NewTokens,
     append_tokens,
@@ -16,6 +16,7 @@ from nsa_kernels.decode import (
     decode_attention,
     decode_dense_attention,
 )
+from nsa_kernels.reference import stages as reference
 from nsa_kernels.rotary import apply_rotary
 from support.packings import SMALL, assert_same_blocks, random_inputs
 
@@ -175,7 +176,7 @@ SHAPES = {
                                                  ("no_initial_block", "one_kv_head")])  # fmt: skip
 def test_kernels_decode_as_the_whole_document(geometry, shape, monkeypatch):
     config = GEOMETRIES[geometry]
-    monkeypatch.setattr("nsa_kernels.decode_triton._SEGMENT", 4 if geometry == "small" else 1024)
+    monkeypatch.setattr("nsa_kernels.decode.step._SEGMENT", 4 if geometry == "small" else 1024)
     config = dataclasses.replace(config, select_block_size=max(config.select_block_size, 4))
     length = 4 * config.select_block_size + config.selected_tokens + 1 + config.compress_stride + 1
     documents = [Document(length, config, dtype=torch.float32, seed=seed, **SHAPES[shape]) for seed in range(3)]
@@ -187,7 +188,7 @@ def test_kernels_decode_as_the_whole_document(geometry, shape, monkeypatch):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter is for machines without a GPU")
 @pytest.mark.parametrize("programs", [1, 3, 4, 7, 64])
 def test_chosen_blocks_may_be_divided_over_any_number_of_programs(programs, monkeypatch):
-    decode_triton = pytest.importorskip("nsa_kernels.decode_triton", exc_type=ImportError)
+    decode_triton = pytest.importorskip("nsa_kernels.decode.step", exc_type=ImportError)
     monkeypatch.setattr(decode_triton, "_TOKENS", decode_triton.Launch(programs=programs))
     config = dataclasses.replace(SMALL, num_selected_blocks=5)  # ten steps of 4 keys
     document = Document(2 * config.selected_tokens, config, dtype=torch.float32, **SHAPES["one_kv_head"])
@@ -202,7 +203,7 @@ def test_chosen_blocks_may_be_divided_over_any_number_of_programs(programs, monk
     st.lists(st.floats(0, 2, width=32), min_size=1, max_size=32), st.integers(0, 2), st.integers(3, 7), st.booleans()
 )
 def test_few_rounds_find_the_largest_and_the_first_of_equal_ones(importance, num_forced, n, many_ties):
-    decode_triton = pytest.importorskip("nsa_kernels.decode_triton", exc_type=ImportError)
+    decode_triton = pytest.importorskip("nsa_kernels.decode.step", exc_type=ImportError)
     importance = torch.tensor(importance)
     bits = (importance.round() if many_ties else importance).view(torch.int32)
     bits[:num_forced] = decode_triton.FORCED.value
@@ -251,7 +252,7 @@ def test_kernels_of_dense_attention_equal_that_of_the_whole_document(window_size
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_tile_of_keys_is_a_power_of_two_that_fits_its_stage(dtype, monkeypatch):
-    decode_parts = pytest.importorskip("nsa_kernels.decode_parts", exc_type=ImportError)
+    decode_parts = pytest.importorskip("nsa_kernels.decode.parts", exc_type=ImportError)
     monkeypatch.setattr(decode_parts, "interpreted", lambda: False)
     for qk_dim, v_dim in itertools.product((16, 64, 80, 96, 128, 192, 256), repeat=2):
         sizes = (torch.zeros(2, 4, qk_dim), torch.zeros(2, 64, 2, qk_dim), torch.zeros(2, 64, 2, v_dim))

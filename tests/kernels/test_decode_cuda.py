@@ -3,7 +3,7 @@
 import pytest
 import torch
 from nsa_kernels import NSAConfig
-from nsa_kernels.decode import (
+from nsa_kernels.decode.attention import (
     LayerCache,
     NewTokens,
     append_tokens,
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from nsa_lightning.generation.cuda_graphs import capture
 
-pytest.importorskip("nsa_kernels.decode_triton", exc_type=ImportError)
+pytest.importorskip("nsa_kernels.decode.step", exc_type=ImportError)
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(1800)]  # kernels are compiled for each shape
 
 SHAPES = {  # H, H_kv, D_qk, D_v

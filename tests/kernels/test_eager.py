@@ -4,7 +4,9 @@ import itertools
 
 import pytest
 import torch
-from nsa_kernels import NSAConfig, eager, native_sparse_attention, reference
+from nsa_kernels import NSAConfig, native_sparse_attention
+from nsa_kernels.eager import stages as eager
+from nsa_kernels.reference import stages as reference
 from support.packings import (
     PACKINGS,
     SMALL,

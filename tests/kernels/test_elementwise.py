@@ -8,7 +8,7 @@ from support.gpu import DTYPES, epsilon
 from support.measured import assert_strays_at_most_twice_as_far
 from torch import Tensor
 
-kernels = pytest.importorskip("nsa_kernels.elementwise_triton", exc_type=ImportError)
+kernels = pytest.importorskip("nsa_kernels.triton.elementwise", exc_type=ImportError)
 
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter is for machines without a GPU")
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from nsa_kernels import NSAConfig
-from nsa_kernels.decode import decode_attention
+from nsa_kernels.decode.attention import decode_attention
 from support.packings import SMALL
 from support.token_by_token import GrowingSequences
 
@@ -47,7 +47,7 @@ def test_summaries_carried_on_are_those_of_the_whole_document(config, kind):
 @pytest.mark.parametrize("kind", ["mean", "linear", "mlp"])
 @pytest.mark.parametrize("config", CONFIGS)
 def test_kernels_carry_summaries_on(config, kind, monkeypatch):
-    monkeypatch.setattr("nsa_kernels.decode_summaries_triton.TILE_NUMBERS", 256)  # so that maps take more than one tile
+    monkeypatch.setattr("nsa_kernels.decode.summaries.TILE_NUMBERS", 256)  # so that maps take more than one tile
     config = CONFIGS[config]
     case = GrowingSequences([0, config.compress_block_size - 1, 41], 8, config, WIDE, kind, 20, torch.float32)
     assert_steps(case, 8, "triton", 2e-5)

@@ -3,14 +3,14 @@
 import pytest
 import torch
 from nsa_kernels import NSAConfig
-from nsa_kernels.decode import decode_attention
+from nsa_kernels.decode.attention import decode_attention
 from support.gpu import DTYPES, epsilon, refusing_to_wait
 from support.measured import assert_strays_at_most_twice_as_far
 from support.token_by_token import GrowingSequences
 
 from nsa_lightning.generation.cuda_graphs import capture
 
-pytest.importorskip("nsa_kernels.decode_triton", exc_type=ImportError)
+pytest.importorskip("nsa_kernels.decode.step", exc_type=ImportError)
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(1800)]  # kernels are compiled for each shape
 
 SHAPES = {  # H, H_kv, D_qk, D_v, hidden units of the mlp

@@ -9,15 +9,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from nsa_kernels import NSAConfig, eager, native_sparse_attention, reference
+from nsa_kernels import NSAConfig, native_sparse_attention
+from nsa_kernels.eager import stages as eager
 from nsa_kernels.packing import document_positions
+from nsa_kernels.reference import stages as reference
 from nsa_kernels.rotary import apply_rotary
 from support.measured import Values, assert_strays_at_most_twice_as_far, attend, evaluate
 from support.packings import PACKINGS, SMALL, Inputs, assert_same_blocks, chosen_sets, cu_seqlens, random_inputs
 from torch import Tensor
 
-triton_backend = pytest.importorskip("nsa_kernels.triton_backend", exc_type=ImportError)
-tuning = pytest.importorskip("nsa_kernels.tuning", exc_type=ImportError)
+triton_backend = pytest.importorskip("nsa_kernels.triton.backend", exc_type=ImportError)
+tuning = pytest.importorskip("nsa_kernels.triton.tuning", exc_type=ImportError)
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter is for machines without a GPU")
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
@@ -209,8 +211,8 @@ def test_work_cut_in_many_parts_changes_nothing(monkeypatch):
     """Small inputs are never cut: the queries of a block in items, those of the ranking in chunks."""
     inputs = small([3, 67, 1], SMALL)
     whole = attend(inputs, SMALL, "triton")
-    monkeypatch.setattr("nsa_kernels.block_attention._ITEM_LENGTH", 8)
-    monkeypatch.setattr("nsa_kernels.block_selection._CHUNK_BYTES", 1)
+    monkeypatch.setattr("nsa_kernels.triton.block_attention._ITEM_LENGTH", 8)
+    monkeypatch.setattr("nsa_kernels.triton.block_selection._CHUNK_BYTES", 1)
     parts = attend(inputs, SMALL, "triton")
     changed = {name for name, value in whole.items() if not torch.equal(value, parts[name])}
     assert changed in ({"d k"}, {"d v"}, {"d k", "d v"})  # sums in another order

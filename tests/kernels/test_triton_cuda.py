@@ -19,7 +19,7 @@ from support.rows import dense_rows, importance_of_rows
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-triton_backend = pytest.importorskip("nsa_kernels.triton_backend", exc_type=ImportError)
+triton_backend = pytest.importorskip("nsa_kernels.triton.backend", exc_type=ImportError)
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(1800)]  # kernels are compiled for each shape
 
 DEVICE = "cuda"
@@ -251,7 +251,7 @@ def test_compiled_is_as_right_as_not_compiled():
 @pytest.mark.parametrize("selective", [False, True])
 def test_checkpointing_changes_nothing(deterministic, selective):
     inputs, config = small_batch(kind="mean", rotary=False)
-    selection = torch.ops.nsa_kernels.block_selection.default
+    selection = torch.ops.nsa_kernels.triton.block_selection.default
     options = {"context_fn": functools.partial(create_selective_checkpoint_contexts, [selection])} if selective else {}
     with OperatorRecorder() as recorder:
         actual = evaluate(lambda x: checkpoint(attention, x, config, use_reentrant=False, **options), inputs)

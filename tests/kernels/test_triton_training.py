@@ -8,8 +8,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from nsa_kernels import eager, native_sparse_attention
+from nsa_kernels import native_sparse_attention
 from nsa_kernels.attention import stages_of
+from nsa_kernels.eager import stages as eager
 from nsa_kernels.packing import batch_layout
 from support.measured import assert_strays_at_most_twice_as_far, attend, evaluate
 from support.packings import PACKINGS, SMALL, random_inputs
@@ -17,8 +18,8 @@ from support.recorder import OperatorRecorder
 from torch._dynamo.backends.debugging import aot_eager
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-triton_backend = pytest.importorskip("nsa_kernels.triton_backend", exc_type=ImportError)
-primitives = pytest.importorskip("nsa_kernels.primitives", exc_type=ImportError)
+triton_backend = pytest.importorskip("nsa_kernels.triton.backend", exc_type=ImportError)
+primitives = pytest.importorskip("nsa_kernels.triton.primitives", exc_type=ImportError)
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter is for machines without a GPU")
 
 RANKED = replace(SMALL, select_block_size=4)
@@ -105,7 +106,7 @@ def test_compiles_in_one_graph_to_equal_results(compiler):
 def test_checkpointing_changes_nothing():
     inputs = small()
     function = with_layout(inputs)
-    selection = torch.ops.nsa_kernels.block_selection.default
+    selection = torch.ops.nsa_kernels.triton.block_selection.default
     with OperatorRecorder() as recorder:
         actual = evaluate(lambda x: checkpoint(function, x, use_reentrant=False), inputs)
     assert_equal(actual, evaluate(function, inputs))
@@ -115,7 +116,7 @@ def test_checkpointing_changes_nothing():
 def test_selective_checkpointing_saves_the_chosen_blocks():
     inputs = small()
     function = with_layout(inputs)
-    selection = torch.ops.nsa_kernels.block_selection.default
+    selection = torch.ops.nsa_kernels.triton.block_selection.default
     contexts = functools.partial(create_selective_checkpoint_contexts, [selection])
     with OperatorRecorder() as recorder:
         actual = evaluate(lambda x: checkpoint(function, x, use_reentrant=False, context_fn=contexts), inputs)

@@ -10,17 +10,13 @@ from types import SimpleNamespace
 
 import torch
 import triton
-from nsa_kernels import (
-    CompressionWeights,
-    NSAConfig,
-    append_triton,
-    decode_parts,
-    decode_triton,
-    elementwise_triton,
-    native_sparse_attention,
-    triton_backend,
-)
-from nsa_kernels.decode import LayerCache, NewToken, NewTokens, StartedBlocks
+from nsa_kernels import CompressionWeights, NSAConfig, native_sparse_attention
+from nsa_kernels.decode import append as append_triton
+from nsa_kernels.decode import parts as decode_parts
+from nsa_kernels.decode import step as decode_triton
+from nsa_kernels.decode.attention import LayerCache, NewToken, NewTokens, StartedBlocks
+from nsa_kernels.triton import backend as triton_backend
+from nsa_kernels.triton import elementwise as elementwise_triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsa_kernels.primitives import ceil_div, padded, wide
+from nsa_kernels.triton.primitives import ceil_div, padded, wide
 
 # T packed tokens, H_kv KV heads, n slots a query (SLOTS), l' tokens a block (BLOCK_SIZE), B rows of the selection
 # layout, U = tile queries * n slots of a tile's union, I items.

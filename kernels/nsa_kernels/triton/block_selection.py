@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nsa_kernels.geometry import NSAConfig, filled_slots
 from nsa_kernels.packing import BatchLayout, batch_layout
-from nsa_kernels.primitives import (
+from nsa_kernels.triton.primitives import (
     LOG2_E,
     block_descriptor,
     ceil_div,
@@ -29,7 +29,7 @@ from nsa_kernels.primitives import (
     row_addresses,
     wide,
 )
-from nsa_kernels.tuning import launch
+from nsa_kernels.triton.tuning import launch
 
 # T packed tokens, H query heads, H_kv KV heads, G = H / H_kv (GROUP), D head dim, C rows of compressed blocks,
 # J selection blocks that a query may rank, n slots, R and S as above, Q queries of a chunk, REACH the largest m.

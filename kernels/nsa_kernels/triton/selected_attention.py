@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nsa_kernels.block_attention import backward_kv, backward_q, forward
 from nsa_kernels.geometry import NSAConfig
 from nsa_kernels.packing import BatchLayout, batch_layout
-from nsa_kernels.primitives import check_inputs, row_sums
+from nsa_kernels.triton.block_attention import backward_kv, backward_q, forward
+from nsa_kernels.triton.primitives import check_inputs, row_sums
 
 # T packed tokens, H query heads, H_kv KV heads, D_qk and D_v head dims, n selected blocks.
 

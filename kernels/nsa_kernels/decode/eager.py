@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nsa_kernels.eager import Candidates, attend, rank, summarise
+from nsa_kernels.eager.stages import Candidates, attend, rank, summarise
 from nsa_kernels.geometry import CompressionWeights, NSAConfig, NSAOutput
 from nsa_kernels.precision import linear_map
 from nsa_kernels.rotary import apply_rotary

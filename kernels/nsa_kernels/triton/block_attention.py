@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsa_kernels.block_lists import MAX_TILE_QUERIES, inverse_list, unite
 from nsa_kernels.geometry import filled_slots
-from nsa_kernels.primitives import (
+from nsa_kernels.triton.block_lists import MAX_TILE_QUERIES, inverse_list, unite
+from nsa_kernels.triton.primitives import (
     HIDDEN,
     LOG2_E,
     LOWEST,
@@ -32,7 +32,7 @@ from nsa_kernels.primitives import (
     tile_rows,
     wide,
 )
-from nsa_kernels.tuning import Launch, fits_hopper, launch
+from nsa_kernels.triton.tuning import Launch, fits_hopper, launch
 
 # T packed tokens, H query heads, H_kv KV heads, G = H / H_kv (GROUP), D head dim, n slots a query, l' tokens a block
 
@@ -302,7 +302,7 @@ def forward(
     (T, H, D_QK), (_, H_KV, D_V) = q.shape, v.shape
     block_indices = without_empty_slots(block_indices, k, block_size)
     if tiles_fit_hopper(q, v, block_size) and D_QK == D_V == _SHARED_HEAD_DIM and H // H_KV >= _LEAST_SHARED:
-        from nsa_kernels import block_attention_hopper
+        from nsa_kernels.hopper import block_attention as block_attention_hopper
 
         return block_attention_hopper.forward(q, k, v, block_indices, document_start, block_size, scale, past)
     o, lse = q.new_empty(T, H, D_V), q.new_empty(T, H, dtype=torch.float32)
@@ -349,7 +349,7 @@ def backward_kv(
     grads = torch.empty_like(k), torch.empty_like(v)
     parts = [x.new_empty(lists.num_parts, block_size, x.shape[-1], dtype=torch.float32) for x in (k, v)]
     if tiles_fit_hopper(q, v, block_size) and H // H_KV >= _LEAST_GATHERED:
-        from nsa_kernels import block_attention_hopper
+        from nsa_kernels.hopper import block_attention as block_attention_hopper
 
         block_attention_hopper.backward_kv(
             q, k, v, do, lse, delta, lists, block_start, block_end, grads, parts, block_size, scale

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from nsa_kernels import block_attention, run_attention
-from nsa_kernels.block_selection import block_selection
 from nsa_kernels.geometry import NSAConfig, NSAOutput
 from nsa_kernels.packing import BatchLayout, KeyRuns
+from nsa_kernels.triton import block_attention, run_attention
+from nsa_kernels.triton.block_selection import block_selection
 
 # T tokens of the chunk, L tokens so far, M of them for the window.
 

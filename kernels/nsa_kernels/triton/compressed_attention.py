@@ -7,7 +7,7 @@ from torch import Tensor
 
 from nsa_kernels.geometry import NSAConfig
 from nsa_kernels.packing import BatchLayout, batch_layout
-from nsa_kernels.run_attention import define_op
+from nsa_kernels.triton.run_attention import define_op
 
 # T packed tokens, C rows of compressed blocks, H query heads, H_kv KV heads, D_qk and D_v head dims.
 

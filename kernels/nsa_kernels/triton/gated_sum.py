@@ -15,12 +15,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsa_kernels import block_attention, run_attention
-from nsa_kernels.block_attention import add_blocks_to_dq
-from nsa_kernels.block_lists import unite
 from nsa_kernels.geometry import NSAConfig
 from nsa_kernels.packing import BatchLayout
-from nsa_kernels.primitives import (
+from nsa_kernels.triton import block_attention, run_attention
+from nsa_kernels.triton.block_attention import add_blocks_to_dq
+from nsa_kernels.triton.block_lists import unite
+from nsa_kernels.triton.primitives import (
     HIDDEN,
     LOG2_E,
     block_descriptor,
@@ -34,7 +34,7 @@ from nsa_kernels.primitives import (
     tile_rows,
     wide,
 )
-from nsa_kernels.run_attention import add_runs_to_dq
+from nsa_kernels.triton.run_attention import add_runs_to_dq
 
 # T packed tokens, H query heads, D_v head dim of the values. Branches: compressed, selected, sliding.
 
@@ -164,7 +164,7 @@ def _branch_gradients(
     grad_gates, dq = torch.empty_like(gates), torch.empty_like(q)
     pairs = (compressed_k, compressed_v, k, v, sliding_k, sliding_v)
     if block_attention.tiles_fit_hopper(q, v, block_size):
-        from nsa_kernels import gated_sum_hopper
+        from nsa_kernels.hopper import gated_sum as gated_sum_hopper
 
         unions = unite(block_indices, where.document_start, block_size, block_attention.HOPPER_ROWS * H_KV // H)
         gated_sum_hopper.backward_q(

@@ -3,15 +3,15 @@
 import torch
 from torch import Tensor
 
-from nsa_kernels.block_selection import block_selection
-from nsa_kernels.compress import compress
-from nsa_kernels.compressed_attention import compressed_attention
 from nsa_kernels.errors import SettingError
-from nsa_kernels.gated_sum import gated_sum
 from nsa_kernels.geometry import NSAConfig
-from nsa_kernels.primitives import check_inputs, interpreted
-from nsa_kernels.selected_attention import selected_attention
-from nsa_kernels.sliding_attention import sliding_attention
+from nsa_kernels.triton.block_selection import block_selection
+from nsa_kernels.triton.compress import compress
+from nsa_kernels.triton.compressed_attention import compressed_attention
+from nsa_kernels.triton.gated_sum import gated_sum
+from nsa_kernels.triton.primitives import check_inputs, interpreted
+from nsa_kernels.triton.selected_attention import selected_attention
+from nsa_kernels.triton.sliding_attention import sliding_attention
 
 __all__ = [
     "block_selection",

@@ -14,10 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsa_kernels.block_selection import plane_weight
-from nsa_kernels.early_start import await_launch_before, early_start, let_next_begin
-from nsa_kernels.elementwise_triton import turn
-from nsa_kernels.primitives import (
+from nsa_kernels.triton.block_selection import plane_weight
+from nsa_kernels.triton.early_start import await_launch_before, early_start, let_next_begin
+from nsa_kernels.triton.elementwise import turn
+from nsa_kernels.triton.primitives import (
     HIDDEN,
     LOG2_E,
     LOWEST,

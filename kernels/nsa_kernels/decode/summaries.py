@@ -12,12 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsa_kernels.append_triton import append_head, pair_arguments
-from nsa_kernels.decode_parts import Launch, Sizes, attend_part, load_queries, store_part, visible_run
-from nsa_kernels.early_start import await_launch_before, early_start, let_next_begin
+from nsa_kernels.decode.append import append_head, pair_arguments
+from nsa_kernels.decode.parts import Launch, Sizes, attend_part, load_queries, store_part, visible_run
 from nsa_kernels.geometry import NSAConfig
-from nsa_kernels.primitives import LOWEST, store_rows, wide
-from nsa_kernels.summarise_triton import TILE_NUMBERS, advance_block, weight_arguments
+from nsa_kernels.triton.early_start import await_launch_before, early_start, let_next_begin
+from nsa_kernels.triton.primitives import LOWEST, store_rows, wide
+from nsa_kernels.triton.summarise import TILE_NUMBERS, advance_block, weight_arguments
 
 # B sequences, S or C slots of a cache, H query heads, H_kv KV heads, G = H / H_kv (GROUP), D head dim, J selection
 # blocks, P parts that a run of keys is divided in, R = l' / d, ROWS >= G rows of a tile.

@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsa_kernels.elementwise_triton import turn
 from nsa_kernels.geometry import CompressionWeights
-from nsa_kernels.primitives import padded
+from nsa_kernels.triton.elementwise import turn
+from nsa_kernels.triton.primitives import padded
 
 # B sequences, L tokens in a block, STRIDE from one to the next, S = L / STRIDE slots, H_KV KV heads, D head dim, M
 # hidden units. AT_ONCE inputs of a map are multiplied at a time.

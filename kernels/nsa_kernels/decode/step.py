@@ -25,8 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsa_kernels.block_selection import FORCED, best_soon, plane_weight, reach_of
-from nsa_kernels.decode_parts import (
+from nsa_kernels.decode.parts import (
     LONGEST_WINDOW,
     Launch,
     load_keys,
@@ -37,11 +36,12 @@ from nsa_kernels.decode_parts import (
     store_part,
     visible_run,
 )
-from nsa_kernels.decode_summaries_triton import attend_summaries, older_summaries, reading_launch, rotated_pairs
-from nsa_kernels.early_start import await_launch_before, early_start, let_next_begin
-from nsa_kernels.elementwise_triton import whole_rows
+from nsa_kernels.decode.summaries import attend_summaries, older_summaries, reading_launch, rotated_pairs
 from nsa_kernels.geometry import NSAConfig, NSAOutput, filled_slots
-from nsa_kernels.primitives import (
+from nsa_kernels.triton.block_selection import FORCED, best_soon, plane_weight, reach_of
+from nsa_kernels.triton.early_start import await_launch_before, early_start, let_next_begin
+from nsa_kernels.triton.elementwise import whole_rows
+from nsa_kernels.triton.primitives import (
     HIDDEN,
     LOG2_E,
     LOWEST,

@@ -6,7 +6,7 @@ o[t] = Σ_s softmax_s(q[t] · k[s] · scale) v[s]   over   t - w < s <= t
 from torch import Tensor
 
 from nsa_kernels.packing import document_index, sliding_runs
-from nsa_kernels.run_attention import define_op
+from nsa_kernels.triton.run_attention import define_op
 
 # T packed tokens, H query heads, H_kv KV heads, D_qk and D_v head dims.
 

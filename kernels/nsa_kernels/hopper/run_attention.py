@@ -16,7 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from nsa_kernels.hopper import (
+from nsa_kernels.hopper.parts import (
     HIDDEN,
     LOG2_E,
     LOWEST,
@@ -40,8 +40,8 @@ from nsa_kernels.hopper import (
     tiles,
 )
 from nsa_kernels.packing import KeyRuns
-from nsa_kernels.primitives import ceil_div
-from nsa_kernels.run_attention import OtherBranches
+from nsa_kernels.triton.primitives import ceil_div
+from nsa_kernels.triton.run_attention import OtherBranches
 
 # T packed tokens, S keys, H query heads, H_kv KV heads, G = H / H_kv (GROUP), D head dim.
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nsa_kernels.primitives import interpreted, padded
+from nsa_kernels.triton.primitives import interpreted, padded
 
 
 class Choice(NamedTuple):

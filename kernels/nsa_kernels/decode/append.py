@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsa_kernels.early_start import await_launch_before, early_start, let_next_begin
-from nsa_kernels.elementwise_triton import rotate_heads, whole_rows
-from nsa_kernels.primitives import padded, wide
+from nsa_kernels.triton.early_start import await_launch_before, early_start, let_next_begin
+from nsa_kernels.triton.elementwise import rotate_heads, whole_rows
+from nsa_kernels.triton.primitives import padded, wide
 
 # B sequences, S slots, H query heads, H_kv KV heads, D head dim, R rotated dimensions of a head.
 

@@ -19,8 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from nsa_kernels.block_lists import MAX_TILE_QUERIES, InverseList, unite
-from nsa_kernels.hopper import (
+from nsa_kernels.hopper.parts import (
     HIDDEN,
     LOG2_E,
     LOWEST,
@@ -40,7 +39,8 @@ from nsa_kernels.hopper import (
     tile_rows,
     tiles,
 )
-from nsa_kernels.primitives import ceil_div
+from nsa_kernels.triton.block_lists import MAX_TILE_QUERIES, InverseList, unite
+from nsa_kernels.triton.primitives import ceil_div
 
 # T packed tokens, H query heads, H_kv KV heads, G = H / H_kv (GROUP), D head dim, B blocks, I items of the list.
 

@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa_kernels.packing import KeyRuns
-from nsa_kernels.primitives import (
+from nsa_kernels.triton.primitives import (
     HIDDEN,
     LOG2_E,
     LOWEST,
@@ -45,7 +45,7 @@ from nsa_kernels.primitives import (
     tile_rows,
     wide,
 )
-from nsa_kernels.tuning import fits_hopper, launch
+from nsa_kernels.triton.tuning import fits_hopper, launch
 
 # T packed tokens, S keys, H query heads, H_kv KV heads, G = H / H_kv (GROUP), D head dim.
 
@@ -300,7 +300,7 @@ def forward(
     """o [T, H, D_v] in q's dtype and lse [T, H] of queries that see the keys of `runs`; `stage` picks the launch."""
     (T, H, D_QK), (_, H_KV, D_V) = q.shape, v.shape
     if fits_hopper(q, v) and max(D_QK, D_V) >= _LEAST_HOPPER_DIM[stage]:
-        from nsa_kernels import run_attention_hopper
+        from nsa_kernels.hopper import run_attention as run_attention_hopper
 
         return run_attention_hopper.forward(q, k, v, runs, scale, others)
     o, lse = q.new_empty(T, H, D_V), q.new_empty(T, H, dtype=torch.float32)
@@ -336,7 +336,7 @@ def backward_kv(
     """dk [S, H_kv, D_qk] and dv [S, H_kv, D_v]; the queries are divided where few keys keep few programs busy."""
     inputs, split = (q, k, v, do, lse, delta, runs, scale), stage == "compressed"
     if fits_hopper(q, v):
-        from nsa_kernels import run_attention_hopper
+        from nsa_kernels.hopper import run_attention as run_attention_hopper
 
         *parts, chunk = run_attention_hopper.backward_kv(*inputs, split)
     else:

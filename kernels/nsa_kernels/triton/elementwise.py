@@ -4,8 +4,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsa_kernels.early_start import await_launch_before, early_start, let_next_begin
-from nsa_kernels.primitives import ceil_div, padded, wide
+from nsa_kernels.triton.early_start import await_launch_before, early_start, let_next_begin
+from nsa_kernels.triton.primitives import ceil_div, padded, wide
 
 # T tokens, N numbers of a token, H heads, D head dim, 2 * HALF rotated dimensions of a head, I hidden units.
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from nsa_kernels.geometry import CompressionWeights, NSAConfig
 from nsa_kernels.packing import BatchLayout, batch_layout
 from nsa_kernels.precision import linear_map, without_autocast
-from nsa_kernels.primitives import ceil_div, padded, store_rows
+from nsa_kernels.triton.primitives import ceil_div, padded, store_rows
 
 # T packed tokens, C rows of compressed blocks, H KV heads, D head dim, l tokens in a compression block, d its stride.
 

@@ -10,12 +10,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nsa_kernels import decode_eager, eager, reference
 from nsa_kernels.attention import Backend, stages_of
-from nsa_kernels.decode_eager import Keys
+from nsa_kernels.decode import eager as decode_eager
+from nsa_kernels.decode.eager import Keys
+from nsa_kernels.eager import stages as eager
 from nsa_kernels.errors import SettingError
 from nsa_kernels.geometry import CompressionWeights, NSAConfig, NSAOutput
 from nsa_kernels.precision import computed_as_given
+from nsa_kernels.reference import stages as reference
 from nsa_kernels.rotary import apply_rotary
 
 # B sequences, S and W slots, C rows, T new tokens of a chunk, L tokens so far, H query heads, H_kv KV heads, n blocks.
@@ -96,7 +98,7 @@ def append_tokens(
     _check_new(pairs, len(q))
     _check("positions", positions, (len(q),))
     if pairs and _on_triton(backend, q, pairs[0].v, NSAConfig()):
-        from nsa_kernels import append_triton
+        from nsa_kernels.decode import append as append_triton
 
         return append_triton.append_tokens(q, pairs, positions, *rotary)
     sequence = torch.arange(len(q), device=q.device)
@@ -166,7 +168,7 @@ def decode_attention(
             f"k must have a multiple of select_block_size slots, {config.select_block_size}, got {cache.k.shape[1]}"
         )
     if _on_triton(backend, q, cache.v, config):
-        from nsa_kernels import decode_triton
+        from nsa_kernels.decode import step as decode_triton
 
         contiguous = [x.contiguous() for x in cache]
         return decode_triton.sparse_attention(q, gates, gate_logits, contiguous, positions, config, scale, new)
@@ -219,7 +221,7 @@ def decode_dense_attention(
     _check("v", v, (B, S, H_KV, v.shape[3]))
     _check("positions", positions, (B,))
     if _on_triton(backend, q, v, NSAConfig()):
-        from nsa_kernels import decode_parts
+        from nsa_kernels.decode import parts as decode_parts
 
         contiguous = q.contiguous(), k.contiguous(), v.contiguous()
         return decode_parts.dense_attention(*contiguous, positions, window_size, scale)
@@ -283,7 +285,7 @@ def chunk_attention(
     M = min(M, T + config.window_size - 1)
     seen = k, v, sliding_k[-M:], sliding_v[-M:], summary_k[:needed], summary_v[:needed]  # the rest costs time alone
     if _on_triton(backend, q, v, config):
-        from nsa_kernels import prefill_triton
+        from nsa_kernels.decode import prefill as prefill_triton
 
         k, v, sliding_k, sliding_v, summary_k, summary_v = (x.contiguous() for x in seen)
         pairs = (k, v), (sliding_k, sliding_v), (summary_k, summary_v)

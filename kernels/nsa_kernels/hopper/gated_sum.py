@@ -10,9 +10,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from nsa_kernels.block_attention_hopper import load_union, union_of, union_step
-from nsa_kernels.block_lists import Unions
-from nsa_kernels.hopper import (
+from nsa_kernels.hopper.block_attention import load_union, union_of, union_step
+from nsa_kernels.hopper.parts import (
     HIDDEN,
     LOG2_E,
     LOWEST,
@@ -30,7 +29,8 @@ from nsa_kernels.hopper import (
     tiles,
 )
 from nsa_kernels.packing import BatchLayout
-from nsa_kernels.primitives import ceil_div
+from nsa_kernels.triton.block_lists import Unions
+from nsa_kernels.triton.primitives import ceil_div
 
 # T packed tokens, S keys of a branch, H query heads, H_kv KV heads, G = H / H_kv (GROUP), D head dim.
 

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from nsa_kernels.primitives import interpreted
+from nsa_kernels.triton.primitives import interpreted
 
 
 @triton.jit
