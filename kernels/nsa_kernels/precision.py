@@ -21,9 +21,14 @@ R = TypeVar("R")
 def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
     """A context in which tensors on the device of x are computed as they are."""
     device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if _has_autocast(device) and torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
     return nullcontext()
+
+
+@torch.compiler.assume_constant_result  # torch 2.11 cannot trace it: every layer would be cut in two
+def _has_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device)
 
 
 def computed_as_given(function: Callable[P, R]) -> Callable[P, R]:

@@ -251,7 +251,7 @@ def test_compiled_is_as_right_as_not_compiled():
 @pytest.mark.parametrize("selective", [False, True])
 def test_checkpointing_changes_nothing(deterministic, selective):
     inputs, config = small_batch(kind="mean", rotary=False)
-    selection = torch.ops.nsa_kernels.triton.block_selection.default
+    selection = torch.ops.nsa_kernels.block_selection.default
     options = {"context_fn": functools.partial(create_selective_checkpoint_contexts, [selection])} if selective else {}
     with OperatorRecorder() as recorder:
         actual = evaluate(lambda x: checkpoint(attention, x, config, use_reentrant=False, **options), inputs)

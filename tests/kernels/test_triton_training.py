@@ -106,7 +106,7 @@ def test_compiles_in_one_graph_to_equal_results(compiler):
 def test_checkpointing_changes_nothing():
     inputs = small()
     function = with_layout(inputs)
-    selection = torch.ops.nsa_kernels.triton.block_selection.default
+    selection = torch.ops.nsa_kernels.block_selection.default
     with OperatorRecorder() as recorder:
         actual = evaluate(lambda x: checkpoint(function, x, use_reentrant=False), inputs)
     assert_equal(actual, evaluate(function, inputs))
@@ -116,7 +116,7 @@ def test_checkpointing_changes_nothing():
 def test_selective_checkpointing_saves_the_chosen_blocks():
     inputs = small()
     function = with_layout(inputs)
-    selection = torch.ops.nsa_kernels.triton.block_selection.default
+    selection = torch.ops.nsa_kernels.block_selection.default
     contexts = functools.partial(create_selective_checkpoint_contexts, [selection])
     with OperatorRecorder() as recorder:
         actual = evaluate(lambda x: checkpoint(function, x, use_reentrant=False, context_fn=contexts), inputs)
