@@ -10,15 +10,26 @@ from nsa_kernels.errors import SettingError
 
 if TYPE_CHECKING:
     from nsa_kernels.attention import native_sparse_attention
+    from nsa_kernels.backends import Plan, plan
     from nsa_kernels.geometry import CompressionWeights, NSAConfig, NSAOutput
 
-__all__ = ["CompressionWeights", "NSAConfig", "NSAOutput", "SettingError", "native_sparse_attention"]
+__all__ = [
+    "CompressionWeights",
+    "NSAConfig",
+    "NSAOutput",
+    "Plan",
+    "SettingError",
+    "native_sparse_attention",
+    "plan",
+]
 
 _MODULES = {
     "CompressionWeights": "geometry",
     "NSAConfig": "geometry",
     "NSAOutput": "geometry",
+    "Plan": "backends",
     "native_sparse_attention": "attention",
+    "plan": "backends",
 }
 
 

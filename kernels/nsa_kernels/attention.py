@@ -1,27 +1,16 @@
-"""Native Sparse Attention: the stages in order, the gated sum, and the choice of backend (arXiv:2502.11089).
+"""Native Sparse Attention: what every backend is asked for, checked and handed on (arXiv:2502.11089).
 
 o_t = g^cmp · o^cmp + g^slc · o^slc + g^win · o^win
 """
 
-import warnings
-from importlib.util import find_spec
-from types import ModuleType
-from typing import Any, Literal, NamedTuple, get_args
-
-import torch
 from torch import Tensor
 
-from nsa_kernels.eager import stages as eager
+from nsa_kernels import eager, reference
+from nsa_kernels.backends import Backend, plan, readable
 from nsa_kernels.errors import SettingError
-from nsa_kernels.geometry import CompressionWeights, NSAConfig, NSAOutput
+from nsa_kernels.geometry import Branches, CompressionWeights, NSAConfig, NSAOutput
 from nsa_kernels.packing import BatchLayout, batch_layout
 from nsa_kernels.precision import without_autocast
-from nsa_kernels.reference import stages as reference
-from nsa_kernels.rotary import apply_rotary
-
-Backend = Literal["auto", "triton", "eager", "reference"]
-
-HAS_TRITON = find_spec("triton") is not None
 
 # T packed tokens, N documents, H query heads, H_kv KV heads, D_qk and D_v head dims, C rows of compressed blocks.
 
@@ -90,108 +79,18 @@ def native_sparse_attention(
     slots = (len(q), k.shape[1], config.num_selected_blocks)
     if block_indices is not None and block_indices.shape != slots:
         raise SettingError(f"block_indices must be [T, H_kv, n], {slots} here, got {tuple(block_indices.shape)}")
-    branches = _Branches(k, v, sliding_k, sliding_v, compress_k, compress_v, k_weights, v_weights, compressed_rotary)
-    stages = stages_of(backend, q, v, config)
+    branches = Branches(k, v, sliding_k, sliding_v, compress_k, compress_v, k_weights, v_weights, compressed_rotary)
+    chosen = plan(q, v, config, backend)
     with without_autocast(q):
-        if stages is reference or stages is eager:
-            return _separate_stages(stages, q, branches, gates, cu_seqlens, config, block_indices, scale)
+        if chosen.backend == "reference":
+            others = {"gates": gates, "cu_seqlens": cu_seqlens, "block_indices": block_indices, "scale": scale}
+            return reference.native_sparse_attention(q, config=config, **branches._asdict(), **others)
+        if chosen.backend == "eager":
+            return eager.attend_branch_by_branch(q, branches, gates, cu_seqlens, config, block_indices, scale)
+        from nsa_kernels.triton.attention import attend_all_branches
+
         layout = batch_layout(cu_seqlens, len(q), config) if layout is None else layout
-        block_indices = None if block_indices is None else block_indices.int()
-        return _joined_branches(stages, q, branches, gates, cu_seqlens, config, block_indices, scale, layout)
-
-
-class _Branches(NamedTuple):
-    """Keys and values of the three branches."""
-
-    k: Tensor
-    v: Tensor
-    sliding_k: Tensor
-    sliding_v: Tensor
-    compress_k: Tensor
-    compress_v: Tensor
-    k_weights: CompressionWeights | None
-    v_weights: CompressionWeights | None
-    compressed_rotary: tuple[Tensor, Tensor] | None
-
-
-def stages_of(backend: Backend, q: Tensor, v: Tensor, config: NSAConfig) -> ModuleType:
-    """The module with the stage functions of a backend for these queries, values and sizes.
-
-    Raises:
-        ValueError: the backend is unknown, or does not take the inputs.
-    """
-    if backend not in get_args(Backend):
-        raise SettingError(f"backend must be one of {', '.join(get_args(Backend))}, got {backend!r}")
-    if backend in ("auto", "triton") and (q.is_cuda or backend == "triton"):
-        if HAS_TRITON:
-            from nsa_kernels.triton import backend as triton_backend
-
-            reason = triton_backend.reason_against(q, v, config)
-        else:
-            reason = "triton is not installed"
-        if reason is None:
-            return triton_backend
-        if backend == "triton":
-            raise SettingError(f"backend triton does not take these inputs: {reason}")
-        warnings.warn(f"attention runs on the slow eager backend, the kernels do not apply: {reason}", stacklevel=3)
-    return reference if backend == "reference" else eager
-
-
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # chunks and documents are plain Python loops
-def _separate_stages(
-    stages: ModuleType,
-    q: Tensor,
-    branches: _Branches,
-    gates: Tensor,
-    cu_seqlens: Tensor,
-    config: NSAConfig,
-    block_indices: Tensor | None,
-    scale: float | None,
-) -> NSAOutput:
-    summary_k, summary_v = _summaries(stages, branches, cu_seqlens, config)
-    compressed_o, lse = stages.compressed_attention(q, summary_k, summary_v, cu_seqlens, config, scale)
-    if block_indices is None:
-        block_indices = stages.block_selection(q, summary_k, lse, cu_seqlens, config, scale)
-    selected_o, _ = stages.selected_attention(q, branches.k, branches.v, block_indices, cu_seqlens, config, scale)
-    sliding_o, _ = stages.sliding_attention(
-        q, branches.sliding_k, branches.sliding_v, cu_seqlens, config.window_size, scale
-    )
-    compressed_gate, selected_gate, sliding_gate = gates.to(q.dtype).unsqueeze(-1).unbind(2)  # 3 × [T, H, 1]
-    out = compressed_gate * compressed_o + selected_gate * selected_o + sliding_gate * sliding_o
-    return NSAOutput(out, block_indices)
-
-
-def _joined_branches(
-    stages: ModuleType,
-    q: Tensor,
-    branches: _Branches,
-    gates: Tensor,
-    cu_seqlens: Tensor,
-    config: NSAConfig,
-    block_indices: Tensor | None,
-    scale: float | None,
-    layout: BatchLayout,
-) -> NSAOutput:
-    """The same with one backward for all branches: the compressed branch first, since the selection ranks by it."""
-    summary_k, summary_v = _summaries(stages, branches, cu_seqlens, config, layout=layout)
-    with torch.no_grad():
-        compressed = stages.compressed_attention(q, summary_k, summary_v, cu_seqlens, config, scale, layout)
-        if block_indices is None:
-            block_indices = stages.block_selection(q, summary_k, compressed[1], cu_seqlens, config, scale, layout)
-    pairs = (branches.k, branches.v, branches.sliding_k, branches.sliding_v, summary_k, summary_v)
-    out = stages.gated_sum(q, *pairs, gates, block_indices, *compressed, config, scale, layout)
-    return NSAOutput(out, block_indices)
-
-
-def _summaries(
-    stages: ModuleType, branches: _Branches, cu_seqlens: Tensor, config: NSAConfig, **options: Any
-) -> tuple[Tensor, Tensor]:
-    """Keys [C, H_kv, D_qk], rotated, and values [C, H_kv, D_v] of the compressed branch."""
-    summary_k = stages.compress(branches.compress_k, cu_seqlens, config, branches.k_weights, **options)
-    summary_v = stages.compress(branches.compress_v, cu_seqlens, config, branches.v_weights, **options)
-    if branches.compressed_rotary is not None:
-        summary_k = apply_rotary(summary_k, *branches.compressed_rotary)
-    return summary_k, summary_v
+        return attend_all_branches(q, branches, gates, config, block_indices, scale, layout, chosen.stages)
 
 
 def _check_documents(cu_seqlens: Tensor, num_tokens: int) -> None:
@@ -199,8 +98,7 @@ def _check_documents(cu_seqlens: Tensor, num_tokens: int) -> None:
         raise SettingError(f"cu_seqlens must be integers [N + 1], got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}")
     if num_tokens < 1:
         raise SettingError(f"q must hold at least one token, got {num_tokens}")
-    simulated = cu_seqlens.is_cuda  # without numbers, on the CPU: how `nsa memory` looks at a GPU
-    if cu_seqlens.device.type == "cpu" and not simulated and not torch.compiler.is_compiling():
+    if readable(cu_seqlens):
         first, last, falls = int(cu_seqlens[0]), int(cu_seqlens[-1]), bool((cu_seqlens.diff() < 0).any())
         if first != 0 or last != num_tokens or falls:
             raise SettingError(f"cu_seqlens must rise from 0 to {num_tokens} tokens, got {cu_seqlens.tolist()}")

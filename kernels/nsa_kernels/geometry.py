@@ -111,6 +111,20 @@ class CompressionWeights(NamedTuple):
     out_bias: Tensor | None = None  # [H_kv, D]
 
 
+class Branches(NamedTuple):
+    """Keys and values of the three branches, and how those of the compressed one are summarised."""
+
+    k: Tensor  # [T, H_kv, D_qk], selected branch
+    v: Tensor  # [T, H_kv, D_v]
+    sliding_k: Tensor  # [T, H_kv, D_qk]
+    sliding_v: Tensor  # [T, H_kv, D_v]
+    compress_k: Tensor  # [T, H_kv, D_qk]
+    compress_v: Tensor  # [T, H_kv, D_v]
+    k_weights: CompressionWeights | None = None
+    v_weights: CompressionWeights | None = None
+    compressed_rotary: tuple[Tensor, Tensor] | None = None  # cosines and sines of the key summaries, [C, R/2] each
+
+
 class NSAOutput(NamedTuple):
     """What Native Sparse Attention returns."""
 

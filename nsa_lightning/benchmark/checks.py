@@ -6,19 +6,18 @@ blocks passes if, wherever it differs, the blocks it took are as important as th
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
-from nsa_kernels import NSAConfig, native_sparse_attention
-from nsa_kernels.attention import Backend, stages_of
-from nsa_kernels.eager import stages as eager
-from nsa_kernels.packing import compressed_layout, document_index, document_positions
+from nsa_kernels import NSAConfig, native_sparse_attention, plan
+from nsa_kernels.backends import Backend
+from nsa_kernels.packing import batch_layout, compressed_layout, document_index, document_positions
 from torch import Tensor
 
 from nsa_lightning.benchmark.cases import DocumentMix, Shape
 from nsa_lightning.benchmark.inputs import Inputs, make_inputs
 from nsa_lightning.benchmark.rivals import RIVALS, Rival, full_attention
+from nsa_lightning.benchmark.stages import StageFunctions, plain_stages, stage_functions
 from nsa_lightning.benchmark.timing import if_supported
 from nsa_lightning.model.fused_attention import packed_causal_attention
 
@@ -63,54 +62,58 @@ class Task(NamedTuple):
 
 
 def check_stages(task: Task) -> Iterator[Check]:
-    """Compare every stage, and the whole operator, given the reference's block indices."""
+    """Compare every stage, and the whole operator, given the reference's block indices.
+
+    Where kernels have one backward for all branches, the gradients of attention are those of the whole.
+    """
     shape, bound = task.shape.name, BOUNDS[task.dtype]
     x = make_inputs("random", task.shape, task.lengths, task.config, task.dtype, task.device)
-    stages, cu, config = stages_of(task.backend, x.q, x.v, task.config), x.cu_seqlens, task.config
+    cu, config = x.cu_seqlens, task.config
+    chosen, exact = plan(x.q, x.v, config, task.backend), plain_stages("eager", cu, config)
+    stages = stage_functions(chosen, cu, config, batch_layout(cu, len(x.q), config))
     with torch.no_grad():
-        ck, cv = (eager.compress(y, cu, config) for y in (x.k, x.v))
-        _, lse = eager.compressed_attention(x.q.float(), ck.float(), cv.float(), cu, config)
-        blocks = eager.block_selection(x.q.float(), ck.float(), lse, cu, config)
+        ck, cv = (exact.compress(y) for y in (x.k, x.v))
+        _, lse = exact.compressed_attention(x.q.float(), ck.float(), cv.float())
+        blocks = exact.block_selection(x.q.float(), ck.float(), lse)
 
-    def compare(stage: str, function: Callable[[ModuleType], _Function], *leaves: Tensor) -> Check:
-        return Check(shape, stage, *relative_errors(function(stages), function(eager), leaves), bound)
+    def compare(stage: str, function: Callable[[StageFunctions], _Function], *leaves: Tensor) -> Check:
+        alone = stage == "compress" or chosen.backend != "triton"
+        return Check(shape, stage, *relative_errors(function(stages), function(exact), leaves, alone), bound)
 
-    yield compare("compress", lambda s: lambda k, v: (s.compress(k, cu, config), s.compress(v, cu, config)), x.k, x.v)
-    yield compare(
-        "compressed_attention", lambda s: lambda q, k, v: s.compressed_attention(q, k, v, cu, config), x.q, ck, cv
-    )
+    yield compare("compress", lambda s: lambda k, v: (s.compress(k), s.compress(v)), x.k, x.v)
+    yield compare("compressed_attention", lambda s: s.compressed_attention, x.q, ck, cv)
     with torch.no_grad():
-        chosen = stages.block_selection(x.q, ck, lse, cu, config)
-    gap, differing = selection_gap(chosen, blocks, x.q, ck, lse, cu, config)
+        choice = stages.block_selection(x.q, ck, lse)
+    gap, differing = selection_gap(choice, blocks, x.q, ck, lse, cu, config)
     yield Check(shape, "block_selection", gap, None, bound, f"{differing:.2%} of rows differ; error: importance gap")
-    yield compare(
-        "selected_attention",
-        lambda s: lambda q, k, v: s.selected_attention(q, k, v, blocks, cu, config),
-        *(x.q, x.k, x.v),
-    )
-    yield compare(
-        "sliding_attention",
-        lambda s: lambda q, k, v: s.sliding_attention(q, k, v, cu, config.window_size),
-        *(x.q, x.k, x.v),
-    )
-    errors = relative_errors(_whole(task, x, blocks, task.backend), _whole(task, x, blocks, "eager"), x.leaves())
+    yield compare("selected_attention", lambda s: lambda q, k, v: s.selected_attention(q, k, v, blocks), x.q, x.k, x.v)
+    yield compare("sliding_attention", lambda s: s.sliding_attention, x.q, x.k, x.v)
+    leaves = (x.q, x.k, x.v, x.gates, *2 * (x.k, x.v))
+    errors = relative_errors(_whole(task, x, blocks, task.backend), _whole(task, x, blocks, "eager"), leaves)
     yield Check(shape, "whole", *errors, bound, "given block indices")
 
 
 def _whole(task: Task, x: Inputs, blocks: Tensor, backend: Backend) -> _Function:
-    def call(q: Tensor, k: Tensor, v: Tensor, gates: Tensor) -> tuple[Tensor, ...]:
+    """The operator with keys and values of each branch, so that none hides the gradients of another."""
+
+    def call(q: Tensor, k: Tensor, v: Tensor, gates: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
         options: dict[str, Any] = {"block_indices": blocks, "backend": backend}
+        options |= zip(("sliding_k", "sliding_v", "compress_k", "compress_v"), others, strict=True)
         return (native_sparse_attention(q, k, v, gates, x.cu_seqlens, task.config, **options).out,)
 
     return call
 
 
-def relative_errors(actual: _Function, expected: _Function, inputs: Sequence[Tensor]) -> tuple[float, float]:
+def relative_errors(
+    actual: _Function, expected: _Function, inputs: Sequence[Tensor], gradients: bool = True
+) -> tuple[float, float | None]:
     """The worst ‖a - b‖ / ‖b‖ over the outputs, and over the gradients of all inputs, `expected` run in float32."""
     ours = [x.detach().requires_grad_() for x in inputs]
     theirs = [x.detach().float().requires_grad_() for x in inputs]
     outputs, truths = actual(*ours), expected(*theirs)
     output_error = max(relative_error(a, b) for a, b in zip(outputs, truths, strict=True))
+    if not gradients:
+        return output_error, None
     differentiable = [i for i, truth in enumerate(truths) if truth.requires_grad]  # not the log-sum-exp
     generator = torch.Generator(inputs[0].device).manual_seed(1)
     grads = [
@@ -199,18 +202,20 @@ def unusable_rivals(
     for mix, lengths in _RIVAL_PACKINGS.items():
         x = make_inputs("random", shape, lengths, config, dtype, device)
         for rival in RIVALS:
-            errors, reason = if_supported(partial(_rival_errors, rival, lengths, x))
-            if errors is not None and not max(errors) <= BOUNDS[dtype]:
-                reason = f"wrong result: relative error {max(errors):.1e}"
+            error, reason = if_supported(partial(_rival_error, rival, lengths, x))
+            if error is not None and not error <= BOUNDS[dtype]:
+                reason = f"wrong result: relative error {error:.1e}"
             if reason is not None:
                 reasons[rival, mix] = reason
     return reasons
 
 
-def _rival_errors(rival: Rival, lengths: list[int], x: Inputs) -> tuple[float, float]:
+def _rival_error(rival: Rival, lengths: list[int], x: Inputs) -> float:
+    """The worst of output and gradients."""
     attention = full_attention(rival, lengths, x.cu_seqlens)
 
     def exact(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
         return (packed_causal_attention(q, k, v, x.cu_seqlens, max(lengths)),)
 
-    return relative_errors(lambda q, k, v: (attention(q, k, v),), exact, (x.q, x.k, x.v))
+    output, gradient = relative_errors(lambda q, k, v: (attention(q, k, v),), exact, (x.q, x.k, x.v))
+    return float("inf") if gradient is None else max(output, gradient)

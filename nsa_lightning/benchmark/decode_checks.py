@@ -9,7 +9,7 @@ from itertools import starmap
 
 import torch
 from nsa_kernels import NSAConfig
-from nsa_kernels.attention import Backend
+from nsa_kernels.backends import Backend
 from nsa_kernels.decode.attention import LayerCache, NewTokens, append_tokens, decode_attention, decode_dense_attention
 from nsa_kernels.packing import compressed_layout
 from torch import Tensor

@@ -11,8 +11,8 @@ from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
-from nsa_kernels import NSAConfig
-from nsa_kernels.attention import Backend, stages_of
+from nsa_kernels import NSAConfig, plan
+from nsa_kernels.backends import Backend
 from nsa_kernels.decode.attention import LayerCache, decode_attention, decode_dense_attention
 from torch import Tensor
 
@@ -140,8 +140,8 @@ def measure_layer(
     if inputs is None:
         yield replace(empty, reason=reason)
         return
-    stages = stages_of(bench.backend, inputs.q, inputs.separate.v, bench.config)
-    empty = _with_floor(bench, shape, replace(empty, implementation=stages.__name__))
+    chosen = plan(inputs.q, inputs.separate.v, bench.config, bench.backend)
+    empty = _with_floor(bench, shape, replace(empty, implementation=chosen.stages.decoding))
     for sharing in SHARINGS:
         cache = inputs.cache(sharing)
         step = partial(

@@ -12,7 +12,7 @@ def check_hardware(device: str, backend: str) -> None:
     from typing import get_args
 
     import torch
-    from nsa_kernels.attention import Backend
+    from nsa_kernels.backends import Backend
 
     if backend not in get_args(Backend):
         raise SettingError(f"backend must be one of {', '.join(get_args(Backend))}, got {backend!r}")

@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING, Any
 from nsa_lightning.benchmark.cases import (
     PLOT_NAME,
     KernelSettings,
+    Shape,
     document_lengths,
     parse_shape,
 )
 from nsa_lightning.benchmark.hardware import check_hardware
 
 if TYPE_CHECKING:  # torch takes seconds to import, `--help` does not
+    from nsa_kernels import Plan
+
     from nsa_lightning.benchmark.checks import Check
     from nsa_lightning.benchmark.measure import Bench
     from nsa_lightning.benchmark.results import Case, Record
@@ -99,6 +102,8 @@ def _run(settings: KernelSettings) -> int:
     check_hardware(settings.device, settings.backend)
     where = environment(settings.device)
     print("  ".join(f"{name} {value}" for name, value in where.items() if value), flush=True)
+    for name in settings.shapes:
+        print(f"\nPlan of shape {name}:\n{_plan(settings, parse_shape(name)).describe()}", flush=True)
     checks, unusable = _check(settings) if settings.check else ([], {})
     if checks:
         print(f"\n{check_table(checks)}", flush=True)
@@ -114,6 +119,19 @@ def _run(settings: KernelSettings) -> int:
         lambda records: f"{legend(bench.ceilings)}\n\n{case_tables(records)}",
     )  # fmt: skip
     return 0
+
+
+def _plan(settings: KernelSettings, shape: Shape) -> "Plan":
+    """What runs for a shape."""
+    import torch
+    from nsa_kernels import NSAConfig, plan
+
+    q, v = (
+        torch.empty(1, heads, head_dim, dtype=getattr(torch, settings.dtype), device=settings.device)
+        for heads, head_dim in ((shape.num_heads, shape.qk_dim), (shape.num_kv_heads, shape.v_dim))
+    )
+    backend: Any = settings.backend
+    return plan(q, v, NSAConfig(), backend)
 
 
 def _check(settings: KernelSettings) -> "tuple[list[Check], dict[tuple[str, str, str], str]]":

@@ -1,15 +1,12 @@
 """Time one case: NSA whole and by stage, and full attention on the same inputs."""
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
-from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
-from nsa_kernels import NSAConfig, native_sparse_attention
-from nsa_kernels.attention import Backend, stages_of
+from nsa_kernels import NSAConfig, Plan, native_sparse_attention, plan
+from nsa_kernels.backends import Backend
 from nsa_kernels.packing import BatchLayout, batch_layout
 from torch import Tensor
 
@@ -17,6 +14,7 @@ from nsa_lightning.benchmark.floors import StageWork, count_pairs, floor_ms, sta
 from nsa_lightning.benchmark.inputs import Inputs, neighbour_union
 from nsa_lightning.benchmark.results import REST, Case, Record
 from nsa_lightning.benchmark.rivals import Rival, full_attention
+from nsa_lightning.benchmark.stages import GRADIENTS, JOINT, branch_sum, stage_functions
 from nsa_lightning.benchmark.timing import (
     Ceilings,
     Clock,
@@ -28,8 +26,6 @@ from nsa_lightning.benchmark.timing import (
 )
 
 NEIGHBOURS = (2, 4, 8, 16)
-
-_STAGES = ("compress", "compressed_attention", "block_selection", "selected_attention", "sliding_attention")
 
 # T packed tokens, N documents, H query heads, H_kv KV heads, D_qk and D_v head dims, C compressed blocks.
 
@@ -68,8 +64,8 @@ def measure_nsa(bench: Bench, case: Case, inputs: Inputs, by_stage: bool) -> Ite
     pairs = count_pairs(case.shape, case.lengths, blocks, cu, config)
     work = stage_work(case.shape, case.lengths, pairs, config, inputs.q.element_size())
     unions = {m: neighbour_union(blocks, m, cu, config) for m in NEIGHBOURS}
-    implementation = stages_of(bench.backend, inputs.q, inputs.v, config).__name__
-    empty = Record(case=case, method="nsa", implementation=implementation, unions=unions)
+    chosen = plan(inputs.q, inputs.v, config, bench.backend)
+    empty = Record(case=case, method="nsa", implementation=chosen.backend, unions=unions)
     timed = _timed(empty, lambda: (operator()[0],), inputs.leaves(), bench)
     floors = {name: _floors(stage, bench.ceilings) for name, stage in work.items()}
     whole = replace(
@@ -79,37 +75,48 @@ def measure_nsa(bench: Bench, case: Case, inputs: Inputs, by_stage: bool) -> Ite
     )
     yield whole
     if by_stage:
-        yield from _measure_stages(bench, whole, inputs, blocks, layout, floors)
+        calls, reason = within_memory(lambda: _stage_calls(chosen, config, inputs, blocks, layout))
+        if calls is None:
+            yield Record(case=case, method="nsa", stage="stages", reason=reason)
+        else:
+            yield from _measure_stages(bench, whole, chosen, calls, _divided(floors, chosen))
 
 
 def _floors(stage: StageWork, ceilings: Ceilings) -> tuple[float, float | None]:
     return floor_ms(stage.forward, ceilings), stage.backward and floor_ms(stage.backward, ceilings)
 
 
+_Floors = Mapping[str, tuple[float | None, float | None]]
+
+
+def _divided(floors: Mapping[str, tuple[float, float | None]], chosen: Plan) -> _Floors:
+    """Forward and backward floor of each stage that a plan has; on kernels one backward stands for all branches'."""
+    if chosen.backend != "triton":
+        return floors
+    joined = ("compressed_attention", "selected_attention", "sliding_attention", "gates")
+    backward = sum(floors[name][1] or 0.0 for name in joined)
+    alone = {name: (floors[name][0], None) for name in joined}
+    return {**floors, **alone, JOINT: (None, backward)}
+
+
 def _measure_stages(
-    bench: Bench,
-    whole: Record,
-    inputs: Inputs,
-    blocks: Tensor,
-    layout: BatchLayout,
-    floors: Mapping[str, tuple[float, float | None]],
+    bench: Bench, whole: Record, chosen: Plan, calls: Mapping[str, _Call], floors: _Floors
 ) -> Iterator[Record]:
-    calls, reason = within_memory(lambda: _stage_calls(bench, inputs, blocks, layout))
-    if calls is None:
-        yield Record(case=whole.case, method="nsa", stage="stages", reason=reason)
-        return
     records = []
     for name, call in calls.items():
         forward, backward = floors[name]
         empty = Record(case=whole.case, method="nsa", stage=name, forward_floor_ms=forward, backward_floor_ms=backward)
-        records.append(_timed(empty, call.forward, call.leaves, bench))
+        names = GRADIENTS if name == JOINT else (name,)
+        implementations = dict.fromkeys(getattr(chosen.stages, stage) for stage in names)
+        record = _timed(replace(empty, implementation=", ".join(implementations)), call.forward, call.leaves, bench)
+        records.append(record if forward else replace(record, forward_ms=None, forward_repetitions=0))
         yield records[-1]
     forward, backward = floors["gates"]
     yield Record(
         case=whole.case,
         method="nsa",
         stage=REST,
-        forward_ms=_less(whole.forward_ms, [record.forward_ms for record in records]),
+        forward_ms=_less(whole.forward_ms, [record.forward_ms for record in records if record.forward_floor_ms]),
         backward_ms=_less(whole.backward_ms, [record.backward_ms for record in records if record.backward_floor_ms]),
         forward_floor_ms=forward,
         backward_floor_ms=backward,
@@ -121,33 +128,31 @@ def _less(total: float | None, parts: Sequence[float | None]) -> float | None:
     return total - sum(known) if total is not None and len(known) == len(parts) else None
 
 
-def _stage_calls(bench: Bench, inputs: Inputs, blocks: Tensor, layout: BatchLayout) -> dict[str, _Call]:
+def _stage_calls(
+    chosen: Plan, config: NSAConfig, inputs: Inputs, blocks: Tensor, layout: BatchLayout
+) -> dict[str, _Call]:
     """Each stage by name, on summaries and log-sum-exp computed once."""
-    (q, k, v, _, cu), config = inputs, bench.config
-    stages = _with_layout(stages_of(bench.backend, q, v, config), layout)
+    q, k, v, gates, cu = inputs
+    stages, joint = stage_functions(chosen, cu, config, layout), chosen.backend == "triton"
     with torch.no_grad():
-        ck, cv = stages.compress(k, cu, config), stages.compress(v, cu, config)
-        lse = stages.compressed_attention(q, ck, cv, cu, config)[1]
+        ck, cv = stages.compress(k), stages.compress(v)
+        lse = stages.compressed_attention(q, ck, cv)[1]
     ck, cv = ck.requires_grad_(), cv.requires_grad_()
-    return {
-        "compress": _Call(lambda: (stages.compress(k, cu, config), stages.compress(v, cu, config)), (k, v)),
-        "compressed_attention": _Call(lambda: stages.compressed_attention(q, ck, cv, cu, config)[:1], (q, ck, cv)),
-        "block_selection": _Call(lambda: (stages.block_selection(q, ck, lse, cu, config),), ()),
-        "selected_attention": _Call(lambda: stages.selected_attention(q, k, v, blocks, cu, config)[:1], (q, k, v)),
-        "sliding_attention": _Call(lambda: stages.sliding_attention(q, k, v, cu, config.window_size)[:1], (q, k, v)),
+
+    def attention(function: Callable[..., tuple[Tensor, Tensor]], q: Tensor, *keys: Tensor) -> _Call:
+        return _Call(lambda: function(q, *keys)[:1], () if joint else (q, *keys[:2]))
+
+    calls = {
+        "compress": _Call(lambda: (stages.compress(k), stages.compress(v)), (k, v)),
+        "compressed_attention": attention(stages.compressed_attention, q, ck, cv),
+        "block_selection": _Call(lambda: (stages.block_selection(q, ck, lse),), ()),
+        "selected_attention": attention(stages.selected_attention, q, k, v, blocks),
+        "sliding_attention": attention(stages.sliding_attention, q, k, v),
     }
-
-
-def _with_layout(stages: ModuleType, layout: BatchLayout) -> SimpleNamespace:
-    """The stages, those that take a layout with it."""
-    functions = {name: getattr(stages, name) for name in _STAGES}
-    takes = {name for name, function in functions.items() if "layout" in inspect.signature(function).parameters}
-    return SimpleNamespace(
-        **{
-            name: partial(function, layout=layout) if name in takes else function
-            for name, function in functions.items()
-        }
-    )
+    if joint:
+        summed = branch_sum(chosen.stages, inputs, ck, cv, blocks, config, layout)
+        calls[JOINT] = _Call(lambda: (summed(),), (q, k, v, ck, cv, gates))
+    return calls
 
 
 def measure_rival(bench: Bench, case: Case, inputs: Inputs, rival: Rival) -> Record:

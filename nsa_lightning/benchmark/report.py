@@ -76,7 +76,7 @@ def case_tables(records: Sequence[Record]) -> str:
     for description, group in groupby(ours, key=lambda record: record.case.description):
         case_records = list(group)
         wholes = [record for record in case_records if record.stage == WHOLE]
-        stages = [record for record in case_records if record.forward_floor_ms is not None]
+        stages = [record for record in case_records if record.forward_floor_ms or record.backward_floor_ms]
         modules = dict.fromkeys(record.implementation for record in wholes if record.implementation)
         blocks.append(f"{description}; {', '.join(modules)}\n\n{_whole_table(wholes, records)}")
         if len(stages) > len(wholes):

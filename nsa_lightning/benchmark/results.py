@@ -37,9 +37,9 @@ class Record:
     method: str
     """`nsa`, or a rival: `flash` or `cudnn`."""
     stage: str = WHOLE
-    """A stage of nsa, `whole`, or `gates and rest`: the whole less its stages, below 0 where the whole joins them."""
+    """A stage of nsa, `joint backward`, `whole`, or `gates and rest`: the whole less its stages."""
     implementation: str | None = None
-    """The module that the backend stands for with these inputs."""
+    """Of a stage: what the plan names; of the whole: the backend."""
     forward_ms: float | None = None
     forward_repetitions: int = 0
     backward_ms: float | None = None

@@ -14,7 +14,7 @@ from nsa_kernels.decode.attention import (
     decode_dense_attention,
 )
 from nsa_kernels.decode.eager import started_blocks
-from nsa_kernels.eager.stages import summarise
+from nsa_kernels.eager.compress import summarise
 from nsa_kernels.elementwise import rotate
 from nsa_kernels.errors import SettingError
 from nsa_kernels.packing import BatchLayout

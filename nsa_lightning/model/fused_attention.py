@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from nsa_kernels.eager import stages as eager
+from nsa_kernels import eager
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 

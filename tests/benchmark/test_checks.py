@@ -1,25 +1,24 @@
-from types import SimpleNamespace
-
 import pytest
 import torch
-from nsa_kernels.eager import stages as eager
+from nsa_kernels import eager
 from support.packings import SMALL, cu_seqlens
 
 from nsa_lightning.benchmark import checks
 from nsa_lightning.benchmark.cases import Shape
 from nsa_lightning.benchmark.checks import Task, check_stages, relative_error, selection_gap
+from nsa_lightning.benchmark.stages import plain_stages, stage_functions
 
 SHAPE = Shape("test", 4, 2, 8, 8)
+TASK = Task(SHAPE, [1, 40, 70, 5], SMALL, torch.float32, torch.device("cpu"), "eager")
+EAGER = plain_stages("eager", cu_seqlens(TASK.lengths), SMALL)
 STAGES = ("compress", "compressed_attention", "block_selection", "selected_attention", "sliding_attention")
 
 
 def verdicts(**replaced):
     """Stage -> passed, with some stages of the eager backend replaced."""
-    stages = SimpleNamespace(**{name: getattr(eager, name) for name in STAGES} | replaced)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checks, "stages_of", lambda *_: stages)
-        task = Task(SHAPE, [1, 40, 70, 5], SMALL, torch.float32, torch.device("cpu"), "eager")
-        return {check.stage: check.passed for check in check_stages(task)}
+        patch.setattr(checks, "stage_functions", lambda *arguments: stage_functions(*arguments)._replace(**replaced))
+        return {check.stage: check.passed for check in check_stages(TASK)}
 
 
 def test_right_stages_pass():
@@ -27,21 +26,21 @@ def test_right_stages_pass():
 
 
 def wrong_output(*arguments):
-    o, lse = eager.sliding_attention(*arguments)
+    o, lse = EAGER.sliding_attention(*arguments)
     return o * 1.01, lse
 
 
 def wrong_gradient(*arguments):
-    o, lse = eager.selected_attention(*arguments)
+    o, lse = EAGER.selected_attention(*arguments)
     return o + 0.01 * (o - o.detach()), lse
 
 
 def not_finite(*arguments):
-    return eager.compress(*arguments) * float("nan")
+    return EAGER.compress(*arguments) * float("nan")
 
 
 def worst_blocks(q, *arguments):
-    return eager.block_selection(-q, *arguments)
+    return EAGER.block_selection(-q, *arguments)
 
 
 @pytest.mark.parametrize(

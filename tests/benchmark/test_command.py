@@ -3,15 +3,14 @@
 import json
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
 from nsa_cli.main import main
-from nsa_kernels.eager import stages as eager
 
 from nsa_lightning.benchmark import checks, measure
 from nsa_lightning.benchmark.cases import parse_shape
+from nsa_lightning.benchmark.stages import stage_functions
 from nsa_lightning.benchmark.timing import Clock
 
 SMALL = [
@@ -39,7 +38,16 @@ def bench(tmp_path, monkeypatch):
 def test_it_prints_tables_and_writes_json_and_a_plot(bench, tmp_path, capsys):
     assert bench("kernels", *SMALL, "--output_dir", "out") == 0
     text = capsys.readouterr().out
-    for words in ("sliding_attention", "ok", "Floors: ", "random inputs", "overlap inputs", "union 2/4/8/16", "flash"):
+    for words in (
+        "sliding_attention",
+        "ok",
+        "Floors: ",
+        "random inputs",
+        "overlap inputs",
+        "union 2/4/8/16",
+        "flash",
+        "Plan of shape",
+    ):
         assert words in text
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["kernels.png", "results.json"]
     assert (tmp_path / "out" / "kernels.png").read_bytes().startswith(b"\x89PNG")
@@ -53,7 +61,7 @@ def test_it_prints_tables_and_writes_json_and_a_plot(bench, tmp_path, capsys):
         assert row["forward_ms"] > 0
         assert row["forward_floor_ms"] > 0
         assert (row["backward_ms"] is None) == (row["stage"] == "block_selection")
-    assert nsa[0]["implementation"] == "nsa_kernels.eager.stages"
+    assert nsa[0]["implementation"] == "eager"
 
 
 def test_rivals_are_timed_once_for_all_inputs_or_say_why_not(bench, tmp_path):
@@ -109,15 +117,19 @@ def test_results_are_replaced_only_on_demand(bench, tmp_path):
 
 
 def test_a_wrong_stage_ends_the_run_with_status_1_and_no_times(bench, tmp_path, monkeypatch, capsys):
-    def wrong(*arguments):
-        o, lse = eager.sliding_attention(*arguments)
-        return o + 0.1, lse
+    def wrong_stages(*arguments):
+        stages = stage_functions(*arguments)
 
-    stages = SimpleNamespace(**{name: getattr(eager, name) for name in STAGES} | {"sliding_attention": wrong})
-    monkeypatch.setattr(checks, "stages_of", lambda *_: stages)
+        def wrong(*tensors):
+            o, lse = stages.sliding_attention(*tensors)
+            return o + 0.1, lse
+
+        return stages._replace(sliding_attention=wrong)
+
+    monkeypatch.setattr(checks, "stage_functions", wrong_stages)
     assert bench("kernels", *SMALL, "--output_dir", "out") == 1
     captured = capsys.readouterr()
-    (line,) = [line for line in captured.out.splitlines() if "sliding_attention" in line]
+    (line,) = [line for line in captured.out.splitlines() if "2x1x8x8 sliding_attention" in line]
     assert "FAILED" in line
     assert "2x1x8x8 sliding_attention" in captured.err
     assert not (tmp_path / "out").exists()

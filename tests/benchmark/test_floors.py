@@ -1,6 +1,6 @@
 import pytest
 import torch
-from nsa_kernels.eager.stages import block_selection, compress, compressed_attention
+from nsa_kernels.eager import block_selection, compress, compressed_attention
 from support.packings import PACKINGS, SMALL, cu_seqlens
 
 from nsa_lightning.benchmark.cases import Shape

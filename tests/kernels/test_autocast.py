@@ -5,7 +5,7 @@ import torch
 from nsa_kernels import NSAConfig, native_sparse_attention
 from nsa_kernels.decode.attention import LayerCache, chunk_attention, decode_attention, decode_dense_attention
 from nsa_kernels.decode.eager import started_blocks
-from nsa_kernels.eager.stages import summarise
+from nsa_kernels.eager.compress import summarise
 from support.packings import Inputs, random_inputs
 
 CONFIG = NSAConfig(compress_block_size=4, compress_stride=2, select_block_size=4, num_selected_blocks=3, window_size=5)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nsa_kernels import NSAConfig, native_sparse_attention
+from nsa_kernels import NSAConfig, native_sparse_attention, reference
 from nsa_kernels.decode.attention import (
     LayerCache,
     NewTokens,
@@ -16,7 +16,6 @@ from nsa_kernels.decode.attention import (
     decode_attention,
     decode_dense_attention,
 )
-from nsa_kernels.reference import stages as reference
 from nsa_kernels.rotary import apply_rotary
 from support.packings import SMALL, assert_same_blocks, random_inputs
 

@@ -4,9 +4,9 @@ import itertools
 
 import pytest
 import torch
-from nsa_kernels import NSAConfig, native_sparse_attention
-from nsa_kernels.eager import stages as eager
-from nsa_kernels.reference import stages as reference
+from nsa_kernels import NSAConfig, native_sparse_attention, reference
+from nsa_kernels.eager import chunks
+from nsa_kernels.rotary import apply_rotary
 from support.packings import (
     PACKINGS,
     SMALL,
@@ -95,8 +95,8 @@ def test_equal_to_the_reference_for_other_head_dimensions(qk_dim, v_dim):
 def test_the_size_of_a_chunk_changes_nothing(monkeypatch, budget):
     inputs = random_inputs(PACKINGS["mixed"])
     whole = run(inputs, SMALL, "eager", torch.ones_like(inputs.q[..., :1]).expand(-1, -1, inputs.v.shape[-1]))
-    monkeypatch.setitem(eager._CHUNK_BYTES, "cpu", budget)
-    assert eager._chunk_size(torch.device("cpu"), 2**12) == 1
+    monkeypatch.setitem(chunks._CHUNK_BYTES, "cpu", budget)
+    assert chunks.chunk_size(torch.device("cpu"), 2**12) == 1
     parts = run(inputs, SMALL, "eager", torch.ones_like(inputs.q[..., :1]).expand(-1, -1, inputs.v.shape[-1]))
     assert torch.equal(whole[0].block_indices, parts[0].block_indices)
     torch.testing.assert_close(whole[0].out, parts[0].out, rtol=1e-12, atol=1e-12)
@@ -143,7 +143,7 @@ def test_float32_chooses_the_blocks_of_float64_save_for_ties():
     narrow = inputs.to(dtype=torch.float32)
     result = native_sparse_attention(**narrow._asdict(), config=SMALL, backend="eager")
     summary = reference.compress(inputs.compress_k, inputs.cu_seqlens, SMALL, inputs.k_weights)
-    summary = reference.apply_rotary(summary, *inputs.compressed_rotary)
+    summary = apply_rotary(summary, *inputs.compressed_rotary)
     _, lse = reference.compressed_attention(inputs.q, summary, summary, inputs.cu_seqlens, SMALL)
     importance = reference.block_importance(inputs.q, summary, lse, inputs.cu_seqlens, SMALL)
     differing = assert_same_blocks(result.block_indices, truth.block_indices, importance, tolerance=1e-5)

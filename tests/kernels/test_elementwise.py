@@ -19,21 +19,21 @@ def test_the_kernel_rotates_as_plain_torch(head_dim, half):
     T, H = 13, 3
     cos, sin = torch.randn(2, T, half)
     for x in (torch.randn(T, H, head_dim), torch.randn(T, H + 2, head_dim)[:, 1:-1], torch.randn(T, head_dim, H).mT):
-        torch.testing.assert_close(kernels.rotate(x, cos, sin), apply_rotary(x, cos, sin))
+        torch.testing.assert_close(kernels.launch_rotate(x, cos, sin), apply_rotary(x, cos, sin))
 
 
 @interpreted
 def test_the_kernel_multiplies_halves_of_one_projection_as_plain_torch():
     for joint in (torch.randn(3, 2 * 1100), torch.randn(2 * 40, 5).T, 20 * torch.randn(4, 2 * 7)):
         gate, up = joint.chunk(2, dim=-1)
-        torch.testing.assert_close(kernels.silu_product(gate, up), torch.nn.functional.silu(gate) * up)
+        torch.testing.assert_close(kernels.launch_silu_product(gate, up), torch.nn.functional.silu(gate) * up)
 
 
 @interpreted
 def test_the_kernel_norms_a_sum_as_plain_torch():
     for x, change in (torch.randn(2, 5, 48), torch.randn(2, 3, 50)[..., 1:-1], torch.randn(2, 48, 4).mT):
         weight = torch.randn(48)
-        total, out = kernels.add_norm(x, change, weight, 1e-3)
+        total, out = kernels.launch_add_norm(x, change, weight, 1e-3)
         torch.testing.assert_close(total, x + change)
         torch.testing.assert_close(out, torch.nn.functional.rms_norm(x + change, (48,), weight, 1e-3))
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from nsa_kernels.reference import stages as reference
+from nsa_kernels import reference
 from support.packings import PACKINGS, SMALL, random_inputs
 from support.reference import COMPRESSED, SELECTED, SLIDING, attend, compressed, dense, only
 

@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from nsa_kernels import reference
 from nsa_kernels.geometry import CompressionWeights
-from nsa_kernels.reference import stages as reference
 from nsa_kernels.rotary import apply_rotary
 from support.packings import PACKINGS, SMALL, cu_seqlens, random_inputs, random_weights
 from support.reference import COMPRESSED, SELECTED, SLIDING, attend, compressed, only

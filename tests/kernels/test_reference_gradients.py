@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from nsa_kernels import reference
 from nsa_kernels.geometry import CompressionWeights
-from nsa_kernels.reference import stages as reference
 from support.packings import chosen_sets, cu_seqlens, random_inputs, random_weights
 from support.reference import SELECTED, TINY, TINY_LENGTHS, attend, compressed, only
 from torch import Tensor

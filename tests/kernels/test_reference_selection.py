@@ -5,8 +5,8 @@ from itertools import pairwise
 
 import pytest
 import torch
+from nsa_kernels import reference
 from nsa_kernels.geometry import NSAConfig
-from nsa_kernels.reference import stages as reference
 from support.packings import PACKINGS, SMALL, assert_same_blocks, chosen_sets, cu_seqlens, random_inputs
 from support.reference import attend, compressed
 

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from nsa_kernels import native_sparse_attention
-from nsa_kernels.reference import stages as reference
+from nsa_kernels import native_sparse_attention, reference
 from support.packings import PACKINGS, SMALL, random_inputs
 from support.rows import dense_rows, importance_of_rows
 

@@ -9,16 +9,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from nsa_kernels import NSAConfig, native_sparse_attention
-from nsa_kernels.eager import stages as eager
+from nsa_kernels import NSAConfig, eager, native_sparse_attention, reference
 from nsa_kernels.packing import document_positions
-from nsa_kernels.reference import stages as reference
 from nsa_kernels.rotary import apply_rotary
 from support.measured import Values, assert_strays_at_most_twice_as_far, attend, evaluate
 from support.packings import PACKINGS, SMALL, Inputs, assert_same_blocks, chosen_sets, cu_seqlens, random_inputs
 from torch import Tensor
 
-triton_backend = pytest.importorskip("nsa_kernels.triton.backend", exc_type=ImportError)
+kernels = pytest.importorskip("support.kernels", exc_type=ImportError)
 tuning = pytest.importorskip("nsa_kernels.triton.tuning", exc_type=ImportError)
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter is for machines without a GPU")
 
@@ -76,7 +74,7 @@ def every(names):
 def compare(stage, inputs: Inputs) -> set[str]:
     """A stage of each backend, in `inputs`' dtype and in float64."""
     truth = evaluate(lambda x: stage(reference, x), inputs.to(dtype=torch.float64))
-    actual, plain = (evaluate(lambda x, b=b: stage(b, x), inputs) for b in (triton_backend, eager))
+    actual, plain = (evaluate(lambda x, b=b: stage(b, x), inputs) for b in (kernels, eager))
     return assert_strays_at_most_twice_as_far(actual, plain, truth, EPSILON[inputs.q.dtype])
 
 
@@ -201,7 +199,7 @@ def test_whole_operator_for_head_dimensions_that_are_no_powers_of_two(qk_dim, v_
 @pytest.mark.parametrize("group_size", [1, 3])
 def test_the_size_of_a_tile_changes_nothing(monkeypatch, rows, keys, group_size):
     """With one head a group and 64 rows, a tile of the selected branch uses all 32 bits of its mask."""
-    monkeypatch.setattr(tuning, "_INTERPRETED", dict.fromkeys(tuning._INTERPRETED, tuning.Choice(rows, keys, 4, 1)))
+    monkeypatch.setattr(tuning, "_INTERPRETED", dict.fromkeys(tuning._INTERPRETED, tuning.TunedTile(rows, keys, 4, 1)))
     inputs = small([3, 67, 1], SMALL, num_heads=group_size, kind="mean")
     compared, _ = compare_whole(inputs, SMALL)
     assert len(compared) == len(inputs.leaves()) + 2
@@ -268,52 +266,69 @@ def test_compress_of_every_kind_and_geometry(kind, dtype):
         assert {"summary", "d compress_k"} <= compared
 
 
-@pytest.mark.parametrize("name", every(PACKINGS))
-def test_compressed_attention_on_every_packing(name):
-    def stage(backend, x):
-        o, lse = backend.compressed_attention(x.q, *summaries(x, SMALL), x.cu_seqlens, SMALL)
+def attention(stage: str, inputs: Inputs, config: NSAConfig):
+    """Forward of one branch as a function of a backend and of inputs like these, on blocks that nobody ranked."""
+    blocks = random_blocks(inputs, config)
+
+    @torch.no_grad()
+    def attended(backend, x: Inputs) -> Values:
+        offsets = x.cu_seqlens
+        if stage == "compressed":
+            o, lse = backend.compressed_attention(x.q, *summaries(x, config), offsets, config)
+        elif stage == "selected":
+            o, lse = backend.selected_attention(x.q, x.k, x.v, blocks, offsets, config)
+        else:
+            window = config if backend is kernels else config.window_size
+            o, lse = backend.sliding_attention(x.q, x.sliding_k, x.sliding_v, offsets, window)
         return {"o": o, "lse": lse.float()}
 
-    compared = compare(stage, problem(name, kind="mean"))
-    assert ("o" in compared) == any(length >= 4 for length in PACKINGS[name])
+    return attended
 
 
 @pytest.mark.parametrize("name", every(PACKINGS))
-def test_sliding_attention_on_every_packing(name):
-    def stage(backend, x):
-        o, lse = backend.sliding_attention(x.q, x.sliding_k, x.sliding_v, x.cu_seqlens, SMALL.window_size)
-        return {"o": o, "lse": lse.float()}
-
-    assert {"o", "lse", "d sliding_v"} <= compare(stage, problem(name, kind="mean"))
-
-
-@pytest.mark.parametrize("name", every(PACKINGS))
-def test_selected_attention_on_every_packing(name):
+@pytest.mark.parametrize("stage", ["compressed", "selected", "sliding"])
+def test_each_attention_on_every_packing(name, stage):
     inputs = problem(name, kind="mean")
-    blocks = random_blocks(inputs, SMALL)
-
-    def stage(backend, x):
-        o, lse = backend.selected_attention(x.q, x.k, x.v, blocks, x.cu_seqlens, SMALL)
-        return {"o": o, "lse": lse.float()}
-
-    assert {"o", "lse", "d v"} <= compare(stage, inputs)
+    compared = compare(attention(stage, inputs, SMALL), inputs)
+    assert ("o" in compared) == (stage != "compressed" or any(length >= 4 for length in PACKINGS[name]))
 
 
 @pytest.mark.parametrize("stage", ["compressed", "selected", "sliding"])
 def test_each_attention_in_half_precision(stage):
     inputs = problem("twice_the_reach", torch.float16, kind="mean", num_heads=7, qk_dim=24, v_dim=8)
-    blocks = random_blocks(inputs, SMALL)
+    assert {"o", "lse"} <= compare(attention(stage, inputs, SMALL), inputs)
 
-    def attention(backend, x):
-        if stage == "compressed":
-            o, lse = backend.compressed_attention(x.q, *summaries(x, SMALL), x.cu_seqlens, SMALL)
-        elif stage == "selected":
-            o, lse = backend.selected_attention(x.q, x.k, x.v, blocks, x.cu_seqlens, SMALL)
-        else:
-            o, lse = backend.sliding_attention(x.q, x.sliding_k, x.sliding_v, x.cu_seqlens, SMALL.window_size)
-        return {"o": o, "lse": lse.float()}
 
-    assert {"o", "lse", "d q"} <= compare(attention, inputs)
+def compare_gradients(inputs: Inputs, config: NSAConfig) -> set[str]:
+    """The joint backward of all branches, on blocks that nobody ranked."""
+    blocks = random_blocks(inputs, config)
+    actual, plain = (attend(inputs, config, backend, blocks) for backend in ("triton", "eager"))
+    truth = attend(inputs.to(dtype=torch.float64), config, "reference", blocks)
+    return assert_strays_at_most_twice_as_far(actual, plain, truth, EPSILON[inputs.q.dtype])
+
+
+@pytest.mark.parametrize("name", every(PACKINGS))
+def test_gradients_of_every_branch_on_every_packing(name):
+    assert {"d v", "d sliding_v", "d gates"} <= compare_gradients(problem(name, kind="mean"), SMALL)
+
+
+def test_gradients_of_every_branch_in_half_precision():
+    inputs = problem("twice_the_reach", torch.float16, kind="mean", num_heads=7, qk_dim=24, v_dim=8)
+    compared = compare_gradients(inputs, SMALL)
+    assert len(compared) == len(inputs.leaves()) + 2
+
+
+@pytest.mark.parametrize("branch", [0, 1, 2], ids=["compressed", "selected", "sliding"])
+def test_gradients_of_one_branch_alone(branch):
+    """Nothing of the others covers an error; their keys and values have no gradient."""
+    inputs = small(LENGTHS, kind="mean")
+    gates = torch.zeros_like(inputs.gates)
+    gates[..., branch] = 1
+    inputs = inputs._replace(gates=gates.requires_grad_())
+    compared = compare_gradients(inputs, RANKED)
+    pairs = [{"d compress_k", "d compress_v"}, {"d k", "d v"}, {"d sliding_k", "d sliding_v"}]
+    assert {"d q", "d gates"} <= compared
+    assert [pair <= compared for pair in pairs] == [index == branch for index in range(3)]
 
 
 def assert_chooses_the_blocks_of_the_reference(inputs: Inputs, config: NSAConfig) -> int:
@@ -323,9 +338,7 @@ def assert_chooses_the_blocks_of_the_reference(inputs: Inputs, config: NSAConfig
     _, lse = reference.compressed_attention(exact.q, keys, values, exact.cu_seqlens, config)
     importance = reference.block_importance(exact.q, keys, lse, exact.cu_seqlens, config)
     expected = reference.block_selection(exact.q, keys, lse, exact.cu_seqlens, config)
-    actual = triton_backend.block_selection(
-        inputs.q, summaries(inputs, config)[0], lse.float(), inputs.cu_seqlens, config
-    )
+    actual = kernels.block_selection(inputs.q, summaries(inputs, config)[0], lse.float(), inputs.cu_seqlens, config)
     assert actual.dtype == torch.int32
     assert assert_same_blocks(actual, expected, importance, tolerance=1e-5) <= len(inputs.q) // 50
     return ranked_rows(inputs, config)
@@ -350,9 +363,7 @@ def test_block_selection_for_other_geometries(name, dtype):
 def test_ties_go_to_the_lower_index():
     q, keys, offsets = torch.zeros(96, 2, 8), torch.randn(48, 1, 8), cu_seqlens([96])
     _, lse = eager.compressed_attention(q, keys, keys, offsets, SMALL)
-    expected, actual = (
-        backend.block_selection(q, keys, lse, offsets, SMALL) for backend in (reference, triton_backend)
-    )
+    expected, actual = (backend.block_selection(q, keys, lse, offsets, SMALL) for backend in (reference, kernels))
     assert torch.equal(actual, expected)
     assert actual[-1, 0].tolist() == [0, 1, 10, 11]
 

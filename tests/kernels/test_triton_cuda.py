@@ -19,7 +19,7 @@ from support.rows import dense_rows, importance_of_rows
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-triton_backend = pytest.importorskip("nsa_kernels.triton.backend", exc_type=ImportError)
+kernels = pytest.importorskip("support.kernels", exc_type=ImportError)
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(1800)]  # kernels are compiled for each shape
 
 DEVICE = "cuda"
@@ -63,7 +63,7 @@ def compare(inputs: Inputs, config: NSAConfig, epsilon: float, wide: torch.dtype
 def summaries(inputs: Inputs, config: NSAConfig) -> tuple[Tensor, Tensor]:
     k, v, offsets = inputs.compress_k, inputs.compress_v, inputs.cu_seqlens
     k, v = (inputs.k if k is None else k), (inputs.v if v is None else v)
-    return triton_backend.compress(k, offsets, config), triton_backend.compress(v, offsets, config)
+    return kernels.compress(k, offsets, config), kernels.compress(v, offsets, config)
 
 
 def ranked_tokens(inputs: Inputs, config: NSAConfig) -> list[int]:
@@ -76,8 +76,8 @@ def assert_right_blocks(inputs: Inputs, config: NSAConfig, tokens: list[int]) ->
     """The choice of the kernels at `tokens` is that of eager in float64 from the same summaries, save for ties."""
     q, offsets = inputs.q.detach(), inputs.cu_seqlens
     keys, values = (x.detach() for x in summaries(inputs, config))
-    _, lse = triton_backend.compressed_attention(q, keys, values, offsets, config)
-    actual = triton_backend.block_selection(q, keys, lse, offsets, config)[tokens].cpu()
+    _, lse = kernels.compressed_attention(q, keys, values, offsets, config)
+    actual = kernels.block_selection(q, keys, lse, offsets, config)[tokens].cpu()
     importance = importance_of_rows(q, keys, offsets, config, tokens)
     importance /= importance.amax(-1, keepdim=True).clamp(min=1e-30)
     position = document_positions(offsets, len(q))[tokens].cpu()

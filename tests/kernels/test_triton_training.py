@@ -8,9 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from nsa_kernels import native_sparse_attention
-from nsa_kernels.attention import stages_of
-from nsa_kernels.eager import stages as eager
+from nsa_kernels import native_sparse_attention, plan
 from nsa_kernels.packing import batch_layout
 from support.measured import assert_strays_at_most_twice_as_far, attend, evaluate
 from support.packings import PACKINGS, SMALL, random_inputs
@@ -18,7 +16,7 @@ from support.recorder import OperatorRecorder
 from torch._dynamo.backends.debugging import aot_eager
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-triton_backend = pytest.importorskip("nsa_kernels.triton.backend", exc_type=ImportError)
+kernels = pytest.importorskip("support.kernels", exc_type=ImportError)
 primitives = pytest.importorskip("nsa_kernels.triton.primitives", exc_type=ImportError)
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter is for machines without a GPU")
 
@@ -50,31 +48,21 @@ def assert_equal(actual, expected):
 
 @functools.cache
 def recorded_calls():
-    """The arguments of each operator, as the operator itself and each stage alone call it."""
-    inputs = small([3, 9], kind="linear")
+    """The arguments of each operator as a step calls it."""
     with OperatorRecorder() as recorder:
-        evaluate(run, inputs)
-        rows = len(inputs.q) // RANKED.compress_stride
-        keys, values = inputs.compress_k[:rows], inputs.compress_v[:rows]
-        blocks = torch.zeros(len(inputs.q), 1, 1, dtype=torch.int32)
-        offsets = inputs.cu_seqlens
-        for o, _ in (
-            triton_backend.compressed_attention(inputs.q, keys, values, offsets, RANKED),
-            triton_backend.selected_attention(inputs.q, inputs.k, inputs.v, blocks, offsets, RANKED),
-            triton_backend.sliding_attention(inputs.q, inputs.k, inputs.v, offsets, RANKED.window_size),
-        ):
-            o.sum().backward()
+        evaluate(run, small([3, 9], kind="linear"))
     return dict(recorder.calls)
 
 
-OPERATORS = ["block_mean", "block_linear", "compressed_attention", "sliding_attention", "selected_attention",
-             "gated_branches"]  # fmt: skip
+DIFFERENTIABLE = ["block_mean", "block_linear", "gated_branches"]
+OPERATORS = [*DIFFERENTIABLE, *(f"{name}_backward" for name in DIFFERENTIABLE), "compressed_attention",
+             "block_selection"]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [*OPERATORS, *(f"{name}_backward" for name in OPERATORS), "block_selection"])
+@pytest.mark.parametrize("name", OPERATORS)
 def test_operators_keep_the_rules_of_torch_library(name):
     operator = getattr(torch.ops.nsa_kernels, name).default
-    differentiable = name in OPERATORS
+    differentiable = name in DIFFERENTIABLE
     arguments = torch.utils._pytree.tree_map_only(
         torch.Tensor,
         lambda x: x.detach().clone().requires_grad_(x.requires_grad and differentiable),
@@ -91,7 +79,7 @@ def test_no_operator_is_left_unchecked():
         if name.startswith("nsa_kernels::")
     }
     assert registered == {operator.name().removeprefix("nsa_kernels::") for operator in recorded_calls()}
-    assert registered == {*OPERATORS, *(f"{name}_backward" for name in OPERATORS), "block_selection"}
+    assert registered == set(OPERATORS)
 
 
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
@@ -222,13 +210,14 @@ def test_one_graph_takes_every_length(kind, separate):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_documents_without_a_visible_block_give_zeros(dtype):
     inputs = small(PACKINGS["all_shorter_than_a_compress_block"], v_dim=8, dtype=dtype)
-    keys, values = (torch.randn(4, 1, 8).to(dtype).requires_grad_() for _ in range(2))
-    q = inputs.q.detach().requires_grad_()
-    o, lse = triton_backend.compressed_attention(q, keys, values, inputs.cu_seqlens, RANKED)
+    keys, values = (torch.randn(4, 1, 8).to(dtype) for _ in range(2))
+    o, lse = kernels.compressed_attention(inputs.q, keys, values, inputs.cu_seqlens, RANKED)
     assert torch.equal(o, torch.zeros_like(o))
     assert torch.equal(lse, torch.zeros_like(lse))
-    for grad in torch.autograd.grad(o.sum(), [q, keys, values]):
-        assert torch.equal(grad, torch.zeros_like(grad))
+    alone = torch.zeros_like(inputs.gates)
+    alone[..., 0] = 1
+    compressed = attend(inputs._replace(gates=alone.requires_grad_()), RANKED, "triton")
+    assert not any(value.any() for name, value in compressed.items() if name not in ("block_indices", "d gates"))
     whole = attend(inputs, RANKED, "triton")
     assert all(value.isfinite().all() for value in whole.values())
     assert not whole["d compress_k"].any()
@@ -277,5 +266,5 @@ def test_keys_of_another_dtype_are_refused():
 
 def test_auto_stays_eager_on_the_cpu():
     inputs = small([5])
-    assert stages_of("auto", inputs.q, inputs.v, SMALL) is eager
-    assert stages_of("triton", inputs.q, inputs.v, SMALL) is triton_backend
+    assert plan(inputs.q, inputs.v, SMALL).backend == "eager"
+    assert plan(inputs.q, inputs.v, SMALL, "triton").backend == "triton"

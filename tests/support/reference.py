@@ -1,8 +1,8 @@
 """What the tests of the reference share: one branch alone, dense attention, compressed keys."""
 
 import torch
+from nsa_kernels import reference
 from nsa_kernels.geometry import NSAConfig
-from nsa_kernels.reference import stages as reference
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 

@@ -1,10 +1,9 @@
 """Sequences that grow by a token in every step, through `decode_attention` and through what it is made of."""
 
 import torch
-from nsa_kernels import CompressionWeights, NSAConfig, NSAOutput
+from nsa_kernels import CompressionWeights, NSAConfig, NSAOutput, reference
 from nsa_kernels.decode.attention import LayerCache, NewToken, NewTokens, StartedBlocks, append_tokens, decode_attention
 from nsa_kernels.decode.eager import started_blocks
-from nsa_kernels.reference import stages as reference
 from nsa_kernels.rotary import apply_rotary
 from torch import Tensor
 

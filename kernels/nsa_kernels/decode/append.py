@@ -83,7 +83,7 @@ def pair_arguments(pairs: Sequence[Any]) -> tuple[tuple[Any, ...], ...]:
     )
 
 
-def append_tokens(q: Tensor, pairs: Sequence[Any], positions: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def launch_append(q: Tensor, pairs: Sequence[Any], positions: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """`decode.append_tokens`; slots are contiguous."""
     (B, H, D_QK), (_, H_KV, D_V) = q.shape, pairs[0].v.shape
     q, (*arguments, rotates) = whole_rows(q), pair_arguments(pairs)

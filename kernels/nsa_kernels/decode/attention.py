@@ -10,14 +10,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nsa_kernels.attention import Backend, stages_of
-from nsa_kernels.decode import eager as decode_eager
-from nsa_kernels.decode.eager import Keys
-from nsa_kernels.eager import stages as eager
+from nsa_kernels.backends import Backend, plan
+from nsa_kernels.decode.eager import Keys, advance_blocks, attend_cache, attend_cache_densely
 from nsa_kernels.errors import SettingError
 from nsa_kernels.geometry import CompressionWeights, NSAConfig, NSAOutput
 from nsa_kernels.precision import computed_as_given
-from nsa_kernels.reference import stages as reference
 from nsa_kernels.rotary import apply_rotary
 
 # B sequences, S and W slots, C rows, T new tokens of a chunk, L tokens so far, H query heads, H_kv KV heads, n blocks.
@@ -97,10 +94,10 @@ def append_tokens(
     """
     _check_new(pairs, len(q))
     _check("positions", positions, (len(q),))
-    if pairs and _on_triton(backend, q, pairs[0].v, NSAConfig()):
-        from nsa_kernels.decode import append as append_triton
+    if pairs and plan(q, pairs[0].v, None, backend).backend == "triton":
+        from nsa_kernels.decode.append import launch_append
 
-        return append_triton.append_tokens(q, pairs, positions, *rotary)
+        return launch_append(q, pairs, positions, *rotary)
     sequence = torch.arange(len(q), device=q.device)
     for new in pairs:
         slot = positions.long() % new.k_slots.shape[1]
@@ -167,20 +164,20 @@ def decode_attention(
         raise SettingError(
             f"k must have a multiple of select_block_size slots, {config.select_block_size}, got {cache.k.shape[1]}"
         )
-    if _on_triton(backend, q, cache.v, config):
-        from nsa_kernels.decode import step as decode_triton
+    if plan(q, cache.v, config, backend).backend == "triton":
+        from nsa_kernels.decode.step import attend_step
 
         contiguous = [x.contiguous() for x in cache]
-        return decode_triton.sparse_attention(q, gates, gate_logits, contiguous, positions, config, scale, new)
+        return attend_step(q, gates, gate_logits, contiguous, positions, config, scale, new)
     if new is not None:
         q = append_tokens(q, [*new.branches, new.compressed], positions, new.rotary, backend=backend)
-        decode_eager.advance_blocks(new, (cache.summary_k, cache.summary_v), positions, config)
+        advance_blocks(new, (cache.summary_k, cache.summary_v), positions, config)
     gates = gates.sigmoid() if gate_logits else gates
     position = positions.long().unsqueeze(1)
     cache = LayerCache(*_used(cache, positions, config))
     sliding = Keys(cache.sliding_k, cache.sliding_v, _ring_tokens(position, cache.sliding_k.shape[1]))
     selected, summaries = (cache.k, cache.v), (cache.summary_k, cache.summary_v)
-    out, blocks = decode_eager.sparse_attention(
+    out, blocks = attend_cache(
         q.unsqueeze(1), gates.unsqueeze(1), position, selected, sliding, summaries, config, scale
     )
     return NSAOutput(out.squeeze(1), blocks.squeeze(1))
@@ -220,15 +217,15 @@ def decode_dense_attention(
     _check("q", q, (B, H_KV * (q.shape[1] // H_KV), k.shape[3]))
     _check("v", v, (B, S, H_KV, v.shape[3]))
     _check("positions", positions, (B,))
-    if _on_triton(backend, q, v, NSAConfig()):
-        from nsa_kernels.decode import parts as decode_parts
+    if plan(q, v, None, backend).backend == "triton":
+        from nsa_kernels.decode.parts import launch_dense_attention
 
         contiguous = q.contiguous(), k.contiguous(), v.contiguous()
-        return decode_parts.dense_attention(*contiguous, positions, window_size, scale)
+        return launch_dense_attention(*contiguous, positions, window_size, scale)
     position, S = positions.long().unsqueeze(1), _used_slots(S, positions)
     k, v = k[:, :S], v[:, :S]
     tokens = _ring_tokens(position, S) if window_size is not None else torch.arange(S, device=q.device).expand(B, S)
-    out = decode_eager.dense_attention(q.unsqueeze(1), position, Keys(k, v, tokens), window_size, scale)
+    out = attend_cache_densely(q.unsqueeze(1), position, Keys(k, v, tokens), window_size, scale)
     return out.squeeze(1)
 
 
@@ -284,24 +281,21 @@ def chunk_attention(
         raise SettingError(f"summary_k must hold the {needed} complete blocks of {L} tokens, got {len(summary_k)}")
     M = min(M, T + config.window_size - 1)
     seen = k, v, sliding_k[-M:], sliding_v[-M:], summary_k[:needed], summary_v[:needed]  # the rest costs time alone
-    if _on_triton(backend, q, v, config):
-        from nsa_kernels.decode import prefill as prefill_triton
+    chosen = plan(q, v, config, backend)
+    if chosen.backend == "triton":
+        from nsa_kernels.decode.prefill import attend_chunk
 
         k, v, sliding_k, sliding_v, summary_k, summary_v = (x.contiguous() for x in seen)
         pairs = (k, v), (sliding_k, sliding_v), (summary_k, summary_v)
-        return prefill_triton.sparse_attention(q.contiguous(), gates.contiguous(), *pairs, config, scale)
+        return attend_chunk(q.contiguous(), gates.contiguous(), *pairs, config, scale, chosen.stages)
     cache = LayerCache(*(x.unsqueeze(0) for x in seen))
     tokens = torch.arange(L, device=q.device).unsqueeze(0)  # [1, L]
     sliding = Keys(cache.sliding_k, cache.sliding_v, tokens[:, -M:])
     selected, summaries = (cache.k, cache.v), (cache.summary_k, cache.summary_v)
-    out, blocks = decode_eager.sparse_attention(
+    out, blocks = attend_cache(
         q.unsqueeze(0), gates.unsqueeze(0), tokens[:, -T:], selected, sliding, summaries, config, scale
     )
     return NSAOutput(out.squeeze(0), blocks.squeeze(0))
-
-
-def _on_triton(backend: Backend, q: Tensor, v: Tensor, config: NSAConfig) -> bool:
-    return stages_of(backend, q, v, config) not in (eager, reference)
 
 
 def _used_slots(slots: int, positions: Tensor) -> int:

@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nsa_kernels.eager.stages import Candidates, attend, rank, summarise
+from nsa_kernels.eager.block_selection import Candidates, rank
+from nsa_kernels.eager.compress import summarise
+from nsa_kernels.eager.softmax import attend
 from nsa_kernels.geometry import CompressionWeights, NSAConfig, NSAOutput
 from nsa_kernels.precision import linear_map
 from nsa_kernels.rotary import apply_rotary
@@ -72,7 +74,7 @@ def started_blocks(
     return *sums, *maps
 
 
-def sparse_attention(
+def attend_cache(
     q: Tensor,
     gates: Tensor,
     positions: Tensor,
@@ -105,7 +107,7 @@ def sparse_attention(
     return NSAOutput(torch.cat(outs, 1), torch.cat(chosen, 1))
 
 
-def dense_attention(q: Tensor, positions: Tensor, keys: Keys, window_size: int | None, scale: float) -> Tensor:
+def attend_cache_densely(q: Tensor, positions: Tensor, keys: Keys, window_size: int | None, scale: float) -> Tensor:
     """Causal attention of queries [B, T, H, D_qk] at int64 positions [B, T] to all keys, or those in a window."""
     heads = _by_group(q, keys.k.shape[2]) * scale
     return _by_head(_seen(heads, positions, keys, window_size)).to(q.dtype)

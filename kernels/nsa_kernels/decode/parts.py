@@ -242,7 +242,7 @@ def _processors(device: torch.device) -> int:
     return 1 if interpreted() else torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def dense_attention(
+def launch_dense_attention(
     q: Tensor, k: Tensor, v: Tensor, positions: Tensor, window_size: int | None, scale: float
 ) -> Tensor:
     """`decode.decode_dense_attention` of contiguous tensors."""

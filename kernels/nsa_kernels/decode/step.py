@@ -251,7 +251,7 @@ def _gated_sum_kernel(
     tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def sparse_attention(
+def attend_step(
     q: Tensor,
     gates: Tensor,
     gate_logits: bool,

@@ -3,7 +3,7 @@
 Forward, a tile has two or three parts of ROWS rows, a multiplying group each. They share one ring of keys and values:
 what several chose is read from the L2 cache once, and a part passes over the blocks that none of its queries chose.
 
-Also how a tile walks the union of its blocks, for `gated_sum_hopper.py`.
+Also how a tile walks the union of its blocks, for `query_gradient.py`.
 """
 
 import torch
@@ -39,7 +39,8 @@ from nsa_kernels.hopper.parts import (
     tile_rows,
     tiles,
 )
-from nsa_kernels.triton.block_lists import MAX_TILE_QUERIES, InverseList, unite
+from nsa_kernels.triton.block_attention import BlockGradients
+from nsa_kernels.triton.block_lists import MAX_TILE_QUERIES, unite
 from nsa_kernels.triton.primitives import ceil_div
 
 # T packed tokens, H query heads, H_kv KV heads, G = H / H_kv (GROUP), D head dim, B blocks, I items of the list.
@@ -223,11 +224,11 @@ def _forward_kernel(
         )  # fmt: skip
 
 
-def forward(
+def launch_block_attention_on_hopper(
     q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, document_start: Tensor, block_size: int, scale: float,
     past: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`block_attention.forward` for groups of 4 heads and more."""
+    """`dispatch.block_attention` in Gluon, for groups of 4 heads and more."""
     (T, H, D_QK), (_, H_KV, D_V) = q.shape, v.shape
     o, lse = q.new_empty(T, H, D_V), q.new_empty(T, H, dtype=torch.float32)
     rows = ROWS.value
@@ -374,18 +375,18 @@ def _shared(DTYPE: gl.constexpr, D_QK: gl.constexpr, D_V: gl.constexpr, STAGES: 
     return k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem, token_smem, kv_full, full, empty
 
 
-def backward_kv(
-    q: Tensor, k: Tensor, v: Tensor, do: Tensor, lse: Tensor, delta: Tensor, lists: InverseList,
-    block_start: Tensor, block_end: Tensor, grads: tuple[Tensor, Tensor], parts: list[Tensor], block_size: int,
-    scale: float,
+def launch_block_gradients_on_hopper(
+    q: Tensor, k: Tensor, v: Tensor, do: Tensor, lse: Tensor, delta: Tensor, gradients: BlockGradients,
+    block_start: Tensor, block_end: Tensor, block_size: int, scale: float,
 ) -> None:  # fmt: skip
-    """Write dk and dv of all blocks with one item to `grads`, and of each item of the others to `parts`."""
+    """Write the parts of `dispatch.block_gradients` in Gluon."""
     (_, H, D_QK), (_, H_KV, D_V) = q.shape, v.shape
-    num_items, rows = len(lists.item_row), ROWS.value
+    lists, rows = gradients.lists, ROWS.value
+    num_items = len(lists.item_row)
     items = (lists.token, lists.item_row, lists.item_begin, lists.item_end, lists.item_part)
     _dkv_kernel[(ceil_div(num_items, 2), block_size // rows)](
         _groups(q, H // H_KV), _groups(do, H // H_KV), tiles(k, rows), tiles(v, rows), lse, delta,
-        *items, block_start, block_end, *grads, *parts, num_items, len(block_start), scale,
+        *items, block_start, block_end, *gradients.whole, *gradients.parts, num_items, len(block_start), scale,
         H_KV, H // H_KV, D_QK, D_V, block_size, _STAGES, num_warps=4,
     )  # fmt: skip
 

@@ -41,7 +41,7 @@ from nsa_kernels.hopper.parts import (
 )
 from nsa_kernels.packing import KeyRuns
 from nsa_kernels.triton.primitives import ceil_div
-from nsa_kernels.triton.run_attention import OtherBranches
+from nsa_kernels.triton.run_attention import OtherBranches, RunGradients
 
 # T packed tokens, S keys, H query heads, H_kv KV heads, G = H / H_kv (GROUP), D head dim.
 
@@ -360,10 +360,10 @@ def _dkv_kernel(
     )  # fmt: skip
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, runs: KeyRuns, scale: float, others: OtherBranches | None = None
+def launch_run_attention_on_hopper(
+    q: Tensor, k: Tensor, v: Tensor, runs: KeyRuns, scale: float, others: OtherBranches | None
 ) -> tuple[Tensor, Tensor]:
-    """o [T, H, D_v] in q's dtype and lse [T, H]; with `others` also their gated sum."""
+    """`dispatch.run_attention` in Gluon."""
     (T, H, D_QK), (_, H_KV, D_V) = q.shape, v.shape
     o, lse = q.new_empty(T, H, D_V), q.new_empty(T, H, dtype=torch.float32)
     num_tiles = ceil_div(T, 2 * ROWS.value)
@@ -375,14 +375,13 @@ def forward(
     return o, lse
 
 
-def backward_kv(
+def launch_run_gradients_on_hopper(
     q: Tensor, k: Tensor, v: Tensor, do: Tensor, lse: Tensor, delta: Tensor, runs: KeyRuns, scale: float, split: bool
-) -> tuple[Tensor, Tensor, int]:
-    """Parts of dk [parts, S, H_kv, D_qk] and dv [parts, S, H_kv, D_v], and how many queries a chunk has.
+) -> RunGradients:
+    """The parts of `dispatch.run_gradients` in Gluon.
 
-    Part i holds chunk i % (chunks) of the queries; of each key only the chunks that see it are written. With `split`
-    heads and queries are divided until the device is busy, and parts are float32; without it there is one part, in
-    k's dtype.
+    With `split` heads and queries are divided until the device is busy, and parts are float32; without it there is one
+    part, in k's dtype.
     """
     (T, H, D_QK), (S, H_KV, D_V) = q.shape, v.shape
     key_blocks, group_size = ceil_div(S, 2 * ROWS.value), H // H_KV
@@ -398,7 +397,7 @@ def backward_kv(
         tiles(q, rows), tiles(do, rows), tiles(k, keys), tiles(v, keys), lse, delta, runs.seen_from, runs.seen_to,
         dk, dv, T, S, chunk, scale, H_KV, group_size, group_size // head_parts, D_QK, D_V, _STAGES, num_warps=4,
     )  # fmt: skip
-    return dk, dv, chunk
+    return RunGradients(dk, dv, chunk)
 
 
 _KEYS = 128

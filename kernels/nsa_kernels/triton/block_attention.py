@@ -7,13 +7,15 @@ once, with one bit a query that says who chose the block; dk and dv come from th
 is added atomically: gradients are the same in every run.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from nsa_kernels.geometry import filled_slots
-from nsa_kernels.triton.block_lists import MAX_TILE_QUERIES, inverse_list, unite
+from nsa_kernels.triton.block_lists import MAX_TILE_QUERIES, InverseList, inverse_list, unite
 from nsa_kernels.triton.primitives import (
     HIDDEN,
     LOG2_E,
@@ -32,7 +34,7 @@ from nsa_kernels.triton.primitives import (
     tile_rows,
     wide,
 )
-from nsa_kernels.triton.tuning import Launch, fits_hopper, launch
+from nsa_kernels.triton.tuning import FittedTile, fitted_tile
 
 # T packed tokens, H query heads, H_kv KV heads, G = H / H_kv (GROUP), D head dim, n slots a query, l' tokens a block
 
@@ -167,37 +169,6 @@ def _add_steps_to_dq(
 
 
 @triton.jit
-def _dq_kernel(
-    q_ptr,  # [T, H, D_QK]
-    k_desc, v_desc,  # [T, H_KV, D]
-    do_ptr,  # [T, H, D_V]
-    lse_ptr, delta_ptr,  # [T, H]
-    document_start_ptr,  # [T]
-    start_ptr, mask_ptr,  # [tiles, H_KV, U]
-    size_ptr,  # [tiles, H_KV]
-    dq_ptr,  # [T, H, D_QK]
-    num_tokens, scale, U,
-    H_KV: tl.constexpr, GROUP: tl.constexpr, D_QK: tl.constexpr, D_V: tl.constexpr,
-    BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    KEYS: tl.constexpr, SLOTS: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """One program computes dq of the queries of one tile and one KV head."""
-    tile, kv_head = tl.program_id(0), tl.program_id(1)
-    token, head, exists = tile_rows(tile * QUERIES, num_tokens, GROUP, QUERIES, ROWS)
-    rows = row_addresses(token, kv_head * GROUP + head, H_KV * GROUP)
-    q, do = load_rows(q_ptr, rows, D_QK, BLOCK_QK), load_rows(do_ptr, rows, D_V, BLOCK_V)
-    lse, delta = tl.load(lse_ptr + rows) * LOG2_E, tl.load(delta_ptr + rows)
-    dq = tl.zeros([ROWS, BLOCK_QK], tl.float32)
-    union = (tile.to(tl.int64) * H_KV + kv_head) * U
-    size = tl.load(size_ptr + tile * H_KV + kv_head)
-    dq = add_blocks_to_dq(
-        dq, q, do, lse, delta, k_desc, v_desc, document_start_ptr, start_ptr + union, mask_ptr + union, size, token,
-        tile * QUERIES, tl.minimum(tile * QUERIES + QUERIES, num_tokens) - 1, kv_head, scale * LOG2_E,
-        BLOCK_QK, BLOCK_V, BLOCK_SIZE, KEYS, QUERIES * SLOTS, PRECISION)  # fmt: skip
-    store_rows(dq_ptr, rows, exists, dq * scale, D_QK, BLOCK_QK)
-
-
-@triton.jit
 def _dkv_kernel(
     q_ptr,  # [T, H, D_QK]
     k_ptr, v_ptr,  # [T, H_KV, D]
@@ -281,30 +252,22 @@ def _sum_parts_kernel(
         store_rows(out_ptr, (start + s).to(tl.int64) * H_KV + kv_head, exists, total, D, BLOCK_D)
 
 
-def union_tile(kernel: str, q: Tensor, v: Tensor, block_size: int) -> Launch:
-    """The launch of a kernel that walks unions: no more queries than masks have bits, no more keys than a block."""
+def union_tile(kernel: str, q: Tensor, v: Tensor, block_size: int) -> FittedTile:
+    """The tile of a kernel that walks unions: no more queries than masks have bits, no more keys than a block."""
     group_size = q.shape[1] // v.shape[1]
-    tile = launch(kernel, q, max(q.shape[-1], v.shape[-1]), group_size)
+    tile = fitted_tile(kernel, q, max(q.shape[-1], v.shape[-1]), group_size)
     tile = tile._replace(keys=min(tile.keys, block_size))
     if tile.queries > MAX_TILE_QUERIES:
         tile = tile._replace(queries=MAX_TILE_QUERIES, rows=padded(MAX_TILE_QUERIES * group_size))
     return tile
 
 
-def forward(
+def launch_block_attention(
     q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, document_start: Tensor, block_size: int, scale: float,
-    past: int = 0,
+    past: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """o [T, H, D_v] in q's dtype and lse [T, H] of queries that see the blocks of `block_indices`.
-
-    The keys may begin `past` tokens before the queries; `document_start` counts them.
-    """
+    """`dispatch.block_attention` in Triton."""
     (T, H, D_QK), (_, H_KV, D_V) = q.shape, v.shape
-    block_indices = without_empty_slots(block_indices, k, block_size)
-    if tiles_fit_hopper(q, v, block_size) and D_QK == D_V == _SHARED_HEAD_DIM and H // H_KV >= _LEAST_SHARED:
-        from nsa_kernels.hopper import block_attention as block_attention_hopper
-
-        return block_attention_hopper.forward(q, k, v, block_indices, document_start, block_size, scale, past)
     o, lse = q.new_empty(T, H, D_V), q.new_empty(T, H, dtype=torch.float32)
     tile = union_tile("selected_forward", q, v, block_size)
     unions = unite(block_indices, document_start, block_size, tile.queries)
@@ -317,73 +280,57 @@ def forward(
     return o, lse
 
 
-def backward_q(
-    q: Tensor, k: Tensor, v: Tensor, do: Tensor, lse: Tensor, delta: Tensor,
-    block_indices: Tensor, document_start: Tensor, block_size: int, scale: float,
-) -> Tensor:  # fmt: skip
-    """dq [T, H, D_qk] in q's dtype."""
-    (T, H, D_QK), (_, H_KV, D_V) = q.shape, v.shape
-    dq = torch.empty_like(q)
-    tile = union_tile("selected_dq", q, v, block_size)
-    block_indices = without_empty_slots(block_indices, k, block_size)
-    unions = unite(block_indices, document_start, block_size, tile.queries)
-    _dq_kernel[(ceil_div(T, tile.queries), H_KV)](
-        q, block_descriptor(k, tile.keys), block_descriptor(v, tile.keys), do, lse, delta, document_start, *unions,
-        dq, T, scale, unions.start.shape[-1],
-        H_KV, H // H_KV, D_QK, D_V, padded(D_QK), padded(D_V), tile.queries, tile.rows, block_size, tile.keys,
-        block_indices.shape[2], dot_precision(q.dtype), num_warps=tile.num_warps, num_stages=tile.num_stages,
-    )  # fmt: skip
-    return dq
+class BlockGradients(NamedTuple):
+    """Where the gradients of keys and values go: blocks of one item, and parts of the items of the others."""
+
+    lists: InverseList
+    whole: tuple[Tensor, Tensor]  # dk [T, H_kv, D_qk] and dv [T, H_kv, D_v]
+    parts: tuple[Tensor, Tensor]  # float32 [parts, l', D] each
 
 
-def backward_kv(
-    q: Tensor, k: Tensor, v: Tensor, do: Tensor, lse: Tensor, delta: Tensor, block_indices: Tensor,
-    first_block: Tensor, block_start: Tensor, block_end: Tensor, block_size: int, scale: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """dk [T, H_kv, D_qk] and dv [T, H_kv, D_v]; blocks of many queries are summed part by part, in order."""
-    (T, H, D_QK), (_, H_KV, D_V) = q.shape, v.shape
-    tile = launch("selected_dkv", q, max(D_QK, D_V), H // H_KV)
+def room_for_gradients(
+    q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, first_block: Tensor, num_blocks: int, block_size: int
+) -> BlockGradients:
+    """Room for the gradients of k and v, and the lists of the queries that chose each block."""
+    lists = inverse_list(block_indices, first_block, num_blocks, max(_ITEM_LENGTH, len(q) // _ITEMS))
+    dk_parts, dv_parts = (x.new_empty(lists.num_parts, block_size, x.shape[-1], dtype=torch.float32) for x in (k, v))
+    return BlockGradients(lists, (torch.empty_like(k), torch.empty_like(v)), (dk_parts, dv_parts))
+
+
+def launch_block_gradients(
+    q: Tensor, k: Tensor, v: Tensor, do: Tensor, lse: Tensor, delta: Tensor, gradients: BlockGradients,
+    block_start: Tensor, block_end: Tensor, block_size: int, scale: float,
+) -> None:  # fmt: skip
+    """Write the parts of `dispatch.block_gradients` in Triton."""
+    (T, H, D_QK), (_, H_KV, D_V), lists = q.shape, v.shape, gradients.lists
+    tile = fitted_tile("selected_dkv", q, max(D_QK, D_V), H // H_KV)
     tile = tile._replace(keys=min(tile.keys, block_size))
-    block_indices = without_empty_slots(block_indices, k, block_size)
-    lists = inverse_list(block_indices, first_block, len(block_start), max(_ITEM_LENGTH, T // _ITEMS))
-    grads = torch.empty_like(k), torch.empty_like(v)
-    parts = [x.new_empty(lists.num_parts, block_size, x.shape[-1], dtype=torch.float32) for x in (k, v)]
-    if tiles_fit_hopper(q, v, block_size) and H // H_KV >= _LEAST_GATHERED:
-        from nsa_kernels.hopper import block_attention as block_attention_hopper
+    _dkv_kernel[(len(lists.item_row), block_size // tile.keys)](
+        q, k, v, do, lse, delta,
+        lists.token, lists.item_row, lists.item_begin, lists.item_end, lists.item_part, block_start, block_end,
+        *gradients.whole, *gradients.parts, len(block_start), T, scale,
+        H_KV, H // H_KV, D_QK, D_V, padded(D_QK), padded(D_V), tile.queries, tile.rows, block_size, tile.keys,
+        dot_precision(q.dtype), num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
 
-        block_attention_hopper.backward_kv(
-            q, k, v, do, lse, delta, lists, block_start, block_end, grads, parts, block_size, scale
-        )
-    else:
-        _dkv_kernel[(len(lists.item_row), block_size // tile.keys)](
-            q, k, v, do, lse, delta,
-            lists.token, lists.item_row, lists.item_begin, lists.item_end, lists.item_part, block_start, block_end,
-            *grads, *parts, len(block_start), T, scale,
-            H_KV, H // H_KV, D_QK, D_V, padded(D_QK), padded(D_V), tile.queries, tile.rows, block_size, tile.keys,
-            dot_precision(q.dtype), num_warps=tile.num_warps, num_stages=tile.num_stages,
-        )  # fmt: skip
-    for part, out in zip(parts, grads, strict=True):
-        rows = min(block_size, _SUMMED_ROWS)
+
+def sum_block_parts(
+    gradients: BlockGradients, block_start: Tensor, block_end: Tensor, block_size: int
+) -> tuple[Tensor, Tensor]:
+    """dk and dv; blocks of many queries are summed part by part, in order."""
+    lists, whole, parts = gradients
+    for part, out in zip(parts, whole, strict=True):
+        rows, H_KV = min(block_size, _SUMMED_ROWS), out.shape[1]
         _sum_parts_kernel[(len(block_start), H_KV, block_size // rows)](
             part, lists.row_part, lists.row_items, block_start, block_end, out, len(block_start),
             H_KV, out.shape[-1], padded(out.shape[-1]), block_size, rows,
         )  # fmt: skip
-    return grads
+    return whole
 
 
 def without_empty_slots(block_indices: Tensor, k: Tensor, block_size: int) -> Tensor:
     """The slots of block_indices [T, H_kv, n] that can hold a block of the keys k, where n is unusually large."""
     return block_indices[..., : filled_slots(block_indices.shape[-1], block_size, len(k))].contiguous()
-
-
-HOPPER_ROWS = 64
-"""Rows of a tile in the kernels for Hopper."""
-
-
-def tiles_fit_hopper(q: Tensor, v: Tensor, block_size: int) -> bool:
-    """Whether the kernels for Hopper take the shape: whole groups fill a tile, masks have its queries' bits."""
-    group_size = q.shape[1] // v.shape[1]
-    return fits_hopper(q, v) and group_size in (2, 4, 8, 16, 32, 64) and block_size % HOPPER_ROWS == 0
 
 
 _SUMMED_ROWS = 128
@@ -392,10 +339,3 @@ _SUMMED_ROWS = 128
 _ITEMS, _ITEM_LENGTH = 16, 512
 """A block that every query chose is cut into so many items, of at least so many queries: few sums, and none so long
 that the others wait for it."""
-
-_LEAST_GATHERED = 8
-"""Rows that the copy engine gathers at once: what the swizzle of shared memory repeats after."""
-
-_SHARED_HEAD_DIM, _LEAST_SHARED = 128, 4
-"""Head dim and smallest group of the forward for Hopper: below this head dim the kernel in Triton is faster, and in
-smaller groups the queries of two times HOPPER_ROWS rows have no bit each in a mask."""

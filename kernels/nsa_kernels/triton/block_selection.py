@@ -16,12 +16,11 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa_kernels.geometry import NSAConfig, filled_slots
-from nsa_kernels.packing import BatchLayout, batch_layout
+from nsa_kernels.packing import BatchLayout
 from nsa_kernels.triton.primitives import (
     LOG2_E,
     block_descriptor,
     ceil_div,
-    check_inputs,
     dot_precision,
     load_block,
     padded,
@@ -29,7 +28,7 @@ from nsa_kernels.triton.primitives import (
     row_addresses,
     wide,
 )
-from nsa_kernels.triton.tuning import launch
+from nsa_kernels.triton.tuning import fitted_tile
 
 # T packed tokens, H query heads, H_kv KV heads, G = H / H_kv (GROUP), D head dim, C rows of compressed blocks,
 # J selection blocks that a query may rank, n slots, R and S as above, Q queries of a chunk, REACH the largest m.
@@ -272,7 +271,7 @@ def _block_selection(
     (T, H, D), H_KV, R, S = q.shape, compressed_k.shape[1], size // d, l // d
     reach, slots = reach_of(l, d, size), filled_slots(n, size, past + T)
     indices = torch.empty(T, H_KV, slots, dtype=torch.int32, device=q.device)
-    tile = launch("importance", q, D, H // H_KV)
+    tile = fitted_tile("importance", q, D, H // H_KV)
     queries = min(tile.rows, power_of_two(slots * size + 1) // 2)
     keys = max(tile.keys, R * power_of_two(max(reach, 1)))
     chunk = max(queries, _CHUNK_BYTES // (4 * H_KV * ceil_div(past + T, size)) // queries * queries)
@@ -306,10 +305,9 @@ def block_selection(
     q: Tensor,
     compressed_k: Tensor,
     lse: Tensor,
-    cu_seqlens: Tensor,
     config: NSAConfig,
-    scale: float | None = None,
-    layout: BatchLayout | None = None,
+    scale: float,
+    layout: BatchLayout,
     past: int = 0,
 ) -> Tensor:
     """Choose n selection blocks for each query and KV head: the forced ones, then the most important.
@@ -318,10 +316,9 @@ def block_selection(
         q: queries, [T, H, D_qk].
         compressed_k: block keys, [C, H_kv, D_qk], ordered as `compress` returns them.
         lse: what `compressed_attention` returned, float32 [T, H].
-        cu_seqlens: document offsets, int32 [N + 1].
         config: block sizes and counts.
-        scale: factor of the scores, positive; 1 / sqrt(D_qk) by default.
-        layout: `batch_layout` of the batch, made here if not given.
+        scale: factor of the scores, positive.
+        layout: `batch_layout` of the batch.
         past: tokens of the one document that come before the first query; the layout then has them in its numbers.
 
     Returns:
@@ -329,8 +326,7 @@ def block_selection(
 
     Source: arXiv:2502.11089, eq. 8-11.
     """
-    layout = batch_layout(cu_seqlens, len(q), config) if layout is None else layout
-    scale, config = check_inputs(q, compressed_k, compressed_k, scale), config.within(past + q.shape[0])
+    config = config.within(past + q.shape[0])
     sizes = [
         config.compress_block_size,
         config.compress_stride,

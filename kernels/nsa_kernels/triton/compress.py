@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa_kernels.geometry import CompressionWeights, NSAConfig
-from nsa_kernels.packing import BatchLayout, batch_layout
+from nsa_kernels.packing import BatchLayout
 from nsa_kernels.precision import linear_map, without_autocast
 from nsa_kernels.triton.primitives import ceil_div, padded, store_rows
 
@@ -201,28 +201,20 @@ block_mean.register_autograd(_mean_gradients, setup_context=_save_mean)
 block_linear.register_autograd(_linear_gradients, setup_context=_save_linear)
 
 
-def compress(
-    x: Tensor,
-    cu_seqlens: Tensor,
-    config: NSAConfig,
-    weights: CompressionWeights | None = None,
-    layout: BatchLayout | None = None,
-) -> Tensor:
+def compress(x: Tensor, config: NSAConfig, weights: CompressionWeights | None, layout: BatchLayout) -> Tensor:
     """Summarise each block of keys or values: φ(x) = mean(x) + f(x + e).
 
     Args:
         x: keys before rotary embedding, or values, [T, H_kv, D].
-        cu_seqlens: document offsets, int32 [N + 1].
         config: block sizes.
         weights: the parameters of φ; None for the mean.
-        layout: `batch_layout` of the batch, made here if not given.
+        layout: `batch_layout` of the batch.
 
     Returns:
         [C, H_kv, D] in x's dtype: document after document, block after block, then zeros.
 
     Source: arXiv:2502.11089, eq. 7.
     """
-    layout = batch_layout(cu_seqlens, len(x), config) if layout is None else layout
     config = config if weights is not None else config.within(x.shape[0])
     x, tensors = x.contiguous(), list(layout)
     sizes = (config.compress_block_size, config.compress_stride)

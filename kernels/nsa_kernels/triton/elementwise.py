@@ -86,7 +86,7 @@ def _add_norm_kernel(
     tl.store(out_ptr + token * N + column, (total * scale * weight).to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def launch_rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """`elementwise.rotate` of x [T, H, D]."""
     x = whole_rows(x)
     (T, H, D), out, (early, overlap) = x.shape, x.new_empty(x.shape), early_start(x.device)
@@ -98,7 +98,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return out
 
 
-def silu_product(gate: Tensor, up: Tensor) -> Tensor:
+def launch_silu_product(gate: Tensor, up: Tensor) -> Tensor:
     """`elementwise.silu_product` of [T, I] each."""
     gate, up = whole_rows(gate), whole_rows(up)
     (T, num_units), out, (early, overlap) = gate.shape, gate.new_empty(gate.shape), early_start(gate.device)
@@ -107,7 +107,7 @@ def silu_product(gate: Tensor, up: Tensor) -> Tensor:
     return out
 
 
-def add_norm(x: Tensor, change: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def launch_add_norm(x: Tensor, change: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """`elementwise.add_norm` of [T, N] each."""
     x, change = whole_rows(x), whole_rows(change)
     (T, N), total, out, (early, overlap) = x.shape, x.new_empty(x.shape), x.new_empty(x.shape), early_start(x.device)

@@ -1,123 +1,41 @@
-"""The gated sum of the branches, and the backward of all three at once.
+"""Stages 4 and 5 and the gated sum of the branches, with one backward for all three.
 
     out = Σ_b g_b · o_b
 
-With do the gradient of out, branch b needs p · g_b · do for dv and p · (g_b · do · v - g_b · o_b · do) for dq and dk:
-the gate only scales p. It is folded into the log-sum-exp, g · p = exp(s - (lse - ln g)), and then every branch reads
-the same do, with delta_b = o_b · do, which is also the gradient of g_b. Gates are therefore not negative; a host that
-need not wait for the numbers refuses those that are.
+The kernels of the backward take no gates below 0 (`query_gradient.py` says why): where the host can look at them at no
+cost, the part of those that are is computed by itself.
 """
 
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
+from nsa_kernels.backends import Stages, readable
 from nsa_kernels.geometry import NSAConfig
 from nsa_kernels.packing import BatchLayout
-from nsa_kernels.triton import block_attention, run_attention
-from nsa_kernels.triton.block_attention import add_blocks_to_dq
-from nsa_kernels.triton.block_lists import unite
-from nsa_kernels.triton.primitives import (
-    HIDDEN,
-    LOG2_E,
-    block_descriptor,
-    ceil_div,
-    check_inputs,
-    dot_precision,
-    load_rows,
-    padded,
-    row_addresses,
-    store_rows,
-    tile_rows,
-    wide,
-)
-from nsa_kernels.triton.run_attention import add_runs_to_dq
+from nsa_kernels.triton.block_attention import without_empty_slots
+from nsa_kernels.triton.dispatch import block_attention, block_gradients, query_gradient, run_attention, run_gradients
+from nsa_kernels.triton.query_gradient import Attended
+from nsa_kernels.triton.run_attention import OtherBranches
 
 # T packed tokens, H query heads, D_v head dim of the values. Branches: compressed, selected, sliding.
-
-
-@triton.jit
-def _fold_gate(
-    gates_ptr, grad_gates_ptr, o_ptr, do, lse_ptr, delta_ptr, shifted_ptr, rows, exists,
-    D: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """delta = o · do, the gate's gradient, and lse - ln(gate) of a branch; a gate of 0 shifts so far that p is 0.
-
-    A negative gate has no logarithm: p and all gradients through it would be NaN, which no run takes for a result.
-    """
-    delta = tl.sum(load_rows(o_ptr, rows, D, BLOCK_D).to(tl.float32) * do.to(tl.float32), 1)
-    gate = tl.load(gates_ptr + 3 * rows).to(tl.float32)
-    shifted = tl.where(gate == 0, -HIDDEN, tl.load(lse_ptr + rows) - tl.log(gate))
-    tl.store(delta_ptr + rows, delta, mask=exists)
-    tl.store(shifted_ptr + rows, shifted, mask=exists)
-    tl.store(grad_gates_ptr + 3 * rows, delta.to(grad_gates_ptr.dtype.element_ty), mask=exists)
-    return shifted * LOG2_E, delta
-
-
-@triton.jit
-def _dq_kernel(
-    q_ptr,  # [T, H, D_QK]
-    do_ptr,  # [T, H, D_V]
-    gates_ptr, grad_gates_ptr,  # [T, H, 3]
-    compressed_k, compressed_v,  # [C, H_KV, D]
-    selected_k, selected_v, sliding_k, sliding_v,  # [T, H_KV, D]
-    compressed_o_ptr, selected_o_ptr, sliding_o_ptr,  # [T, H, D_V]
-    compressed_lse_ptr, selected_lse_ptr, sliding_lse_ptr,  # [T, H]
-    compressed_first_ptr, compressed_end_ptr, window_first_ptr, window_end_ptr,  # [T]
-    document_start_ptr,  # [T]
-    start_ptr, mask_ptr,  # [tiles, H_KV, U]
-    size_ptr,  # [tiles, H_KV]
-    delta_ptr, shifted_ptr,  # float32 [3, T, H]
-    dq_ptr,  # [T, H, D_QK]
-    num_tokens, U, scale,
-    H_KV: tl.constexpr, GROUP: tl.constexpr, D_QK: tl.constexpr, D_V: tl.constexpr,
-    BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, SLOTS: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """One program computes dq of one tile and one KV head through all branches, and what the kernels of dk, dv need."""
-    tile, kv_head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
-    token, head, exists = tile_rows(tile * QUERIES, num_tokens, GROUP, QUERIES, ROWS)
-    rows = row_addresses(token, kv_head * GROUP + head, H_KV * GROUP)
-    q, do = load_rows(q_ptr, rows, D_QK, BLOCK_QK), load_rows(do_ptr, rows, D_V, BLOCK_V)
-    scale_log2 = scale * LOG2_E
-    branch = wide(num_tokens) * H_KV * GROUP
-    dq = tl.zeros([ROWS, BLOCK_QK], tl.float32)
-    lse, delta = _fold_gate(gates_ptr, grad_gates_ptr, compressed_o_ptr, do, compressed_lse_ptr,
-                            delta_ptr, shifted_ptr, rows, exists, D_V, BLOCK_V)  # fmt: skip
-    dq = add_runs_to_dq(dq, q, do, lse, delta, compressed_k, compressed_v, compressed_first_ptr, compressed_end_ptr,
-                        token, kv_head, scale_log2, BLOCK_QK, BLOCK_V, KEYS, PRECISION)  # fmt: skip
-    lse, delta = _fold_gate(gates_ptr + 2, grad_gates_ptr + 2, sliding_o_ptr, do, sliding_lse_ptr,
-                            delta_ptr + 2 * branch, shifted_ptr + 2 * branch, rows, exists, D_V, BLOCK_V)  # fmt: skip
-    dq = add_runs_to_dq(dq, q, do, lse, delta, sliding_k, sliding_v, window_first_ptr, window_end_ptr,
-                        token, kv_head, scale_log2, BLOCK_QK, BLOCK_V, KEYS, PRECISION)  # fmt: skip
-    lse, delta = _fold_gate(gates_ptr + 1, grad_gates_ptr + 1, selected_o_ptr, do, selected_lse_ptr,
-                            delta_ptr + branch, shifted_ptr + branch, rows, exists, D_V, BLOCK_V)  # fmt: skip
-    union = (tile.to(tl.int64) * H_KV + kv_head) * U
-    size = tl.load(size_ptr + tile * H_KV + kv_head)
-    dq = add_blocks_to_dq(dq, q, do, lse, delta, selected_k, selected_v, document_start_ptr, start_ptr + union,
-                          mask_ptr + union, size, token, tile * QUERIES,
-                          tl.minimum(tile * QUERIES + QUERIES, num_tokens) - 1, kv_head, scale_log2,
-                          BLOCK_QK, BLOCK_V, BLOCK_SIZE, KEYS, QUERIES * SLOTS, PRECISION)  # fmt: skip
-    store_rows(dq_ptr, rows, exists, dq * scale, D_QK, BLOCK_QK)
 
 
 @torch.library.custom_op("nsa_kernels::gated_branches", mutates_args=())
 def gated_branches(
     q: Tensor, k: Tensor, v: Tensor, sliding_k: Tensor, sliding_v: Tensor, compressed_k: Tensor, compressed_v: Tensor,
     gates: Tensor, block_indices: Tensor, compressed_o: Tensor, compressed_lse: Tensor,
-    layout: list[Tensor], block_size: int, scale: float,
+    layout: list[Tensor], block_size: int, scale: float, stages: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`gated_sum`; returns out, selected_o, selected_lse, sliding_o and sliding_lse, of which out has a gradient."""
-    where = BatchLayout(*layout)
-    selected_o, selected_lse = block_attention.forward(
-        q, k, v, block_indices, where.document_start, block_size, scale
-    )  # fmt: skip
-    others = run_attention.OtherBranches(gates, compressed_o, selected_o, torch.empty_like(selected_o))
-    sliding_o, sliding_lse = run_attention.forward(
-        q, sliding_k, sliding_v, where.sliding_runs, scale, "sliding", others
+    where, names, pair = BatchLayout(*layout), Stages.read(stages), (sliding_k, sliding_v)
+    selected_o, selected_lse = block_attention(
+        names.selected_attention, q, k, v, block_indices, where.document_start, block_size, scale
+    )
+    others = OtherBranches(gates, compressed_o, selected_o, torch.empty_like(selected_o))
+    sliding_o, sliding_lse = run_attention(
+        names.sliding_attention, "sliding", q, *pair, where.sliding_runs, scale, others
     )
     return others.out, selected_o, selected_lse, sliding_o, sliding_lse
 
@@ -133,62 +51,41 @@ def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor,
 def _gated_branches_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, sliding_k: Tensor, sliding_v: Tensor,
     compressed_k: Tensor, compressed_v: Tensor, gates: Tensor, block_indices: Tensor,
-    o: list[Tensor], lse: list[Tensor], layout: list[Tensor], block_size: int, scale: float,
+    o: list[Tensor], lse: list[Tensor], layout: list[Tensor], block_size: int, scale: float, stages: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v, sliding_k, sliding_v, compressed_k, compressed_v and gates.
 
     All but that of the gates are linear in the gates, and the kernels take none below 0: where some are, their part is
     computed by itself. On a GPU, where the host would have to wait to see one, its gradients are NaN.
     """
-    keys = k, v, sliding_k, sliding_v, compressed_k, compressed_v
-    rest = block_indices, o, lse, layout, block_size, scale
-    if gates.is_cuda or not bool((gates < 0).any()):
-        return _branch_gradients(do, q, *keys, gates, *rest)
-    *above, grad_gates = _branch_gradients(do, q, *keys, gates.clamp(min=0), *rest)
-    *below, _ = _branch_gradients(do, q, *keys, (-gates).clamp(min=0), *rest)
+    pairs = (compressed_k, compressed_v, k, v, sliding_k, sliding_v)
+    forward = Attended(q, gates, pairs, without_empty_slots(block_indices, k, block_size), o, lse)
+    rest = BatchLayout(*layout), block_size, scale, Stages.read(stages)
+    do = do.contiguous()
+    if not readable(gates) or not bool((gates < 0).any()):
+        return _branch_gradients(do, forward, *rest)
+    *above, grad_gates = _branch_gradients(do, forward._replace(gates=gates.clamp(min=0)), *rest)
+    *below, _ = _branch_gradients(do, forward._replace(gates=(-gates).clamp(min=0)), *rest)
     dq, dk, dv, *others = (a - b for a, b in zip(above, below, strict=True))
     sliding_dk, sliding_dv, compressed_dk, compressed_dv = others
     return dq, dk, dv, sliding_dk, sliding_dv, compressed_dk, compressed_dv, grad_gates
 
 
 def _branch_gradients(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, sliding_k: Tensor, sliding_v: Tensor,
-    compressed_k: Tensor, compressed_v: Tensor, gates: Tensor, block_indices: Tensor,
-    o: list[Tensor], lse: list[Tensor], layout: list[Tensor], block_size: int, scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    do: Tensor, forward: Attended, where: BatchLayout, block_size: int, scale: float, names: Stages
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`_gated_branches_backward` for gates that are not negative."""
-    where, do = BatchLayout(*layout), do.contiguous()
-    block_indices = block_attention.without_empty_slots(block_indices, k, block_size)
-    (T, H, D_QK), (_, H_KV, D_V) = q.shape, v.shape
-    delta, lse_shifted = (q.new_empty(3, T, H, dtype=torch.float32) for _ in range(2))
-    grad_gates, dq = torch.empty_like(gates), torch.empty_like(q)
-    pairs = (compressed_k, compressed_v, k, v, sliding_k, sliding_v)
-    if block_attention.tiles_fit_hopper(q, v, block_size):
-        from nsa_kernels.hopper import gated_sum as gated_sum_hopper
-
-        unions = unite(block_indices, where.document_start, block_size, block_attention.HOPPER_ROWS * H_KV // H)
-        gated_sum_hopper.backward_q(
-            q, do, gates, pairs, o, lse, where, unions, block_size, scale, grad_gates, delta, lse_shifted, dq
-        )
-    else:
-        tile = block_attention.union_tile("joint_dq", q, v, block_size)
-        unions = unite(block_indices, where.document_start, block_size, tile.queries)
-        _dq_kernel[(ceil_div(T, tile.queries), H_KV)](
-            q, do, gates, grad_gates, *(block_descriptor(x, tile.keys) for x in pairs), *o, *lse,
-            *where.compressed_runs[:2], *where.sliding_runs[:2], where.document_start, *unions, delta, lse_shifted, dq,
-            T, unions.start.shape[-1], scale,
-            H_KV, H // H_KV, D_QK, D_V, padded(D_QK), padded(D_V), tile.queries, tile.rows, tile.keys, block_size,
-            block_indices.shape[2], dot_precision(q.dtype), num_warps=tile.num_warps, num_stages=tile.num_stages,
-        )  # fmt: skip
-    grad_compressed = run_attention.backward_kv(
-        q, compressed_k, compressed_v, do, lse_shifted[0], delta[0], where.compressed_runs, scale, "compressed"
-    )
-    grad_selected = block_attention.backward_kv(
-        q, k, v, do, lse_shifted[1], delta[1], block_indices,
-        where.first_block, where.block_start, where.block_end, block_size, scale,
+    q, (compressed_k, compressed_v, k, v, sliding_k, sliding_v) = forward.q, forward.pairs
+    dq, grad_gates, delta, shifted = query_gradient(names.query_gradient, forward, do, where, block_size, scale)
+    grad_compressed = run_gradients(
+        names.compressed_gradient, "compressed", q, compressed_k, compressed_v, do, shifted[0], delta[0],
+        where.compressed_runs, scale,
     )  # fmt: skip
-    grad_sliding = run_attention.backward_kv(
-        q, sliding_k, sliding_v, do, lse_shifted[2], delta[2], where.sliding_runs, scale, "sliding"
+    grad_selected = block_gradients(
+        names.selected_gradient, q, k, v, do, shifted[1], delta[1], forward.block_indices, where, block_size, scale
+    )
+    grad_sliding = run_gradients(
+        names.sliding_gradient, "sliding", q, sliding_k, sliding_v, do, shifted[2], delta[2], where.sliding_runs, scale
     )
     return dq, *grad_selected, *grad_sliding, *grad_compressed, grad_gates
 
@@ -200,7 +97,7 @@ def _(do: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor,
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, compressed_o, compressed_lse, layout, ctx.block_size, ctx.scale = inputs
+    *tensors, compressed_o, compressed_lse, layout, ctx.block_size, ctx.scale, ctx.stages = inputs
     _, selected_o, selected_lse, sliding_o, sliding_lse = output
     saved_o, saved_lse = (compressed_o, selected_o, sliding_o), (compressed_lse, selected_lse, sliding_lse)
     ctx.save_for_backward(*tensors, *saved_o, *saved_lse, *layout)
@@ -211,10 +108,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _gradients(ctx: Any, do: Tensor | None, *_: Any) -> tuple[Any, ...]:
     saved = ctx.saved_tensors
     tensors, o, lse, layout = saved[:9], list(saved[9:12]), list(saved[12:15]), list(saved[15:])
-    rest = (None, None, None, [None] * len(layout), None, None)
+    rest = (None, None, None, [None] * len(layout), None, None, None)
     if do is None:
         return *(None for _ in range(8)), *rest
-    return *_gated_branches_backward(do, *tensors, o, lse, layout, ctx.block_size, ctx.scale), *rest
+    return *_gated_branches_backward(do, *tensors, o, lse, layout, ctx.block_size, ctx.scale, ctx.stages), *rest
 
 
 gated_branches.register_autograd(_gradients, setup_context=_save)
@@ -233,8 +130,9 @@ def gated_sum(
     compressed_o: Tensor,
     compressed_lse: Tensor,
     config: NSAConfig,
-    scale: float | None,
+    scale: float,
     layout: BatchLayout,
+    stages: Stages,
 ) -> Tensor:
     """Attend through the selected and the sliding branch and sum all three by their gates.
 
@@ -255,14 +153,14 @@ def gated_sum(
         compressed_o: output of the compressed branch, [T, H, D_v].
         compressed_lse: its log-sum-exp, float32 [T, H].
         config: block sizes.
-        scale: factor of the scores, positive; 1 / sqrt(D_qk) if None.
+        scale: factor of the scores, positive.
         layout: `batch_layout` of the batch.
+        stages: the implementations that a plan names.
 
     Returns:
         out [T, H, D_v] in q's dtype.
     """
-    for keys, values in ((k, v), (sliding_k, sliding_v), (compressed_k, compressed_v)):
-        factor = check_inputs(q, keys, values, scale)
     pairs = (x.contiguous() for x in (q, k, v, sliding_k, sliding_v, compressed_k, compressed_v))
     branch = (gates.contiguous(), block_indices.contiguous(), compressed_o, compressed_lse)
-    return gated_branches(*pairs, *branch, list(layout), config.within(q.shape[0]).select_block_size, factor)[0]
+    block_size = config.within(q.shape[0]).select_block_size
+    return gated_branches(*pairs, *branch, list(layout), block_size, scale, stages.spelled)[0]

@@ -10,8 +10,6 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from nsa_kernels.errors import SettingError
-
 # T packed tokens, H query heads, H_kv KV heads, G = H / H_kv, D head dim. ROWS >= QUERIES * G rows in a tile.
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -99,29 +97,6 @@ def softmax_end(row_max, row_sum, acc):
     return o, tl.where(seen, (row_max + tl.log2(row_sum)) * LN_2, 0.0)
 
 
-@triton.jit
-def _delta_kernel(
-    o_ptr, do_ptr,  # [T * H, D]
-    delta_ptr,  # float32 [T * H]
-    num_rows,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """One program computes o · do of a tile of rows."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    exists = row < num_rows
-    row = tl.minimum(row, num_rows - 1)
-    o, do = load_rows(o_ptr, row, D, BLOCK_D).to(tl.float32), load_rows(do_ptr, row, D, BLOCK_D).to(tl.float32)
-    tl.store(delta_ptr + row, tl.sum(o * do, 1), mask=exists)
-
-
-def row_sums(o: Tensor, do: Tensor) -> Tensor:
-    """delta = o · do of each row, [T, H, D] twice -> float32 [T, H]."""
-    T, H, D = o.shape
-    delta = o.new_empty(T, H, dtype=torch.float32)
-    _delta_kernel[(ceil_div(T * H, _DELTA_ROWS),)](o, do, delta, T * H, D, padded(D), _DELTA_ROWS)
-    return delta
-
-
 @torch.compiler.assume_constant_result
 def interpreted() -> bool:
     """Whether Triton runs its kernels in Python (TRITON_INTERPRET=1), on CPU tensors."""
@@ -153,33 +128,3 @@ def power_of_two(size: int) -> int:
 def ceil_div(a: int, b: int) -> int:
     """a / b, rounded up; see `power_of_two`."""
     return -(-a // b)
-
-
-def check_inputs(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> float:
-    """The factor of the scores, once the kernels are known to take the inputs.
-
-    Raises:
-        ValueError: a dtype, a head count, a head dimension or a scale that they do not take.
-    """
-    if not q.dtype == k.dtype == v.dtype or q.dtype not in DTYPES:
-        names = ", ".join(str(dtype) for dtype in DTYPES)
-        raise SettingError(f"q, k and v must share one dtype of {names}, got {q.dtype}, {k.dtype} and {v.dtype}")
-    if q.shape[1] % k.shape[1]:
-        raise SettingError(f"the query heads must be a multiple of the KV heads, got {q.shape[1]} and {k.shape[1]}")
-    for name, x in (("k", k), ("v", v)):
-        if x.shape[-1] * x.element_size() % 16 or x.shape[-1] > MAX_HEAD_DIM:
-            raise SettingError(
-                f"the head dimension of {name} must be a multiple of {16 // x.element_size()} up to {MAX_HEAD_DIM} "
-                f"for the triton backend, got {x.shape[-1]}"
-            )
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if not scale > 0:
-        raise SettingError(f"scale must be positive, got {scale}")
-    return scale
-
-
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-MAX_HEAD_DIM = 256
-"""Largest head dimension that fits a tile."""
-_DELTA_ROWS = 16
-"""Rows (token, head) that a program of `row_sums` holds."""

@@ -15,8 +15,7 @@ Backward takes two passes, one over keys for dq and one over queries for dk and 
 gradients are the same in every run. Where keys are few, the second pass is cut in chunks of queries and summed.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -30,14 +29,12 @@ from nsa_kernels.triton.primitives import (
     LOWEST,
     block_descriptor,
     ceil_div,
-    check_inputs,
     dot_precision,
     finite_part,
     load_block,
     load_rows,
     padded,
     row_addresses,
-    row_sums,
     softmax_end,
     softmax_step,
     spoil,
@@ -45,7 +42,7 @@ from nsa_kernels.triton.primitives import (
     tile_rows,
     wide,
 )
-from nsa_kernels.triton.tuning import fits_hopper, launch
+from nsa_kernels.triton.tuning import fitted_tile
 
 # T packed tokens, S keys, H query heads, H_kv KV heads, G = H / H_kv (GROUP), D head dim.
 
@@ -168,30 +165,6 @@ def add_runs_to_dq(
 
 
 @triton.jit
-def _dq_kernel(
-    q_ptr,  # [T, H, D_QK]
-    k_desc, v_desc,  # [S, H_KV, D]
-    do_ptr,  # [T, H, D_V]
-    lse_ptr, delta_ptr,  # [T, H]
-    first_ptr, end_ptr,  # [T]
-    dq_ptr,  # [T, H, D_QK]
-    num_tokens, scale,
-    H_KV: tl.constexpr, GROUP: tl.constexpr, D_QK: tl.constexpr, D_V: tl.constexpr,
-    BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """One program computes dq of the queries of one tile and one KV head."""
-    tile, kv_head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
-    token, head, exists = tile_rows(tile * QUERIES, num_tokens, GROUP, QUERIES, ROWS)
-    rows = row_addresses(token, kv_head * GROUP + head, H_KV * GROUP)
-    q, do = load_rows(q_ptr, rows, D_QK, BLOCK_QK), load_rows(do_ptr, rows, D_V, BLOCK_V)
-    lse, delta = tl.load(lse_ptr + rows) * LOG2_E, tl.load(delta_ptr + rows)
-    dq = add_runs_to_dq(tl.zeros([ROWS, BLOCK_QK], tl.float32), q, do, lse, delta, k_desc, v_desc, first_ptr, end_ptr,
-                        token, kv_head, scale * LOG2_E, BLOCK_QK, BLOCK_V, KEYS, PRECISION)  # fmt: skip
-    store_rows(dq_ptr, rows, exists, dq * scale, D_QK, BLOCK_QK)
-
-
-@triton.jit
 def _add_queries_to_dkv(
     dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, lo, a, b, hi, seen_from, seen_to, num_tokens, kv_head,
     scale_log2,
@@ -294,17 +267,21 @@ class OtherBranches(NamedTuple):
     out: Tensor  # [T, H, D_v], written: the gated sum
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, runs: KeyRuns, scale: float, stage: str, others: OtherBranches | None = None
-) -> tuple[Tensor, Tensor]:
-    """o [T, H, D_v] in q's dtype and lse [T, H] of queries that see the keys of `runs`; `stage` picks the launch."""
-    (T, H, D_QK), (_, H_KV, D_V) = q.shape, v.shape
-    if fits_hopper(q, v) and max(D_QK, D_V) >= _LEAST_HOPPER_DIM[stage]:
-        from nsa_kernels.hopper import run_attention as run_attention_hopper
+class RunGradients(NamedTuple):
+    """Gradients of keys and values in parts, part i of the queries of chunk i % (chunks)."""
 
-        return run_attention_hopper.forward(q, k, v, runs, scale, others)
+    dk: Tensor  # [parts, S, H_kv, D_qk], of each key only the chunks that see it; float32 where there are several
+    dv: Tensor  # [parts, S, H_kv, D_v]
+    chunk: int  # queries in a chunk
+
+
+def launch_run_attention(
+    q: Tensor, k: Tensor, v: Tensor, runs: KeyRuns, scale: float, stage: str, others: OtherBranches | None
+) -> tuple[Tensor, Tensor]:
+    """`dispatch.run_attention` in Triton."""
+    (T, H, D_QK), (_, H_KV, D_V) = q.shape, v.shape
     o, lse = q.new_empty(T, H, D_V), q.new_empty(T, H, dtype=torch.float32)
-    tile = launch(f"{stage}_forward", q, max(D_QK, D_V), H // H_KV)
+    tile = fitted_tile(f"{stage}_forward", q, max(D_QK, D_V), H // H_KV)
     _forward_kernel[(ceil_div(T, tile.queries), H_KV)](
         q, block_descriptor(k, tile.keys), block_descriptor(v, tile.keys), runs.first, runs.end, o, lse,
         *(others or (None,) * 4), T, scale * LOG2_E.value, others is not None,
@@ -314,51 +291,13 @@ def forward(
     return o, lse
 
 
-def backward_q(
-    q: Tensor, k: Tensor, v: Tensor, do: Tensor, lse: Tensor, delta: Tensor, runs: KeyRuns, scale: float, stage: str
-) -> Tensor:  # fmt: skip
-    """dq [T, H, D_qk] in q's dtype."""
-    (T, H, D_QK), (_, H_KV, D_V) = q.shape, v.shape
-    dq = torch.empty_like(q)
-    tile = launch(f"{stage}_dq", q, max(D_QK, D_V), H // H_KV)
-    _dq_kernel[(ceil_div(T, tile.queries), H_KV)](
-        q, block_descriptor(k, tile.keys), block_descriptor(v, tile.keys), do, lse, delta, runs.first, runs.end,
-        dq, T, scale,
-        H_KV, H // H_KV, D_QK, D_V, padded(D_QK), padded(D_V), tile.queries, tile.rows, tile.keys,
-        dot_precision(q.dtype), num_warps=tile.num_warps, num_stages=tile.num_stages,
-    )  # fmt: skip
-    return dq
-
-
-def backward_kv(
-    q: Tensor, k: Tensor, v: Tensor, do: Tensor, lse: Tensor, delta: Tensor, runs: KeyRuns, scale: float, stage: str
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """dk [S, H_kv, D_qk] and dv [S, H_kv, D_v]; the queries are divided where few keys keep few programs busy."""
-    inputs, split = (q, k, v, do, lse, delta, runs, scale), stage == "compressed"
-    if fits_hopper(q, v):
-        from nsa_kernels.hopper import run_attention as run_attention_hopper
-
-        *parts, chunk = run_attention_hopper.backward_kv(*inputs, split)
-    else:
-        *parts, chunk = _backward_kv_in_chunks(*inputs, stage, split)
-    if len(parts[0]) == 1:
-        return parts[0][0], parts[1][0]
-    dk, dv = torch.empty_like(k), torch.empty_like(v)
-    for part, out in zip(parts, (dk, dv), strict=True):
-        (S, H_KV, D), num_chunks = out.shape, ceil_div(len(q), chunk)
-        _sum_parts_kernel[(ceil_div(S, 16), H_KV)](
-            part, runs.seen_from, runs.seen_to, out, S, chunk, num_chunks, len(part), H_KV, D, padded(D), 16
-        )
-    return dk, dv
-
-
-def _backward_kv_in_chunks(
+def launch_run_gradients(
     q: Tensor, k: Tensor, v: Tensor, do: Tensor, lse: Tensor, delta: Tensor, runs: KeyRuns, scale: float, stage: str,
     split: bool,
-) -> tuple[Tensor, Tensor, int]:  # fmt: skip
-    """dk and dv [chunks, ...], of each key only the chunks that see it, and the queries in a chunk."""
+) -> RunGradients:  # fmt: skip
+    """The parts of `dispatch.run_gradients` in Triton; with `split` queries are divided until the device is busy."""
     (T, H, D_QK), (S, H_KV, D_V) = q.shape, v.shape
-    tile = launch(f"{stage}_dkv", q, max(D_QK, D_V), H // H_KV)
+    tile = fitted_tile(f"{stage}_dkv", q, max(D_QK, D_V), H // H_KV)
     key_blocks = ceil_div(S, tile.keys)
     most = min(_MAX_CHUNKS, _BUSY_PROGRAMS // (key_blocks * H_KV), ceil_div(T, tile.queries)) if split else 1
     chunk = ceil_div(ceil_div(T, max(1, most)), tile.queries) * tile.queries
@@ -370,59 +309,27 @@ def _backward_kv_in_chunks(
         H_KV, H // H_KV, D_QK, D_V, padded(D_QK), padded(D_V), tile.queries, tile.rows, tile.keys,
         dot_precision(q.dtype), num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
-    return dk, dv, chunk
+    return RunGradients(dk, dv, chunk)
 
 
-_LEAST_HOPPER_DIM = {"compressed": 64, "sliding": 128}
-"""Head dims from which the forward kernel written for Hopper is faster than this one."""
+def sum_run_parts(
+    gradients: RunGradients, k: Tensor, v: Tensor, runs: KeyRuns, num_queries: int
+) -> tuple[Tensor, Tensor]:
+    """dk and dv of so many queries, of the parts that see each key, in order."""
+    *parts, chunk = gradients
+    if len(parts[0]) == 1:
+        return parts[0][0], parts[1][0]
+    dk, dv = torch.empty_like(k), torch.empty_like(v)
+    for part, out in zip(parts, (dk, dv), strict=True):
+        (S, H_KV, D), num_chunks = out.shape, ceil_div(num_queries, chunk)
+        _sum_parts_kernel[(ceil_div(S, 16), H_KV)](
+            part, runs.seen_from, runs.seen_to, out, S, chunk, num_chunks, len(part), H_KV, D, padded(D), 16
+        )
+    return dk, dv
+
 
 _BUSY_PROGRAMS = 4096
 """Programs that keep any GPU busy to the end."""
 
 _MAX_CHUNKS = 16
 """Most chunks of queries, so that partial sums stay small beside the inputs."""
-
-
-def define_op(stage: str) -> Callable[[Tensor, Tensor, Tensor, KeyRuns, float | None], Any]:
-    """Register `nsa_kernels::{stage}_attention` and its backward; returns the function of (q, k, v, runs, scale)."""
-
-    @torch.library.custom_op(f"nsa_kernels::{stage}_attention", mutates_args=())
-    def attention(
-        q: Tensor, k: Tensor, v: Tensor, first: Tensor, end: Tensor, seen_from: Tensor, seen_to: Tensor, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        return forward(q, k, v, KeyRuns(first, end, seen_from, seen_to), scale, stage)
-
-    @attention.register_fake
-    def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-        return q.new_empty(*q.shape[:2], v.shape[-1]), q.new_empty(q.shape[:2], dtype=torch.float32)
-
-    @torch.library.custom_op(f"nsa_kernels::{stage}_attention_backward", mutates_args=())
-    def attention_backward(
-        do: Tensor, o: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor,
-        first: Tensor, end: Tensor, seen_from: Tensor, seen_to: Tensor, scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        do = do.contiguous()
-        known = (q, k, v, do, lse, row_sums(o, do), KeyRuns(first, end, seen_from, seen_to), scale, stage)
-        return backward_q(*known), *backward_kv(*known)
-
-    @attention_backward.register_fake
-    def _(do: Tensor, o: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, ...]:
-        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-
-    def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        *tensors, ctx.scale = inputs
-        ctx.save_for_backward(*output, *tensors)
-        ctx.mark_non_differentiable(output[1])
-        ctx.set_materialize_grads(False)
-
-    def gradients(ctx: Any, do: Tensor | None, _: Any) -> tuple[Any, ...]:
-        grads = (None,) * 3 if do is None else attention_backward(do, *ctx.saved_tensors, ctx.scale)
-        return *grads, None, None, None, None, None
-
-    attention.register_autograd(gradients, setup_context=save)
-
-    def attend(q: Tensor, k: Tensor, v: Tensor, runs: KeyRuns, scale: float | None) -> tuple[Tensor, Tensor]:
-        scale = check_inputs(q, k, v, scale)
-        return attention(q.contiguous(), k.contiguous(), v.contiguous(), *runs, scale)
-
-    return attend

@@ -11,7 +11,7 @@ from torch import Tensor
 from nsa_kernels.triton.primitives import interpreted, padded
 
 
-class Choice(NamedTuple):
+class TunedTile(NamedTuple):
     """What is tuned."""
 
     rows: int
@@ -21,8 +21,8 @@ class Choice(NamedTuple):
     num_stages: int
 
 
-class Launch(NamedTuple):
-    """A choice fitted to a group size."""
+class FittedTile(NamedTuple):
+    """A tile fitted to a group size."""
 
     queries: int
     """Query tokens in a tile."""
@@ -34,48 +34,42 @@ class Launch(NamedTuple):
 
 
 _HOPPER = {
-    "compressed_forward": Choice(128, 128, 8, 3),
-    "compressed_dq": Choice(128, 64, 8, 3),
-    "compressed_dkv": Choice(64, 64, 4, 2),
-    "importance": Choice(64, 128, 4, 3),
-    "selected_forward": Choice(64, 64, 4, 3),
-    "selected_dq": Choice(64, 64, 4, 2),
-    "selected_dkv": Choice(64, 64, 4, 3),
-    "sliding_forward": Choice(64, 32, 4, 3),
-    "sliding_dq": Choice(64, 64, 4, 2),
-    "sliding_dkv": Choice(64, 128, 8, 3),
-    "joint_dq": Choice(64, 64, 4, 2),
+    "compressed_forward": TunedTile(128, 128, 8, 3),
+    "compressed_dkv": TunedTile(64, 64, 4, 2),
+    "importance": TunedTile(64, 128, 4, 3),
+    "selected_forward": TunedTile(64, 64, 4, 3),
+    "selected_dkv": TunedTile(64, 64, 4, 3),
+    "sliding_forward": TunedTile(64, 32, 4, 3),
+    "sliding_dkv": TunedTile(64, 128, 8, 3),
+    "joint_dq": TunedTile(64, 64, 4, 2),
 }
 _HOPPER_SMALL_GROUPS = _HOPPER | {
-    "importance": Choice(64, 64, 4, 3),
-    "selected_dkv": Choice(64, 64, 4, 2),
-    "sliding_dkv": Choice(64, 64, 4, 2),
+    "importance": TunedTile(64, 64, 4, 3),
+    "selected_dkv": TunedTile(64, 64, 4, 2),
+    "sliding_dkv": TunedTile(64, 64, 4, 2),
 }
 """Up to 4 query heads a group."""
 _OTHERS = {
-    "compressed_forward": Choice(64, 64, 4, 2),
-    "compressed_dq": Choice(64, 32, 4, 2),
-    "compressed_dkv": Choice(32, 64, 4, 2),
-    "importance": Choice(64, 64, 4, 2),
-    "selected_forward": Choice(64, 64, 4, 2),
-    "selected_dq": Choice(32, 64, 4, 1),
-    "selected_dkv": Choice(32, 64, 4, 1),
-    "sliding_forward": Choice(64, 64, 4, 2),
-    "sliding_dq": Choice(64, 32, 4, 2),
-    "sliding_dkv": Choice(32, 64, 4, 2),
-    "joint_dq": Choice(32, 64, 4, 1),
+    "compressed_forward": TunedTile(64, 64, 4, 2),
+    "compressed_dkv": TunedTile(32, 64, 4, 2),
+    "importance": TunedTile(64, 64, 4, 2),
+    "selected_forward": TunedTile(64, 64, 4, 2),
+    "selected_dkv": TunedTile(32, 64, 4, 1),
+    "sliding_forward": TunedTile(64, 64, 4, 2),
+    "sliding_dkv": TunedTile(32, 64, 4, 2),
+    "joint_dq": TunedTile(32, 64, 4, 1),
 }
 """Ampere, Ada, wide heads on Hopper, and chips not known yet: fits 99 KiB of shared memory up to head dim 128."""
-_SMALL = dict.fromkeys(_HOPPER, Choice(32, 32, 4, 1))
+_SMALL = dict.fromkeys(_HOPPER, TunedTile(32, 32, 4, 1))
 """What fits everywhere: float32, and wide heads on chips with little shared memory."""
-_SMALLEST = dict.fromkeys(_HOPPER, Choice(16, 16, 4, 1))
+_SMALLEST = dict.fromkeys(_HOPPER, TunedTile(16, 16, 4, 1))
 """Wide heads in float32, whose products are unrolled into single operations: compiled in a minute, not in many."""
-_INTERPRETED = dict.fromkeys(_HOPPER, Choice(16, 16, 4, 1)) | dict.fromkeys(
-    ("selected_forward", "selected_dq", "selected_dkv", "joint_dq"), Choice(16, 4, 4, 1)
+_INTERPRETED = dict.fromkeys(_HOPPER, TunedTile(16, 16, 4, 1)) | dict.fromkeys(
+    ("selected_forward", "selected_dkv", "joint_dq"), TunedTile(16, 4, 4, 1)
 )
 
 
-def launch(kernel: str, q: Tensor, head_dim: int, group_size: int) -> Launch:
+def fitted_tile(kernel: str, q: Tensor, head_dim: int, group_size: int) -> FittedTile:
     """The tile of a kernel for queries q on their device.
 
     Args:
@@ -84,20 +78,13 @@ def launch(kernel: str, q: Tensor, head_dim: int, group_size: int) -> Launch:
         head_dim: the larger of D_qk and D_v.
         group_size: query heads per KV head.
     """
-    choice = _table(q, head_dim, group_size)[kernel]
-    queries = max(1, choice.rows // group_size)
+    tile = _table(q, head_dim, group_size)[kernel]
+    queries = max(1, tile.rows // group_size)
     rows = padded(queries * group_size)
-    return Launch(queries, rows, choice.keys, choice.num_warps, choice.num_stages)
+    return FittedTile(queries, rows, tile.keys, tile.num_warps, tile.num_stages)
 
 
-def fits_hopper(q: Tensor, v: Tensor) -> bool:
-    """Whether the kernels written for Hopper alone take q [T, H, D_qk] and v [S, H_kv, D_v]."""
-    if interpreted() or q.element_size() > 2 or not {q.shape[-1], v.shape[-1]} <= {64, 128}:
-        return False
-    return torch.cuda.get_device_capability(q.device)[0] == 9
-
-
-def _table(q: Tensor, head_dim: int, group_size: int) -> dict[str, Choice]:
+def _table(q: Tensor, head_dim: int, group_size: int) -> dict[str, TunedTile]:
     if interpreted():
         return _INTERPRETED
     if q.element_size() > 2:

@@ -1,4 +1,4 @@
-"""dq through all branches at once, written in Gluon for Hopper: see `gated_sum.py`."""
+"""dq through all branches at once, written in Gluon for Hopper: see `triton/query_gradient.py`."""
 
 from torch import Tensor
 from triton.experimental import gluon
@@ -29,8 +29,9 @@ from nsa_kernels.hopper.parts import (
     tiles,
 )
 from nsa_kernels.packing import BatchLayout
-from nsa_kernels.triton.block_lists import Unions
+from nsa_kernels.triton.block_lists import unite
 from nsa_kernels.triton.primitives import ceil_div
+from nsa_kernels.triton.query_gradient import Attended, QueryGradient
 
 # T packed tokens, S keys of a branch, H query heads, H_kv KV heads, G = H / H_kv (GROUP), D head dim.
 
@@ -316,20 +317,17 @@ def _dq_kernel(
     )  # fmt: skip
 
 
-def backward_q(
-    q: Tensor, do: Tensor, gates: Tensor, keys: tuple[Tensor, ...], o: list[Tensor], lse: list[Tensor],
-    where: BatchLayout, unions: Unions, block_size: int, scale: float,
-    grad_gates: Tensor, delta: Tensor, lse_shifted: Tensor, dq: Tensor,
-) -> None:  # fmt: skip
-    """Write dq [T, H, D_qk], the gates' gradient, and delta and shifted lse [3, T, H] of each branch.
-
-    `keys` are those of the compressed, selected and sliding branch, each with its values; `unions` of ROWS / G queries.
-    """
-    (T, H, D_QK), (_, H_KV, D_V) = q.shape, keys[1].shape
+def launch_query_gradient_on_hopper(
+    forward: Attended, do: Tensor, where: BatchLayout, block_size: int, scale: float, out: QueryGradient
+) -> None:
+    """`dispatch.query_gradient` in Gluon."""
+    q, gates, pairs, block_indices, o, lse = forward
+    (T, H, D_QK), (_, H_KV, D_V) = q.shape, pairs[1].shape
+    unions = unite(block_indices, where.document_start, block_size, ROWS.value * H_KV // H)
     num_tiles = unions.size.shape[0]
     _dq_kernel[(resident_programs(ceil_div(num_tiles, 2) * H_KV, q.device),)](
-        q, do, gates, grad_gates, *(tiles(x, ROWS.value) for x in keys), *o, *lse,
-        *where.compressed_runs[:2], *where.sliding_runs[:2], *unions, delta, lse_shifted, dq,
+        q, do, gates, out.gates, *(tiles(x, ROWS.value) for x in pairs), *o, *lse,
+        *where.compressed_runs[:2], *where.sliding_runs[:2], *unions, out.delta, out.lse, out.dq,
         T, num_tiles, unions.start.shape[-1], scale,
         H_KV, H // H_KV, D_QK, D_V, block_size, _STAGES, num_warps=4,
     )  # fmt: skip
