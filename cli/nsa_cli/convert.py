@@ -6,13 +6,13 @@ from pathlib import Path
 
 from nsa_cli.function_command import run_function
 from nsa_lightning.checkpoint.convert import CONVERTED, OPEN, Conversion, RopeChange, convert
-from nsa_lightning.model.attention import AttentionKind, NSALayerConfig
+from nsa_lightning.model.config import NSALayerConfig
 
 
 def convert_model(
     source: str,
     output: str,
-    attention: list[AttentionKind] = ["nsa"],  # noqa: B006 (not changed)
+    attention: list[str] = ["nsa"],  # noqa: B006 (not changed)
     nsa: NSALayerConfig = CONVERTED,
     rope: RopeChange = RopeChange(),  # noqa: B008 (frozen)
     seq_len: int = 16384,

@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # torch takes seconds to import, `--help` does not
     from nsa_lightning.benchmark.decode_layer import DecodeBench
     from nsa_lightning.benchmark.decode_records import DecodeRecord
     from nsa_lightning.benchmark.rivals import Rival
-    from nsa_lightning.model.transformer import TransformerConfig
+    from nsa_lightning.model.config import TransformerConfig
 
 PLOT_NAME = "decode.png"
 

@@ -20,12 +20,12 @@ from nsa_lightning.benchmark.decode_layer import DecodeBench, missing_memory
 from nsa_lightning.benchmark.decode_records import DecodeCase, DecodeRecord
 from nsa_lightning.benchmark.timing import release_memory, within_memory
 from nsa_lightning.generation.decoder import Decoder
-from nsa_lightning.model.attention import AttentionKind
-from nsa_lightning.model.cache import Cache
+from nsa_lightning.model.cached import Cache, prefill
+from nsa_lightning.model.config import TransformerConfig
 from nsa_lightning.model.initialization import materialise
-from nsa_lightning.model.transformer import Transformer, TransformerConfig
+from nsa_lightning.model.transformer import Transformer
 
-FULL: AttentionKind = "full"
+FULL = "full"
 
 
 def read_transformer_config(path: Path) -> TransformerConfig:
@@ -113,10 +113,8 @@ def _step_ms(bench: DecodeBench, model: Transformer, case: DecodeCase, cuda_grap
 def steps_at(decoder: Decoder, context: int) -> Callable[[], Tensor]:
     """`compress_stride` steps of sequences with about `context` tokens, from the same lengths in every call."""
     cache, stride = decoder.cache, decoder.model.config.nsa.compress_stride
-    for layer in cache.layers:
-        for slots in layer:
-            for numbers in slots or ():
-                numbers.normal_()
+    for numbers in cache.tensors():
+        numbers.normal_()
     lengths = [max(context - row % stride, 0) for row in range(decoder.batch_size)]
     start, tokens = torch.tensor(lengths, dtype=torch.int32, device=cache.lengths.device), [0] * decoder.batch_size
 
@@ -142,7 +140,7 @@ def _measure_prefill(bench: DecodeBench, model: Transformer, record: DecodeRecor
     def prefilled() -> float:
         cache = Cache.allocate(model.config, case.batch_size, case.context, device, bench.dtype)
         clock = bench.clock._replace(repetitions=1)
-        return clock.measure(lambda: model.prefill(prompt, cache, 0), before=lambda: cache.reset(0)).ms
+        return clock.measure(lambda: prefill(model, prompt, cache, 0), before=lambda: cache.reset(0)).ms
 
     ms, reason = within_memory(prefilled)
     return replace(record, eager_ms=ms, reason=reason)

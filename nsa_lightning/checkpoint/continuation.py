@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from nsa_lightning.model.transformer import TransformerConfig
+from nsa_lightning.model.config import TransformerConfig
 
 FILE = "continue.yaml"
 

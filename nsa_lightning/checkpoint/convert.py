@@ -20,18 +20,17 @@ from nsa_lightning.checkpoint.directory import SHARD_BYTES, new_directory, write
 from nsa_lightning.checkpoint.measure import Difference, measure_difference, read_sample
 from nsa_lightning.checkpoint.tokenizer_files import check_tokenizer, copy_tokenizer, special_token_ids
 from nsa_lightning.checkpoint.weights import WeightFiles, hugging_face_name, write_weights
-from nsa_lightning.model.attention import AttentionKind, NSALayerConfig
+from nsa_lightning.model.attention.registry import name_in_dense_model
+from nsa_lightning.model.config import NSALayerConfig, TransformerConfig
 from nsa_lightning.model.initialization import fill_normal
 from nsa_lightning.model.rope import RopeConfig
-from nsa_lightning.model.transformer import Transformer, TransformerConfig
+from nsa_lightning.model.transformer import Transformer
 
 OPEN = 4.0
 """Bias of an open gate before its sigmoid, where nothing else is asked for; a shut one has its negative."""
 
 CONVERTED = NSALayerConfig(num_selected_blocks=32, kv_sharing="shared", compression="mean")
 """The geometry and learned parts that did best of those tried (`docs/continued-training.md`)."""
-
-_BRANCHES = (".self_attn.compressed.", ".self_attn.sliding.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +87,7 @@ class Conversion(NamedTuple):
 def convert(
     source: Path,
     output: Path,
-    attention: list[AttentionKind],
+    attention: list[str],
     nsa: NSALayerConfig,
     rope: RopeChange,
     seq_len: int,
@@ -137,7 +136,7 @@ def convert(
 
 
 def _nsa_config(
-    dense: SavedModel, attention: list[AttentionKind], nsa: NSALayerConfig, rope: RopeChange, seq_len: int
+    dense: SavedModel, attention: list[str], nsa: NSALayerConfig, rope: RopeChange, seq_len: int
 ) -> TransformerConfig:
     """The decoder with the wanted layers."""
     window = dense.config.sliding_window if "sliding" in dense.config.attention else None
@@ -158,9 +157,7 @@ def _nsa_config(
 
 def _origin(name: str, weights: WeightFiles) -> str | None:
     """The source's tensor that a parameter starts from; None for a new part."""
-    for branch in _BRANCHES:
-        name = name.replace(branch, ".self_attn.")
-    hugging_face = hugging_face_name(name)
+    hugging_face = hugging_face_name(name_in_dense_model(name))
     return hugging_face if hugging_face in weights.shapes else None
 
 
@@ -179,11 +176,11 @@ def _tensors(
 
 def _first_value(model: Transformer, name: str, parameter: Tensor, gate_bias: float) -> Tensor:
     """A new part: gates of fixed weight, everything else as a model starts that is trained from scratch."""
+    converted = model.converted_value(name, gate_bias)
+    if converted is not None:
+        return converted
     tensor = torch.zeros(parameter.shape)
-    if name.endswith("branch_gate.bias"):
-        return torch.tensor([-gate_bias, gate_bias, -gate_bias]).repeat(model.config.num_heads)
-    if not name.endswith("branch_gate.weight"):
-        fill_normal(tensor, *model.first_values(name), seed=0, name=name)
+    fill_normal(tensor, *model.first_values(name), seed=0, name=name)
     return tensor
 
 

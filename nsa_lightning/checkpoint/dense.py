@@ -11,9 +11,8 @@ from typing import Any, NamedTuple, cast
 from nsa_kernels.errors import SettingError
 
 from nsa_lightning.checkpoint.weights import has_own_head
-from nsa_lightning.model.attention import AttentionKind
+from nsa_lightning.model.config import TransformerConfig
 from nsa_lightning.model.rope import USED_BY_SCALING, RopeConfig
-from nsa_lightning.model.transformer import TransformerConfig
 
 # What a config.json calls the settings of RoPE scaling, and we.
 _ROPE_NAMES = {
@@ -29,7 +28,7 @@ _ROPE_SETTINGS = {
     scaling: tuple(theirs for theirs, ours in _ROPE_NAMES.items() if ours in used)
     for scaling, used in USED_BY_SCALING.items()
 }
-_KINDS: dict[str, AttentionKind] = {"full_attention": "full", "sliding_attention": "sliding"}
+_KINDS = {"full_attention": "full", "sliding_attention": "sliding"}
 _DEFAULT_WINDOW = 4096
 """What `transformers` takes where a family with a window does not give it."""
 
@@ -189,13 +188,13 @@ def shared_settings(config: TransformerConfig) -> dict[str, Any]:
     }
 
 
-def shortest_pattern(kinds: list[AttentionKind]) -> list[AttentionKind]:
+def shortest_pattern(kinds: list[str]) -> list[str]:
     """The shortest list that, repeated, is `kinds`."""
     sizes = (size for size in range(1, len(kinds) + 1) if len(kinds) % size == 0)
     return next(kinds[:size] for size in sizes if kinds[:size] * (len(kinds) // size) == kinds)
 
 
-def _layer_kinds(raw: dict[str, Any], family: str) -> list[AttentionKind]:
+def _layer_kinds(raw: dict[str, Any], family: str) -> list[str]:
     """`full` or `sliding` by layer, as the shortest list."""
     layers = raw["num_hidden_layers"]
     used = family == "mistral" or (family != "llama" and raw.get("use_sliding_window", False))
@@ -208,7 +207,7 @@ def _layer_kinds(raw: dict[str, Any], family: str) -> list[AttentionKind]:
         return shortest_pattern([_KINDS[kind] for kind in raw["layer_types"]])
     first = 0 if family == "mistral" else raw.get("max_window_layers", 28)
     kinds = ["full" if index < first else "sliding" for index in range(layers)]
-    return shortest_pattern(cast("list[AttentionKind]", kinds))
+    return shortest_pattern(kinds)
 
 
 def _read_rope(raw: dict[str, Any]) -> RopeConfig:

@@ -2,10 +2,11 @@
 
 from typing import Any
 
+from nsa_lightning.model.config import ATTENTION_KINDS
 from nsa_lightning.model.rope import USED_BY_SCALING
 
-_FREE = {"max_seq_len", "context_length", "backend"}
-"""What may change freely: lengths, and how the same is computed."""
+_FREE = {"max_seq_len", "context_length", "backend", "branch_start", "gate_start"}
+"""What may change freely: lengths, how the same is computed, and how weights start that a checkpoint has anyway."""
 
 
 def differences(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
@@ -17,10 +18,10 @@ def _effective(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings without those that do nothing beside the others."""
     kept = {name: value for name, value in settings.items() if name not in _FREE}
     attention = kept.get("attention") or []
-    if "nsa" not in attention:
-        kept.pop("nsa", None)
-    if "sliding" not in attention:
-        kept.pop("sliding_window", None)
+    for name, kind in ATTENTION_KINDS.items():
+        if name not in attention:
+            for setting in kind.settings:
+                kept.pop(setting, None)
     if "rope" in kept:
         used = ("theta", "scaling", *USED_BY_SCALING[kept["rope"].get("scaling", "none")])
         kept["rope"] = {name: value for name, value in kept["rope"].items() if name in used}

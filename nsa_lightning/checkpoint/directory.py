@@ -21,7 +21,7 @@ from nsa_lightning.checkpoint.dense import (
     read_json,
     shared_settings,
 )
-from nsa_lightning.model.transformer import TransformerConfig
+from nsa_lightning.model.config import TransformerConfig
 
 MODEL_TYPE = "nsa_lightning"
 SHARD_BYTES = 2 * 10**9

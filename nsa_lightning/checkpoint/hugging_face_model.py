@@ -24,8 +24,10 @@ from transformers.generation import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from nsa_lightning.checkpoint.directory import MODEL_TYPE, write_remote_code
-from nsa_lightning.model.cache import Cache as TransformerCache
-from nsa_lightning.model.transformer import Transformer, TransformerConfig
+from nsa_lightning.model.cached import Cache as TransformerCache
+from nsa_lightning.model.cached import decode, prefill
+from nsa_lightning.model.config import TransformerConfig
+from nsa_lightning.model.transformer import Transformer
 
 # B rows of a batch, L columns, T tokens that are not padding.
 
@@ -130,13 +132,13 @@ class NSACache(Cache):
         kept = self._with_room(input_ids.device, input_ids.shape[1])
         counts = real.sum(1).tolist()
         if input_ids.shape[1] == 1 and all(kept.host_lengths) and all(counts):
-            return model.decode(input_ids[:, 0], kept)[:, None]
+            return decode(model, input_ids[:, 0], kept)[:, None]
         columns = input_ids.shape[1] if every else 1
         hidden: Tensor | None = None
         for row, (ids, mask, count) in enumerate(zip(input_ids, real, counts, strict=True)):
             if not count:
                 continue
-            found = model.prefill(ids[mask], kept, row, every=every)
+            found = prefill(model, ids[mask], kept, row, every=every)
             if hidden is None:
                 hidden = found.new_zeros(len(input_ids), columns, found.shape[-1])
             if every:

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from nsa_lightning.checkpoint.weights import WeightFiles, hugging_face_name
 from nsa_lightning.data.tokenizer import load_tokenizer
+from nsa_lightning.model.config import TransformerConfig
 from nsa_lightning.model.loss import token_cross_entropy
-from nsa_lightning.model.transformer import Transformer, TransformerConfig
+from nsa_lightning.model.transformer import Transformer
 from nsa_lightning.training.metrics import LossByPosition
 
 Model = tuple[TransformerConfig, WeightFiles]
@@ -77,12 +78,12 @@ def token_losses(config: TransformerConfig, weights: WeightFiles, tokens: Tensor
 
     with torch.device("meta"):
         model = Transformer(config)
-    context = model.context(torch.arange(len(tokens)), torch.tensor([0, len(tokens)], dtype=torch.int32), len(tokens))
+    contexts = model.contexts(torch.arange(len(tokens)), torch.tensor([0, len(tokens)], dtype=torch.int32), len(tokens))
     x = F.embedding(tokens, weights.read("model.embed_tokens.weight")).float()  # [T, hidden_size]
     for index, layer in enumerate(tqdm(model.layers, desc="measure", unit="layer", disable=None)):
         names = {name: hugging_face_name(f"layers.{index}.{name}") for name, _ in layer.named_parameters()}
         layer.load_state_dict({name: weights.read(full).float() for name, full in names.items()}, assign=True)
-        x, _ = layer(x, context, False)
+        x, _ = layer(x, contexts[index], False)
         layer.to("meta")
     hidden = F.rms_norm(x, x.shape[-1:], weights.read("model.norm.weight").float(), config.norm_eps)
     output = weights.read("model.embed_tokens.weight" if config.tie_embeddings else "lm_head.weight")

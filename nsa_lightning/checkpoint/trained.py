@@ -13,7 +13,8 @@ from torch import Tensor
 from nsa_lightning.checkpoint.directory import read_config, transformer_config
 from nsa_lightning.checkpoint.run_files import KEY, files_directory, last_of_run, unpack
 from nsa_lightning.checkpoint.weights import WeightFiles
-from nsa_lightning.model.transformer import Transformer, TransformerConfig
+from nsa_lightning.model.config import TransformerConfig
+from nsa_lightning.model.transformer import Transformer
 
 
 class Trained(NamedTuple):

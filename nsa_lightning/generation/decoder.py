@@ -4,7 +4,9 @@ import torch
 from torch import Tensor
 
 from nsa_lightning.generation.cuda_graphs import capture
-from nsa_lightning.model.cache import Cache
+from nsa_lightning.model.attention.base import CachedAttention
+from nsa_lightning.model.attention.dense import ExactAttention
+from nsa_lightning.model.cached import Cache, decode, prefill
 from nsa_lightning.model.transformer import Transformer
 
 # B sequences, L tokens of a prompt, V tokens in the vocabulary.
@@ -18,13 +20,22 @@ class Decoder:
         batch_size: sequences (B).
         capacity: tokens of the longest sequence, prompt and continuation.
         cuda_graphs: replay the step as a CUDA graph instead of launching its kernels one by one; on a GPU only.
+        dense_attention: how `full` layers attend to the cache.
     """
 
-    def __init__(self, model: Transformer, batch_size: int, capacity: int, cuda_graphs: bool) -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        batch_size: int,
+        capacity: int,
+        cuda_graphs: bool,
+        dense_attention: CachedAttention = ExactAttention(),  # noqa: B008 (not changed)
+    ) -> None:
         weight = model.output_embedding
         self.model, self.batch_size = model, batch_size
         self._idle = set(range(batch_size))
-        self.cache = Cache.allocate(model.config, batch_size, capacity, weight.device, weight.dtype)
+        sizes = model.config, batch_size, capacity
+        self.cache = Cache.allocate(*sizes, weight.device, weight.dtype, dense_attention)
         self._tokens = torch.zeros(batch_size, dtype=torch.int64, device=weight.device)
         self._graph = capture(self._run, self._forget) if cuda_graphs and weight.is_cuda else None
 
@@ -33,7 +44,7 @@ class Decoder:
         """Give a row to a prompt, int64 [L]; logits [V] of the token after it."""
         self._idle.discard(row)
         self.cache.reset(row)
-        return self._logits(self.model.prefill(prompt.to(self._tokens.device), self.cache, row))
+        return self._logits(prefill(self.model, prompt.to(self._tokens.device), self.cache, row))
 
     @torch.inference_mode()
     def step(self, tokens: list[int]) -> Tensor:
@@ -54,7 +65,7 @@ class Decoder:
         self.cache.reset(row)
 
     def _run(self) -> Tensor:
-        return self._logits(self.model.decode(self._tokens, self.cache))
+        return self._logits(decode(self.model, self._tokens, self.cache))
 
     def _logits(self, hidden: Tensor) -> Tensor:
         return hidden @ self.model.output_embedding.T

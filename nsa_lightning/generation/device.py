@@ -8,8 +8,9 @@ from typing import Literal, get_args
 import torch
 from nsa_kernels.errors import SettingError
 
-from nsa_lightning.model.cache import Cache
-from nsa_lightning.model.transformer import Transformer, TransformerConfig
+from nsa_lightning.model.cached import Cache
+from nsa_lightning.model.config import TransformerConfig
+from nsa_lightning.model.transformer import Transformer
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

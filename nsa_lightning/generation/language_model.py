@@ -18,8 +18,9 @@ from nsa_lightning.generation.chat import ChatTemplate
 from nsa_lightning.generation.decoder import Decoder
 from nsa_lightning.generation.device import check_memory
 from nsa_lightning.generation.prompts import Prompt
+from nsa_lightning.model.config import TransformerConfig
 from nsa_lightning.model.initialization import copy_whole, materialise
-from nsa_lightning.model.transformer import Transformer, TransformerConfig
+from nsa_lightning.model.transformer import Transformer
 
 
 class LanguageModel(NamedTuple):

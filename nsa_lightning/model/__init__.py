@@ -1,6 +1,8 @@
 """The decoder in plain PyTorch."""
 
-from nsa_lightning.model.cache import Cache
-from nsa_lightning.model.transformer import Transformer, TransformerConfig
+from nsa_lightning.model.attention import registry
+from nsa_lightning.model.cached import Cache
+from nsa_lightning.model.config import TransformerConfig
+from nsa_lightning.model.transformer import Transformer
 
-__all__ = ["Cache", "Transformer", "TransformerConfig"]
+__all__ = ["Cache", "Transformer", "TransformerConfig", "registry"]

@@ -7,12 +7,11 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from nsa_lightning.model.attention.registry import kept_operators
+
 Recompute = Literal["none", "block", "selective"]
 
 R = TypeVar("R")
-
-_ATTENTION_NAMESPACES = ("nsa_kernels", "torch_attn")
-_ATTENTION_OPS = ("aten::_scaled_dot_product_", "aten::_flash_attention_forward", "aten::_efficient_attention_forward")
 
 
 def recomputed(mode: Recompute, function: Callable[..., R], *args: Any) -> R:
@@ -28,12 +27,11 @@ def recomputed(mode: Recompute, function: Callable[..., R], *args: Any) -> R:
         return function(*args)
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
     if mode == "selective":
-        options["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_attention)
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, partial(_keep, kept_operators()))
     return checkpoint(function, *args, **options)
 
 
-def _keep_attention(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+def _keep(names: tuple[str, ...], context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     """Keep what attention returns: much to compute and, beside the feed-forward layer, little to store."""
-    name = operator.name() if isinstance(operator, torch._ops.OpOverload) else ""
-    attention = name.startswith(_ATTENTION_OPS) or name.split("::")[0] in _ATTENTION_NAMESPACES
+    attention = isinstance(operator, torch._ops.OpOverload) and operator.name().startswith(names)
     return CheckpointPolicy.MUST_SAVE if attention else CheckpointPolicy.PREFER_RECOMPUTE

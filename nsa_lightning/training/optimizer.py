@@ -12,7 +12,7 @@ from nsa_kernels.settings import check_arguments, check_types
 from torch import nn
 from torch.optim import Optimizer
 
-from nsa_lightning.model.attention import is_new_part
+from nsa_lightning.model.attention.registry import is_new_part
 
 ADAMW_DEFAULTS: dict[str, Any] = {"lr": 3e-4, "betas": (0.9, 0.95), "weight_decay": 0.1, "fused": True}
 """Arguments of the AdamW that trains where no optimizer is configured."""

@@ -16,12 +16,15 @@ from nsa_lightning.generation.generate import Generation, StopConfig
 from nsa_lightning.generation.language_model import open_language_model
 from nsa_lightning.generation.sampling import Sampler, SamplingConfig
 from nsa_lightning.model import Transformer
-from nsa_lightning.model.attention import NSALayerConfig, NSAttention
+from nsa_lightning.model.attention.nsa import NSAttention
+from nsa_lightning.model.cached import decode
+from nsa_lightning.model.config import NSALayerConfig
 from nsa_lightning.model.rope import RotaryEmbedding, rotary_frequencies
 from nsa_lightning.training.checkpoints import save_file
 
 transformers = pytest.importorskip("transformers")
-from nsa_lightning.checkpoint.hugging_face_model import NSACache  # noqa: E402 (imports transformers)
+from nsa_lightning.checkpoint import hugging_face_model  # noqa: E402 (imports transformers)
+from nsa_lightning.checkpoint.hugging_face_model import NSACache  # noqa: E402
 
 NSA = NSALayerConfig(
     compress_block_size=4, compress_stride=2, select_block_size=8, num_selected_blocks=4, window_size=6
@@ -191,8 +194,8 @@ OPTIONS = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 def test_an_exported_nsa_model_generates_what_the_decoder_ranks_first(generating, tokens, monkeypatch):
     model, made = generating
-    steps, decode = [], Transformer.decode
-    monkeypatch.setattr(Transformer, "decode", lambda *inputs: steps.append(inputs[1].shape) or decode(*inputs))
+    steps = []
+    monkeypatch.setattr(hugging_face_model, "decode", lambda *given: steps.append(given[1].shape) or decode(*given))
     text = tokens[:40]
     generated = model.generate(text[None], max_new_tokens=12, **OPTIONS)[0]
     assert steps == [(1,)] * 11  # none reads the text again

@@ -16,7 +16,8 @@ import yaml
 from support.command_line import LOGGED, SMALL, run, run_small
 
 from nsa_lightning.memory import simulated_gpu
-from nsa_lightning.model.transformer import Transformer, TransformerConfig
+from nsa_lightning.model.config import TransformerConfig
+from nsa_lightning.model.transformer import Transformer
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

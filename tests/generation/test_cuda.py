@@ -5,7 +5,7 @@ import torch
 
 from nsa_lightning.generation.decoder import Decoder
 from nsa_lightning.model import Transformer, TransformerConfig
-from nsa_lightning.model.attention import NSALayerConfig
+from nsa_lightning.model.config import NSALayerConfig
 
 pytestmark = pytest.mark.gpu
 

@@ -11,7 +11,7 @@ from nsa_lightning.generation.decoder import Decoder
 from nsa_lightning.generation.device import check_memory, use_device
 from nsa_lightning.generation.generate import Generation, StopConfig
 from nsa_lightning.generation.sampling import Sampler, SamplingConfig
-from nsa_lightning.model.cache import Cache
+from nsa_lightning.model.cached import Cache
 from nsa_lightning.model.transformer import Transformer
 
 VOCAB = CONFIG.vocab_size

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 from nsa_lightning.data.batch import PackedBatch
 from nsa_lightning.memory.estimate import estimate_memory
 from nsa_lightning.memory.settings import step_settings
-from nsa_lightning.model.transformer import TransformerConfig
+from nsa_lightning.model.config import TransformerConfig
 from nsa_lightning.training.module import LanguageModel
 
 pytestmark = pytest.mark.gpu

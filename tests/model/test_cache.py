@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from support.packings import cu_seqlens
 
 from nsa_lightning.model import Cache, Transformer, TransformerConfig
-from nsa_lightning.model.attention import NSALayerConfig
+from nsa_lightning.model.cached import decode, prefill
+from nsa_lightning.model.config import NSALayerConfig
 from nsa_lightning.model.rope import RopeConfig
 
 NSA = NSALayerConfig(
@@ -60,7 +61,7 @@ def whole(model, tokens):
 
 def decoded(model, cache, tokens):
     """Hidden states of the single sequence's next tokens, one by one."""
-    return torch.stack([model.decode(token[None], cache)[0] for token in tokens])
+    return torch.stack([decode(model, token[None], cache)[0] for token in tokens])
 
 
 def assert_close(actual, expected):
@@ -82,7 +83,7 @@ def test_joined_projections_change_no_weight_and_no_result(name):
     model.join_projections()
     model.join_projections()
     cache = allocate(model)
-    assert_close(model.prefill(tokens[:-5], cache, 0), expected[-6])
+    assert_close(prefill(model, tokens[:-5], cache, 0), expected[-6])
     assert_close(decoded(model, cache, tokens[-5:]), expected[-5:])
     assert_close(whole(model, tokens), expected)
     assert all(torch.equal(weight, weights.pop(name)) for name, weight in model.state_dict().items())
@@ -163,7 +164,7 @@ def test_a_prompt_in_chunks_and_its_continuation_equal_the_whole_document(name):
     block, select = model.config.nsa.compress_block_size, NSA.select_block_size
     for prompt, chunk_size in ((1, 1), (block - 1, 2), (block, 3), (select, select), (REACH + 1, select), (50, 1000)):
         cache = allocate(model)
-        assert_close(model.prefill(tokens[:prompt], cache, 0, chunk_size), expected[prompt - 1])
+        assert_close(prefill(model, tokens[:prompt], cache, 0, chunk_size), expected[prompt - 1])
         assert_close(decoded(model, cache, tokens[prompt : prompt + 5]), expected[prompt : prompt + 5])
 
 
@@ -179,13 +180,13 @@ def test_sequences_of_any_lengths_share_a_batch_as_if_alone(data):
         action = data.draw(st.sampled_from(["prefill", "decode", "reset"]))
         if action == "prefill" and lengths[row] < 40:
             stop = lengths[row] + data.draw(st.integers(1, 25))
-            hidden = model.prefill(texts[row][lengths[row] : stop], cache, row, data.draw(st.integers(1, 30)))
+            hidden = prefill(model, texts[row][lengths[row] : stop], cache, row, data.draw(st.integers(1, 30)))
             lengths[row] = stop
             assert_close(hidden, expected[row][stop - 1])
         elif action == "decode":
             for _ in range(data.draw(st.integers(1, 5))):
                 tokens = torch.stack([tokens[length] for tokens, length in zip(texts, lengths, strict=True)])
-                hidden = model.decode(tokens, cache)
+                hidden = decode(model, tokens, cache)
                 assert_close(hidden, torch.stack([x[length] for x, length in zip(expected, lengths, strict=True)]))
                 lengths = [length + 1 for length in lengths]
         elif action == "reset":
@@ -202,8 +203,8 @@ def test_kernels_take_the_cache_as_it_is():
 
     model, tokens = model_on("triton"), text(13)
     cache = Cache.allocate(model.config, 2, 13)
-    hidden = [model.prefill(tokens[:10], cache, 1, chunk_size=8)]
-    hidden += [model.decode(token.repeat(2), cache)[1] for token in tokens[10:]]
+    hidden = [prefill(model, tokens[:10], cache, 1, chunk_size=8)]
+    hidden += [decode(model, token.repeat(2), cache)[1] for token in tokens[10:]]
     torch.testing.assert_close(torch.stack(hidden), whole(model_on("eager"), tokens)[9:], rtol=1e-5, atol=1e-5)
 
 
@@ -211,14 +212,14 @@ def test_a_step_reads_nothing_back_and_moves_nothing():
     """What a CUDA graph asks for; tensors without numbers raise where a number would decide."""
     with torch.device("meta"):
         cache = Cache.allocate(CONFIG, batch_size=2, capacity=50, device="meta")
-        hidden = Transformer(CONFIG).decode(torch.zeros(2, dtype=torch.int64), cache)
+        hidden = decode(Transformer(CONFIG), torch.zeros(2, dtype=torch.int64), cache)
         assert hidden.shape == (2, CONFIG.hidden_size)
     model = build()
     cache = allocate(model, batch_size=2)
-    before = [x.data_ptr() for layer in cache.layers for slots in layer if slots is not None for x in slots]
+    before = [x.data_ptr() for x in cache.tensors()]
     for _ in range(NSA.window_size + 1):
-        model.decode(torch.zeros(2, dtype=torch.int64), cache)
-    after = [x.data_ptr() for layer in cache.layers for slots in layer if slots is not None for x in slots]
+        decode(model, torch.zeros(2, dtype=torch.int64), cache)
+    after = [x.data_ptr() for x in cache.tensors()]
     assert before == after
 
 
@@ -226,10 +227,10 @@ def test_a_replayed_step_past_the_capacity_stays_in_its_row():
     """A CUDA graph runs no Python: nothing stops an idle sequence but its own numbers."""
     model = build()
     cache, tokens = allocate(model, batch_size=2, capacity=19), text(19)
-    model.prefill(tokens, cache, 0)
+    prefill(model, tokens, cache, 0)
     for token in tokens[:12]:
         cache.host_lengths[0] = 0
-        hidden = model.decode(token.repeat(2), cache)
+        hidden = decode(model, token.repeat(2), cache)
     assert_close(hidden[1], whole(model, tokens)[11])
     assert cache.lengths.tolist() == [19, 12]
 
@@ -242,9 +243,9 @@ def test_a_reset_leaves_nothing_of_a_sequence(length):
     for parameter in model.parameters():
         parameter.fill_(float("nan"))
     for row in (0, 1):
-        model.prefill(text(length), cache, row)
-    model.decode(text(2), cache)
-    kept = [x for layer in cache.layers for slots in layer if slots is not None for x in slots]
+        prefill(model, text(length), cache, row)
+    decode(model, text(2), cache)
+    kept = list(cache.tensors())
     assert all(x[0].isnan().any() for x in kept)
     cache.reset(0)
     assert not any(x[0].any() for x in kept)
@@ -255,7 +256,7 @@ def test_an_interrupted_prompt_leaves_an_empty_row_and_an_interrupted_step_is_ta
     model, tokens = build(), text(30)
     cache, expected = allocate(model, batch_size=2), whole(model, tokens)
     for row in (0, 1):
-        model.prefill(tokens[:20], cache, row)
+        prefill(model, tokens[:20], cache, row)
 
     def interrupt(*args):
         raise KeyboardInterrupt
@@ -263,11 +264,11 @@ def test_an_interrupted_prompt_leaves_an_empty_row_and_an_interrupted_step_is_ta
     with monkeypatch.context() as patched:
         patched.setattr(model.layers[2].mlp, "forward", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            model.decode(tokens[[20, 20]], cache)
+            decode(model, tokens[[20, 20]], cache)
         with pytest.raises(KeyboardInterrupt):
-            model.prefill(tokens[20:], cache, 1)
+            prefill(model, tokens[20:], cache, 1)
     assert cache.host_lengths == cache.lengths.tolist() == [20, 0]
-    assert_close(model.decode(tokens[[20, 0]], cache), expected[[20, 0]])
+    assert_close(decode(model, tokens[[20, 0]], cache), expected[[20, 0]])
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -275,7 +276,7 @@ def test_the_bytes_needed_are_the_bytes_allocated(name):
     config = dataclasses.replace(CONFIG, **VARIANTS[name])
     needed = Cache.bytes_needed(config, 3, 50, torch.bfloat16)
     cache = Cache.allocate(config, 3, 50, dtype=torch.bfloat16)
-    tensors = [x for layer in cache.layers for slots in layer if slots is not None for x in slots]
+    tensors = list(cache.tensors())
     assert needed == sum(x.untyped_storage().nbytes() for x in [*tensors, cache.lengths])
 
 
@@ -283,7 +284,7 @@ def test_a_window_keeps_no_more_than_it_sees():
     cache = Cache.allocate(CONFIG, 1, 1000)
     nsa, full, sliding = cache.layers
     assert (full.tokens.size, sliding.tokens.size) == (1000, CONFIG.sliding_window)
-    assert (nsa.sliding.size, nsa.pending.size) == (NSA.window_size, NSA.compress_block_size)
+    assert (nsa.branches[1].size, nsa.pending.size) == (NSA.window_size, NSA.compress_block_size)
     assert Cache.allocate(CONFIG, 1, 3).layers[2].tokens.size == 3
 
 
@@ -291,25 +292,25 @@ def test_tokens_past_the_capacity_are_an_error_that_names_them():
     model = build()
     cache = allocate(model, batch_size=2, capacity=10)
     with pytest.raises(ValueError, match="got 10 for 0 tokens of sequence 1 and 11 more"):
-        model.prefill(text(11), cache, 1)
-    model.prefill(text(10), cache, 1)
+        prefill(model, text(11), cache, 1)
+    prefill(model, text(10), cache, 1)
     with pytest.raises(ValueError, match="got 10 for 10 tokens of sequence 1 and 1 more"):
-        model.decode(text(2), cache)
+        decode(model, text(2), cache)
     assert cache.host_lengths == cache.lengths.tolist() == [0, 10]
     cache.reset(1)
-    model.decode(text(2), cache)
+    decode(model, text(2), cache)
     assert cache.lengths.tolist() == [1, 1]
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda model, cache: model.prefill(text(0), cache, 0), "tokens must be .* at least one token, got \\(0,\\)"),
-        (lambda model, cache: model.prefill(text(4), cache, 0, 0), "chunk_size must be at least 1, got 0"),
-        (lambda model, cache: model.decode(text(3), cache), r"tokens must be \[B\], \(2,\) here, got \(3,\)"),
-        (lambda model, cache: model.prefill(text(4), cache, 2), "row must be from 0 to 1, got 2"),
-        (lambda model, cache: model.float().decode(text(2), cache), "slots must .* torch.float32, got torch.float64"),
-        (lambda model, cache: model.float().prefill(text(2), cache, 0), "must be .* torch.float32, got torch.float64"),
+        (lambda model, cache: prefill(model, text(0), cache, 0), "tokens must be .* at least one token, got \\(0,\\)"),
+        (lambda model, cache: prefill(model, text(4), cache, 0, 0), "chunk_size must be at least 1, got 0"),
+        (lambda model, cache: decode(model, text(3), cache), r"tokens must be \[B\], \(2,\) here, got \(3,\)"),
+        (lambda model, cache: prefill(model, text(4), cache, 2), "row must be from 0 to 1, got 2"),
+        (lambda model, cache: decode(model.float(), text(2), cache), "slots must .* torch.float32, got torch.float64"),
+        (lambda model, cache: prefill(model.float(), text(2), cache, 0), "must be .* torch.float32, got torch.float64"),
         (lambda model, _: allocate(model, batch_size=0), "batch_size must be at least 1, got 0"),
         (lambda model, _: allocate(model, capacity=0), "capacity must be at least 1, got 0"),
     ],

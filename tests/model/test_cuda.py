@@ -9,7 +9,8 @@ from support.packings import cu_seqlens
 
 from nsa_lightning.generation.cuda_graphs import capture
 from nsa_lightning.model import Cache, Transformer, TransformerConfig
-from nsa_lightning.model.attention import NSALayerConfig
+from nsa_lightning.model.cached import decode, prefill
+from nsa_lightning.model.config import NSALayerConfig
 from nsa_lightning.model.fused_attention import packed_causal_attention
 from nsa_lightning.model.loss import summed_cross_entropy
 
@@ -87,12 +88,12 @@ def test_prompts_and_replayed_steps_equal_the_whole_document_and_never_wait_for_
     model.bfloat16()
     cache = Cache.allocate(config, 2, 700, "cuda", torch.bfloat16)
     tokens = torch.zeros(2, dtype=torch.int64, device="cuda")
-    graph = capture(lambda: model.decode(tokens, cache))
+    graph = capture(lambda: decode(model, tokens, cache))
     lengths, hidden = [660, 5], []
     with refusing_to_wait():
         for row, length in enumerate(lengths):
             cache.reset(row)
-            model.prefill(document[:length], cache, row, chunk_size=256)
+            prefill(model, document[:length], cache, row, chunk_size=256)
         for step in range(40):
             tokens.copy_(torch.stack([document[length + step] for length in lengths]))
             cache.count_step()

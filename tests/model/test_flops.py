@@ -3,8 +3,9 @@ import pytest
 import torch
 
 from nsa_lightning.model import Transformer, TransformerConfig
-from nsa_lightning.model.attention import NSALayerConfig
-from nsa_lightning.model.flops import num_summaries, training_flops, visible_pairs
+from nsa_lightning.model.attention.pairs import num_summaries
+from nsa_lightning.model.config import ATTENTION_KINDS, NSALayerConfig
+from nsa_lightning.model.flops import training_flops
 
 NSA = NSALayerConfig(
     compress_block_size=8, compress_stride=4, select_block_size=8, num_selected_blocks=4, window_size=6
@@ -41,7 +42,7 @@ def counted_pairs(kind, length):
 def test_pairs_equal_a_count_over_every_query(kind):
     lengths = np.array([0, 1, 5, 6, 7, 8, 31, 32, 33, 40, 77, 100])
     expected = [counted_pairs(kind, length) for length in lengths.tolist()]
-    assert visible_pairs(CONFIG, kind, lengths).tolist() == expected
+    assert ATTENTION_KINDS[kind].visible_pairs(CONFIG, lengths).tolist() == expected
 
 
 def test_summaries_are_complete_blocks():
@@ -52,7 +53,10 @@ def test_a_longer_document_costs_more_only_by_its_pairs():
     model = Transformer(CONFIG)
     one, two = np.array([64]), np.array([32, 32])
     difference = training_flops(model, one) - training_flops(model, two)
-    pairs = visible_pairs(CONFIG, "nsa", one).sum() - visible_pairs(CONFIG, "nsa", two).sum()
+    pairs = (
+        ATTENTION_KINDS["nsa"].visible_pairs(CONFIG, one).sum()
+        - ATTENTION_KINDS["nsa"].visible_pairs(CONFIG, two).sum()
+    )
     summary_weights = 2 * 2 * (2 * 8 * 8 * 8 + 2 * 8 * 8)  # layers, k and v, KV heads × (l·D × M + M × D)
     blocks = num_summaries(NSA, one).sum() - num_summaries(NSA, two).sum()
     assert difference == 6 * (2 * pairs * 4 * 16 + summary_weights * blocks)

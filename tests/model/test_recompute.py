@@ -12,7 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nsa_lightning.model import Transformer, TransformerConfig, context_parallel
-from nsa_lightning.model.attention import NSALayerConfig
+from nsa_lightning.model.config import NSALayerConfig
 
 LENGTHS = [24, 13]
 NSA = NSALayerConfig(
@@ -106,6 +106,6 @@ def test_a_compiled_block_keeps_its_input_alone(monkeypatch, ranks):
     model.init_weights(0)
     model.parallel = context_parallel.ContextParallel(size=ranks)
     positions, x = torch.arange(16), torch.randn(16 // ranks, sizes["hidden_size"], requires_grad=True)
-    context = model.context(positions, cu_seqlens([16]), 16)
+    context = model.contexts(positions, cu_seqlens([16]), 16)[0]
     torch.compile(model.layers[0], backend=backend, fullgraph=True, dynamic=False)(x, context, False)
     assert len(computed) == 1  # the block's own output

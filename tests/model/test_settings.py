@@ -16,7 +16,7 @@ from nsa_lightning.generation.device import choose_dtype
 from nsa_lightning.generation.generate import StopConfig
 from nsa_lightning.generation.sampling import SamplingConfig
 from nsa_lightning.model import Transformer, TransformerConfig
-from nsa_lightning.model.attention import NSALayerConfig, build_attention
+from nsa_lightning.model.config import NSALayerConfig
 from nsa_lightning.model.rope import RopeConfig
 from nsa_lightning.training.callbacks.continuations import Continuations
 from nsa_lightning.training.callbacks.gates import GateMonitor
@@ -91,8 +91,9 @@ def test_names_of_recomputation_attention_and_dtypes_are_checked_where_they_are_
     config = TransformerConfig(num_layers=1, hidden_size=8, num_heads=1, num_kv_heads=1, vocab_size=8)
     with pytest.raises(SettingError, match=r"^recompute must be one of none, block, selective, got 'blocks'$"):
         Transformer(config, recompute="blocks")
-    with pytest.raises(SettingError, match=r"^kind must be one of nsa, full, sliding, got 'local'$"):
-        build_attention("local", config.layer_shape, config.nsa, 4)
+    names = r"^attention must be a list of values that are each one of nsa, full, sliding, got \['local'\]$"
+    with pytest.raises(SettingError, match=names):
+        dataclasses.replace(config, attention=["local"])
     with pytest.raises(SettingError, match=r"^dtype must be one of auto, float32, bfloat16, float16, got 'fp8'$"):
         choose_dtype("fp8", None)
     LanguageModel(config, optimizer=AdamW, activation_checkpointing="selective")

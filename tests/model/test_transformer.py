@@ -6,7 +6,8 @@ from nsa_kernels import native_sparse_attention
 from support.packings import cu_seqlens
 
 from nsa_lightning.model import Transformer, TransformerConfig
-from nsa_lightning.model.attention import NSALayerConfig, NSAttention
+from nsa_lightning.model.attention.nsa import NSAttention
+from nsa_lightning.model.config import NSALayerConfig
 from nsa_lightning.model.rope import RopeConfig
 
 NSA = NSALayerConfig(
@@ -119,7 +120,7 @@ def test_autocast_hands_the_operator_one_dtype(monkeypatch):
         seen.append({q.dtype, k.dtype, v.dtype, *(options[name].dtype for name in names)})
         return native_sparse_attention(q, k, v, gates, *args, **options)
 
-    monkeypatch.setattr("nsa_lightning.model.attention.native_sparse_attention", spy)
+    monkeypatch.setattr("nsa_lightning.model.attention.nsa.native_sparse_attention", spy)
     with torch.autocast("cpu", torch.bfloat16):
         hidden = build(qk_norm=True).float()(*packed(LENGTHS)).hidden
     assert seen

@@ -17,8 +17,7 @@ from torch.utils.data import DataLoader
 from nsa_lightning.data.batch import IGNORE_INDEX, PackedBatch
 from nsa_lightning.data.datamodule import PackedTextDataModule
 from nsa_lightning.data.tokenizer import TokenizerConfig
-from nsa_lightning.model.attention import NSALayerConfig
-from nsa_lightning.model.transformer import TransformerConfig
+from nsa_lightning.model.config import NSALayerConfig, TransformerConfig
 from nsa_lightning.training.callbacks import DocumentScores, LossGuard, TokenThroughput
 from nsa_lightning.training.checkpoints import RunCheckpointIO
 from nsa_lightning.training.distillation import Distillation

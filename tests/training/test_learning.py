@@ -7,7 +7,7 @@ from nsa_kernels.packing import document_positions
 from support.packings import cu_seqlens
 
 from nsa_lightning.model import Transformer, TransformerConfig
-from nsa_lightning.model.attention import NSALayerConfig
+from nsa_lightning.model.config import NSALayerConfig
 from nsa_lightning.model.loss import summed_cross_entropy
 
 LENGTH, NUM_DOCUMENTS, NUM_VALUES = 96, 16, 8

@@ -12,7 +12,7 @@ from support.training import NSA, data_module, packed_batches, write_corpus
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from nsa_lightning.data.batch import IGNORE_INDEX
-from nsa_lightning.model.transformer import TransformerConfig
+from nsa_lightning.model.config import TransformerConfig
 from nsa_lightning.training.callbacks import Continuations, DocumentScores, FitReport, GateMonitor, TokenThroughput
 from nsa_lightning.training.module import LanguageModel
 from nsa_lightning.training.optimizer import WarmupCosine

@@ -6,7 +6,7 @@ from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger
 from support.training import SaveAfter, data_module, fit, language_model, make_trainer
 
-from nsa_lightning.model.attention import is_new_part
+from nsa_lightning.model.attention.registry import is_new_part
 
 FROZEN, STEPS = 3, 6
 NEW_PARTS = {"freeze_others_steps": FROZEN, "lr_factor": 5.0}

@@ -10,6 +10,7 @@ from nsa_kernels.errors import SettingError
 from nsa_kernels.settings import check_arguments
 from torch import Tensor
 
+from nsa_lightning.model.config import ATTENTION_KINDS
 from nsa_lightning.model.statistics import NEAR, NUM_DISTANCE_BINS, NUM_GATE_BINS, BranchStatistics
 from nsa_lightning.training.callbacks.gate_picture import draw_gates
 from nsa_lightning.training.module import LanguageModel
@@ -82,7 +83,7 @@ class GateMonitor(Callback):
         """Ask TensorBoard for one page with the three branches of all layers."""
         assert isinstance(pl_module, LanguageModel)
         kinds = pl_module.transformer_config.layer_attention
-        layers = [index for index, kind in enumerate(kinds) if kind == "nsa"]
+        layers = [index for index, kind in enumerate(kinds) if ATTENTION_KINDS[kind].has_branches]
         self._num_logs = 0
         if layers:
             self._add_layout(trainer, layers)

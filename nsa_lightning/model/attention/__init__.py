@@ -1,0 +1,1 @@
+"""The attention kinds of the decoder, a file each (`docs/attention-kinds.md`)."""
