@@ -51,6 +51,17 @@ def run_function(
 def parse_settings(
     command: str, function: Callable[..., int], words: list[str], verbatim: Collection[str]
 ) -> dict[str, Any]:
+    """The settings in the words that follow a command, as its function takes them.
+
+    Args:
+        command: after `nsa`, as its messages name it.
+        function: whose parameters the settings are.
+        words: as typed.
+        verbatim: lists of texts of which `[a, b]` is one text.
+
+    Raises:
+        SystemExit: with status 2, after a message, for a mistake in the words.
+    """
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     description = (function.__doc__ or "").split("Args:")[0].replace("\n    ", "\n").strip()
     parser = _Parser(prog=f"nsa {command}", description=description, allow_abbrev=False)
