@@ -18,6 +18,8 @@ with torch.device("cpu"):
 
 
 def pytest_collection_modifyitems(items):
+    long = {item.path for item in items if item.get_closest_marker("slow") is not None}
+    items.sort(key=lambda item: item.path not in long)  # files that take long first, so that workers end together
     for item in items:
         if item.get_closest_marker("gpu") is not None:
             item.add_marker(pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"))

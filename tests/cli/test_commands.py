@@ -154,6 +154,7 @@ def test_settings_that_differ_from_the_checkpoint_are_named(workplace, monkeypat
         run_small(monkeypatch, "validate", "--ckpt_path", str(path), "--model.transformer.nsa.window_size", "16")
 
 
+@pytest.mark.slow
 def test_two_processes_train_and_report(workplace):
     """In processes of their own, as Lightning starts them."""
     command = [sys.executable, "-m", "nsa_cli.main", "fit", "--config", "small.yaml", "--data.sources", '["texts"]']
@@ -173,6 +174,7 @@ def test_ctrl_c_while_a_command_is_imported_ends_in_one_line(monkeypatch, capsys
     assert capsys.readouterr().err == "nsa generate: error: interrupted\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("signum", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_run_that_is_told_to_stop_saves_and_does_not_look_finished(workplace, signum, status):
     command = [sys.executable, "-m", "nsa_cli.main", "fit", "--config", "small.yaml", "--data.sources", '["texts"]']
@@ -230,6 +232,7 @@ def test_a_recipe_fits_its_gpus_and_says_how_much_it_takes(monkeypatch, capsys, 
     assert f"{needed:.0f} GB" in " ".join(config.read_text().split("seed_everything")[0].split("\n# "))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["1b", "8b"])
 def test_memory_takes_the_way_of_the_kernels_written_for_hopper(name):
     """As a user starts it: not under Triton's interpreter. Head dims of 64 and 128 have kernels of their own."""

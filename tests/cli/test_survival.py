@@ -52,6 +52,7 @@ def run(monkeypatch, *arguments):
     return main()
 
 
+@pytest.mark.slow
 def test_a_run_killed_and_stopped_ends_with_the_losses_of_one_that_was_not(workplace, monkeypatch):
     first = start("small.yaml", *TWO)
     wait_for((workplace / "runs/small/version_0/checkpoints/last.ckpt/meta.pt").exists, first)

@@ -164,6 +164,7 @@ print(PackedSplit(TokenStore(sys.argv[1]), "train", 8, "best_fit", Path(sys.argv
 """
 
 
+@pytest.mark.slow
 def test_of_two_processes_one_plans_and_a_killed_one_leaves_nothing(store: TokenStore, tmp_path: Path) -> None:
     def start(seconds: float) -> subprocess.Popen[str]:
         command = [sys.executable, "-c", PLANNER, str(store.path), str(tmp_path / "cache"), str(seconds)]

@@ -226,6 +226,7 @@ def test_a_batch_reaches_the_step_as_it_was_packed(make_data: Callable[..., Pack
     assert batch.target_bytes.sum().item() == data.tokenizer.byte_lengths[scored.numpy()].sum() > 100
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_goes_on_from_its_last_checkpoint(
     make_data: Callable[..., PackedTextDataModule], tmp_path: Path
 ) -> None:
@@ -356,6 +357,7 @@ L.Trainer(
 """
 
 
+@pytest.mark.slow
 def test_two_processes_share_each_epoch_even_if_lightning_may_put_a_sampler_in(
     make_data: Callable[..., PackedTextDataModule], corpus: Path, tmp_path: Path
 ) -> None:

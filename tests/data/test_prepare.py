@@ -356,6 +356,7 @@ def children(process: int) -> list[int]:
     return [int(pid) for pid in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks for processes in /proc")
 def test_a_killed_run_ends_its_workers_and_the_next_one_gives_the_same_set(
     tokenizer: Tokenizer, tmp_path: Path
@@ -385,6 +386,7 @@ def test_a_killed_run_ends_its_workers_and_the_next_one_gives_the_same_set(
     assert files(tmp_path / "killed") == files(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_of_two_processes_one_prepares_and_the_other_waits(corpus: Path, tmp_path: Path) -> None:
     command = [
         *COMMAND,

@@ -219,6 +219,7 @@ def test_a_long_text_is_encoded_in_chunks_without_loss(tokenizer: Tokenizer, mon
     assert (second == tokenizer.end_of_text_id).sum() == len(third) == 2
 
 
+@pytest.mark.slow
 def test_training_depends_on_the_texts_alone() -> None:
     texts = [
         f"{word} number {i % 7} " * 5 for i, word in enumerate(["alpha", "beta", "gamma", "delta", "one", "two"] * 20)
