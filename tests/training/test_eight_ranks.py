@@ -4,7 +4,7 @@ import pytest
 from support.same_run import assert_same_run
 from support.training import fit, run_job
 
-FIRST, ALL = 2, 4  # steps before the checkpoint, and in all
+FIRST, ALL = 1, 3  # steps before the checkpoint, and in all
 SETTINGS = {
     "max_steps": ALL,
     "max_epochs": -1,
