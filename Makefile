@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 CONSTRAINTS := constraints.txt
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help demo test test-gpu bench check format tensorboard clean
+.PHONY: help demo test test-fast test-gpu bench check format tensorboard clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -12,8 +13,11 @@ help:  ## list the targets
 demo: $(VENV)/.installed  ## train the quickstart model on Python's own source files (CPU, a few minutes)
 	$(BIN)/nsa fit --config configs/quickstart.yaml
 
+test-fast: $(VENV)/.installed-dev  ## run the tests that are not slow: what to run while working
+	$(PYTEST) -m "not slow"
+
 test: $(VENV)/.installed-dev  ## run the test suite
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(PYTEST)
 
 test-gpu: $(VENV)/.installed-dev  ## run the tests that need a CUDA GPU
 	$(BIN)/python -m pytest -m gpu -n 8 --dist worksteal
@@ -21,11 +25,12 @@ test-gpu: $(VENV)/.installed-dev  ## run the tests that need a CUDA GPU
 bench: $(VENV)/.installed  ## check and time the kernels beside full attention (CUDA GPU, several minutes)
 	$(BIN)/nsa bench kernels --overwrite true
 
-check: $(VENV)/.installed-dev  ## formatting, lint, strict types, import contracts
+check: $(VENV)/.installed-dev  ## formatting, lint, strict types, import contracts, the commands in the documentation
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+	$(BIN)/python -m pytest tests/test_documentation.py
 
 format: $(VENV)/.installed-dev  ## format and apply the safe lint fixes
 	$(BIN)/ruff check --fix .

@@ -1,12 +1,21 @@
 """Settings that every test runs under."""
 
 import os
+from importlib.util import find_spec
 
 import pytest
 from support.plain_environment import VARIABLE, hide_development_packages
 
 if os.environ.get(VARIABLE) == "1":
     hide_development_packages()  # before anything is imported that looks for them
+
+if find_spec("hypothesis") is not None:
+    from hypothesis import settings
+
+    settings.register_profile(
+        "suite", deadline=None
+    )  # an example takes as long as the machine's other work has it take
+    settings.load_profile("suite")
 
 import torch
 
@@ -18,6 +27,8 @@ with torch.device("cpu"):
 
 
 def pytest_collection_modifyitems(items):
+    long = {item.path for item in items if item.get_closest_marker("slow") is not None}
+    items.sort(key=lambda item: item.path not in long)  # files that take long first, so that workers end together
     for item in items:
         if item.get_closest_marker("gpu") is not None:
             item.add_marker(pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"))

@@ -34,7 +34,7 @@ def run_function(
     written as in YAML, `[a, b]`, unless it is in `verbatim`.
     """
     try:
-        settings = _parse(command, function, words, verbatim)
+        settings = parse_settings(command, function, words, verbatim)
         settings |= {name: _expanded(settings[name]) for name in paths}
         return function(**settings)
     except Exception as error:
@@ -48,7 +48,20 @@ def run_function(
         return 128 + signal.SIGINT
 
 
-def _parse(command: str, function: Callable[..., int], words: list[str], verbatim: Collection[str]) -> dict[str, Any]:
+def parse_settings(
+    command: str, function: Callable[..., int], words: list[str], verbatim: Collection[str]
+) -> dict[str, Any]:
+    """The settings in the words that follow a command, as its function takes them.
+
+    Args:
+        command: after `nsa`, as its messages name it.
+        function: whose parameters the settings are.
+        words: as typed.
+        verbatim: lists of texts of which `[a, b]` is one text.
+
+    Raises:
+        SystemExit: with status 2, after a message, for a mistake in the words.
+    """
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     description = (function.__doc__ or "").split("Args:")[0].replace("\n    ", "\n").strip()
     parser = _Parser(prog=f"nsa {command}", description=description, allow_abbrev=False)

@@ -14,7 +14,7 @@ from nsa_lightning.memory.report import report
 from nsa_lightning.memory.settings import step_settings
 
 
-class _MemoryTrainer(Trainer):
+class MemoryTrainer(Trainer):
     """Makes `memory` a command that takes what `fit` takes."""
 
     def memory(
@@ -75,4 +75,4 @@ class MemoryCommandLine(NSACommandLine):
 
 def run() -> int:
     """Run the command of `sys.argv`; returns the exit status, 2 for a mistake in the settings."""
-    return run_command_line(MemoryCommandLine, _MemoryTrainer)
+    return run_command_line(MemoryCommandLine, MemoryTrainer)

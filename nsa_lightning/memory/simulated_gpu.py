@@ -35,7 +35,7 @@ def simulated_gpu() -> Generator[None, None, None]:
     """
     if find_spec("triton") is None:
         raise SettingError("nsa memory needs the package triton, which is not installed: it has wheels for Linux alone")
-    from nsa_kernels.triton import attention  # noqa: F401 - kernels are interpreted or not from their import on
+    import nsa_kernels.triton.attention  # noqa: F401 - kernels are interpreted or not from their import on
     from nsa_kernels.triton.early_start import early_start
     from triton import knobs
     from triton.runtime.jit import KernelInterface

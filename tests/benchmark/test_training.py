@@ -49,6 +49,7 @@ def bench(tmp_path, monkeypatch):
     return run
 
 
+@pytest.mark.slow
 def test_ranks_that_share_a_batch_are_measured_as_one(bench, tmp_path, capsys):
     shared = ["--trainer.strategy", "FSDP2Strategy", "--trainer.strategy.context_parallel_size", "2"]
     arguments = ["--lengths", "64", "--attention", "nsa", "--devices", "2", "--documents", "mixed", *shared]
@@ -75,6 +76,7 @@ def test_a_case_that_takes_too_long_is_a_row_and_leaves_no_process(bench, tmp_pa
     assert [process.poll() for process in started] == [-9]
 
 
+@pytest.mark.slow
 def test_a_mistake_in_the_settings_of_fit_ends_the_run_in_one_line(bench, capsys):
     assert bench("--lengths", "4", "--attention", "nsa") == 2
     error = capsys.readouterr().err

@@ -148,6 +148,7 @@ def test_a_trained_checkpoint_is_exported_with_its_tokenizer(tmp_path, trained, 
     assert all(tensor.dtype == torch.bfloat16 for tensor in all_tensors(tmp_path / "half").values())
 
 
+@pytest.mark.slow
 def test_two_ranks_start_from_the_converted_weights_and_their_shards_are_exported(tmp_path, workplace):
     """The first loss is that of one process with the same sequences."""
     sizes = {"num_key_value_heads": 1, "tie_word_embeddings": True}

@@ -2,6 +2,9 @@ import logging
 
 import pytest
 from support.command_line import SMALL
+from support.docstrings import remember_attribute_docstrings
+
+remember_attribute_docstrings()
 
 
 @pytest.fixture

@@ -252,6 +252,7 @@ def test_weights_that_are_no_numbers_are_told(models, tmp_path, monkeypatch, cap
     assert "model must give finite logits" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_reader_that_has_enough_ends_it_without_a_word(models):
     command = [sys.executable, "-m", "nsa_cli.main", "generate", "--model", models / "made", "--prompt", "some text"]
     process = subprocess.Popen(

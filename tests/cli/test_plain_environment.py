@@ -4,11 +4,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from support.plain_environment import plain_environment
 
 HERE = Path(__file__).parent
 
 
+@pytest.mark.slow
 def test_the_command_line_reads_its_settings_alike_without_the_development_packages():
     command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-p", "no:hypothesispytest"]
     result = subprocess.run(

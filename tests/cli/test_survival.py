@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from nsa_cli.main import main
-from support.runs import EVERY_LOSS, children, losses, start, wait_for
+from support.runs import EVERY_LOSS, TELLS_SAVES, children, losses, start, wait_until_saved
 
 STEPS = 150
 
@@ -52,20 +52,19 @@ def run(monkeypatch, *arguments):
     return main()
 
 
+@pytest.mark.slow
 def test_a_run_killed_and_stopped_ends_with_the_losses_of_one_that_was_not(workplace, monkeypatch):
-    first = start("small.yaml", *TWO)
-    wait_for((workplace / "runs/small/version_0/checkpoints/last.ckpt/meta.pt").exists, first)
+    first = start("small.yaml", *TWO, *TELLS_SAVES)
+    assert "starting anew" in wait_until_saved(first)
     os.kill(children(first)[0], signal.SIGKILL)
-    output, _ = first.communicate(timeout=60)
-    assert "starting anew" in output
+    first.communicate(timeout=60)
     assert first.returncode != 0
 
-    second = start("small.yaml", *TWO)
-    wait_for((workplace / "runs/small/version_1/checkpoints/last.ckpt/meta.pt").exists, second)
+    second = start("small.yaml", *TWO, *TELLS_SAVES)
+    assert "Restored all states" in wait_until_saved(second)
     os.kill(children(second)[0], signal.SIGTERM)  # the scheduler tells any one of the processes
     output, _ = second.communicate(timeout=60)
     assert second.returncode == 143, output[-3000:]
-    assert "Restored all states" in output
 
     sharded = "runs/small/version_1/checkpoints/last.ckpt"
     assert run(monkeypatch, "consolidate", "--checkpoint", sharded, "--output", "whole.ckpt") == 0

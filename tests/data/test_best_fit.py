@@ -148,32 +148,41 @@ def test_a_plan_whose_last_bytes_do_not_fit_is_not_taken_for_whole(
 
 
 PLANNER = """
-import sys, time
+import sys
 from pathlib import Path
 from nsa_lightning.data import best_fit
 from nsa_lightning.data.dataset import PackedSplit
 from nsa_lightning.data.token_store import TokenStore
 
-def slow(offsets, seq_len, pack=best_fit.pack_best_fit):
+def told(offsets, seq_len, pack=best_fit.pack_best_fit):
     print("planning", flush=True)
-    time.sleep(float(sys.argv[3]))
+    sys.stdin.readline()
     yield from pack(offsets, seq_len)
 
-best_fit.pack_best_fit = slow
+best_fit.pack_best_fit = told
+print("opening", flush=True)
 print(PackedSplit(TokenStore(sys.argv[1]), "train", 8, "best_fit", Path(sys.argv[2])).plan.num_sequences)
 """
 
 
+@pytest.mark.slow
 def test_of_two_processes_one_plans_and_a_killed_one_leaves_nothing(store: TokenStore, tmp_path: Path) -> None:
-    def start(seconds: float) -> subprocess.Popen[str]:
-        command = [sys.executable, "-c", PLANNER, str(store.path), str(tmp_path / "cache"), str(seconds)]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    def start() -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", PLANNER, str(store.path), str(tmp_path / "cache")]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "opening\n"
+        return process
 
-    killed = start(60)
+    killed = start()
     assert killed.stdout is not None
-    assert killed.stdout.readline() == "planning\n"
-    both = [start(0.5), start(0.5)]
+    assert killed.stdout.readline() == "planning\n"  # and waits to be told to
+    both = [start(), start()]
     killed.kill()
+    for process in both:
+        assert process.stdin is not None
+        process.stdin.write("\n")
+        process.stdin.flush()
     printed = sorted(process.communicate(timeout=60)[0] for process in both)
     killed.communicate()
     assert printed == ["5\n", "planning\n5\n"]

@@ -347,6 +347,7 @@ def test_the_settings_are_documented_and_parsed_by_the_command_line() -> None:
     assert (data.curriculum, data.packing) == ({0: 64, 9: 8192}, "best_fit")
 
 
+@pytest.mark.slow
 def test_importing_the_data_module_loads_no_library_before_it_is_needed() -> None:
     script = (
         "import sys; import lightning; before = set(sys.modules); import nsa_lightning.data.datamodule; "

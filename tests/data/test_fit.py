@@ -6,7 +6,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -226,19 +225,25 @@ def test_a_batch_reaches_the_step_as_it_was_packed(make_data: Callable[..., Pack
     assert batch.target_bytes.sum().item() == data.tokenizer.byte_lengths[scored.numpy()].sum() > 100
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_goes_on_from_its_last_checkpoint(
     make_data: Callable[..., PackedTextDataModule], tmp_path: Path
 ) -> None:
-    saving = ModelCheckpoint(tmp_path / "checkpoints", "{step}", every_n_train_steps=1, save_top_k=-1)
+    ten_steps = multiprocessing.get_context("fork").Event()
+
+    class Saving(ModelCheckpoint):
+        def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+            if trainer.global_step == 10:
+                ten_steps.set()
+
+    saving = Saving(tmp_path / "checkpoints", "{step}", every_n_train_steps=1, save_top_k=-1)
     options = {"max_steps": 10**6}
     make_data().prepare_data()  # the tokenizer's threads do not survive a fork
     run = multiprocessing.get_context("fork").Process(
         target=fit, args=(make_data(num_workers=1), saving), kwargs=options
     )
     run.start()
-    deadline = time.monotonic() + 60
-    while len(list(tmp_path.glob("checkpoints/step=*.ckpt"))) < 10 and time.monotonic() < deadline:
-        time.sleep(0.01)
+    assert ten_steps.wait(60)
     run.kill()
     run.join()
     last = max(tmp_path.glob("checkpoints/step=*.ckpt"), key=step_of)
@@ -356,6 +361,7 @@ L.Trainer(
 """
 
 
+@pytest.mark.slow
 def test_two_processes_share_each_epoch_even_if_lightning_may_put_a_sampler_in(
     make_data: Callable[..., PackedTextDataModule], corpus: Path, tmp_path: Path
 ) -> None:

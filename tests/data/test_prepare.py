@@ -7,10 +7,10 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from select import select
 from typing import Any
 
 import fsspec
@@ -350,12 +350,26 @@ def die(pipe: Any, job: Any) -> None:
 
 WORDS = ["def", "return", "import", "self", "été", "文字", "🙂", "0x7f"]
 COMMAND = [sys.executable, "-m", "nsa_cli.main", "prepare"]
+TELLING = """
+import sys, tqdm
+from nsa_cli.main import main
+
+class TellingBar(tqdm.tqdm):
+    def update(self, n=1):
+        print("more is done", flush=True)
+        return super().update(n)
+
+tqdm.tqdm = TellingBar
+sys.exit(main())
+"""
+"""The command, which tells of all progress on stdout."""
 
 
 def children(process: int) -> list[int]:
     return [int(pid) for pid in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks for processes in /proc")
 def test_a_killed_run_ends_its_workers_and_the_next_one_gives_the_same_set(
     tokenizer: Tokenizer, tmp_path: Path
@@ -366,18 +380,19 @@ def test_a_killed_run_ends_its_workers_and_the_next_one_gives_the_same_set(
     tokenizer.save(tmp_path / "tokenizer.json")
     arguments = ["--sources", "a.jsonl", "--tokenizer.path", "tokenizer.json", "--shard_size", "200000"]
     command = [*COMMAND, *arguments, "--num_workers", "2", "--output_dir"]
-    run = subprocess.Popen([*command, "killed"], cwd=tmp_path, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while len(list(tmp_path.glob("killed/shards/?????"))) < 3 and run.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
+    telling = [sys.executable, "-c", TELLING, *command[3:], "killed"]
+    run = subprocess.Popen(telling, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    assert run.stdout is not None
+    assert any(len(list(tmp_path.glob("killed/shards/?????"))) >= 3 for _ in run.stdout)
     workers = [pid for pid in children(run.pid) if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()]
+    ends = [os.pidfd_open(pid) for pid in workers]
     run.kill()
-    run.wait()
+    run.communicate()
     assert len(workers) == 2
     kept = {path: path.stat().st_mtime_ns for path in tmp_path.glob("killed/shards/?????/*")}
-    while any(Path(f"/proc/{pid}").exists() for pid in workers) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
+    assert all(select([end], [], [], 60)[0] for end in ends)  # which each worker's end makes readable
+    for end in ends:
+        os.close(end)
     assert not (tmp_path / "killed" / "manifest.json").exists()
     subprocess.run([*command, "killed"], cwd=tmp_path, check=True, capture_output=True)
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
@@ -385,6 +400,7 @@ def test_a_killed_run_ends_its_workers_and_the_next_one_gives_the_same_set(
     assert files(tmp_path / "killed") == files(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_of_two_processes_one_prepares_and_the_other_waits(corpus: Path, tmp_path: Path) -> None:
     command = [
         *COMMAND,

@@ -110,6 +110,7 @@ def test_summaries_on_the_way_into_a_cache_are_the_same_bit_by_bit():
     assert len(expected) == 5
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter is for machines without a GPU")
 def test_compiled_within_autocast_it_is_the_same_forward_and_backward():
     """The compiler traces a backward in the autocast of its forward."""

@@ -33,6 +33,7 @@ KERNELS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", SHARED_BYTES)
 def test_kernels_compile_and_fit_the_shared_memory(capability):
     environment = os.environ | {"TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}

@@ -184,6 +184,7 @@ def test_kernels_decode_as_the_whole_document(geometry, shape, monkeypatch):
         assert_decodes(documents, positions, config, "triton", 1e-5, ring=config.window_size + 3)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter is for machines without a GPU")
 @pytest.mark.parametrize("programs", [1, 3, 4, 7, 64])
 def test_chosen_blocks_may_be_divided_over_any_number_of_programs(programs, monkeypatch):

@@ -54,6 +54,7 @@ CASES = [
 """Fewer with Triton's interpreter, which is slow."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("backend", "name", "value"), CASES)
 def test_other_documents_and_earlier_tokens_are_as_without(backend, name, value):
     skip_where_impossible(backend)

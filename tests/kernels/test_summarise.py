@@ -43,6 +43,7 @@ def test_summaries_carried_on_are_those_of_the_whole_document(config, kind):
     assert_steps(GrowingSequences([0, 3, 4, 17, 33], 30, config, NARROW, kind, 9), 30, "eager", 1e-6)
 
 
+@pytest.mark.slow
 @interpreted
 @pytest.mark.parametrize("kind", ["mean", "linear", "mlp"])
 @pytest.mark.parametrize("config", CONFIGS)

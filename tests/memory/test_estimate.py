@@ -73,6 +73,7 @@ def most_allocated(model):
     return most
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_every_byte")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter is for machines without a GPU")
 def test_a_simulated_step_allocates_to_the_byte_what_a_real_one_does(monkeypatch):

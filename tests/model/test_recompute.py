@@ -87,6 +87,7 @@ def test_selective_runs_no_kernel_of_the_forward_twice():
     assert counts == {"none": [1, 1, 1], "block": [2, 2, 2], "selective": [1, 1, 1]}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter is for machines without a GPU")
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_compiled_block_keeps_its_input_alone(monkeypatch, ranks):

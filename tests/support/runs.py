@@ -1,10 +1,12 @@
 """Runs of `nsa fit` in processes of their own, which a test may kill."""
 
+import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+from lightning.pytorch import Callback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 EVERY_LOSS = """
@@ -17,10 +19,43 @@ EVERY_LOSS = """
 """Settings of the trainer, in YAML, for a run that logs every loss and does nothing else beside training."""
 
 
-def start(config, *arguments):
-    """`nsa fit` of a config, in the background."""
+TELLS_SAVES = ("--trainer.callbacks+", "support.runs.TellSave")
+"""Flags of a run that `wait_until_saved` waits for."""
+
+_SAVED = "a checkpoint is there"
+
+
+class TellSave(Callback):
+    """Says on stdout that there is a checkpoint to go on from, as the next step begins."""
+
+    def __init__(self) -> None:
+        self.told = False
+
+    def on_train_batch_start(self, trainer, *_):
+        last = trainer.checkpoint_callback.last_model_path
+        if last and not self.told and trainer.is_global_zero:
+            self.told = True
+            print(_SAVED, flush=True)
+
+
+def start(config, *arguments, stderr=subprocess.STDOUT):
+    """`nsa fit` of a config, in the background, in a session of its own."""
     command = [sys.executable, "-m", "nsa_cli.main", "fit", "--config", config, *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    paths = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=stderr, text=True, start_new_session=True,
+        env=os.environ | {"PYTHONPATH": paths},
+    )  # fmt: skip
+
+
+def wait_until_saved(process):
+    """What the run prints until its first checkpoint is written; it may not end before."""
+    printed = []
+    for line in process.stdout:
+        printed.append(line)
+        if _SAVED in line:
+            return "".join(printed)
+    raise AssertionError("".join(printed)[-3000:])
 
 
 def children(process):
@@ -30,7 +65,7 @@ def children(process):
 
 
 def wait_for(condition, process, *, seconds=90, pause=0.05):
-    """Ask until it is so; the run may not end before."""
+    """Ask until it is so, of what no run can tell itself, such as a save that is under way; it may not end before."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, process.stdout.read()[-3000:]

@@ -69,6 +69,7 @@ def together(folder, alone):
     return job(folder, 2, **(RUNS | others))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_ranks_that_share_batches_train_as_one(together, alone, name):
     assert_same_run(together[name], alone[name])
@@ -78,11 +79,13 @@ def test_ranks_that_share_batches_train_as_one(together, alone, name):
     assert alone[name]["norms"][0] > 0.5  # the norm at which the test's trainer clips
 
 
+@pytest.mark.slow
 def test_ranks_that_share_batches_take_the_mean_over_all_tokens_of_a_step(together, folder):
     data = {"data": UNEVEN | {"batch_size": 2}, "model": {"transformer": MIXED}}
     assert_same_run(together["accumulating"], fit(folder, folder / "uneven", **SETTINGS, **data))
 
 
+@pytest.mark.slow
 def test_ranks_that_share_batches_learn_from_a_teacher_as_one(together, folder):
     alone = fit(folder, folder / "corpus", **SETTINGS, **distilled(str(folder / "teacher")))
     assert_same_run(together["distilled"], alone)
@@ -90,11 +93,13 @@ def test_ranks_that_share_batches_learn_from_a_teacher_as_one(together, folder):
     assert len(alone["divergences"]) == STEPS
 
 
+@pytest.mark.slow
 def test_shared_batches_train_in_bf16(together, alone):
     assert together["bf16"]["losses"] == pytest.approx(alone["mixed"]["losses"], rel=0.02)
     assert together["bf16"]["losses"] != pytest.approx(alone["mixed"]["losses"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_validation_and_document_scores_count_every_token_once(together, alone, folder):
     assert together["corpus"]["metrics"] == pytest.approx(alone["corpus"]["metrics"], rel=1e-5)
     names = ("loss", "perplexity", "bits_per_byte", "loss_by_position/0")
@@ -110,6 +115,7 @@ def test_validation_and_document_scores_count_every_token_once(together, alone, 
     assert not (folder / "together" / "document_scores.rank1.jsonl").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mixed", "shared"])
 def test_gates_blocks_tokens_and_flops_add_up_over_ranks(together, alone, name):
     assert together[name]["counts"] == alone[name]["counts"]
@@ -122,12 +128,14 @@ def test_gates_blocks_tokens_and_flops_add_up_over_ranks(together, alone, name):
         assert sums[-2] > 0  # some block beyond the window was chosen freely
 
 
+@pytest.mark.slow
 def test_checkpoints_do_not_depend_on_who_shares_batches(together, alone, folder):
     assert_same_run(together["resumed"], alone["corpus"], steps=STEPS - 1)
     resumed = fit(folder, folder / "corpus", **SETTINGS, **RUNS["corpus"], resume=str(folder / "together.ckpt"))
     assert_same_run(resumed, alone["corpus"], steps=STEPS - 1)
 
 
+@pytest.mark.slow
 def test_groups_of_ranks_that_share_batches_read_different_ones(folder, alone):
     expected = fit(folder, folder / "corpus", **SETTINGS, model=RUNS["mixed"]["model"])
     pairs = job(folder, 4, pairs={"data": {"batch_size": 1}, "model": RUNS["mixed"]["model"]})["pairs"]

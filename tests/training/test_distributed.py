@@ -72,12 +72,14 @@ def jobs(folder, single, uneven_alone):
     return dict(zip(runs, run_job(folder, *(common | run for run in runs.values())), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ddp", "fsdp2", "one file", "async", "offload", "selective", "validating"])
 def test_two_ranks_train_as_one(jobs, single, name):
     assert_same_run(jobs[name], single)
     assert single["norms"][0] > 0.5  # the norm at which the test's trainer clips
 
 
+@pytest.mark.slow
 def test_validation_in_a_sharded_run_scores_every_token_once(jobs, folder):
     expected = fit(folder / "val", folder / "corpus", **SCHEDULED, limit_val_batches=1.0, val_check_interval=2)
     assert jobs["validating"]["metrics"] == pytest.approx(expected["metrics"], rel=1e-4)
@@ -85,12 +87,14 @@ def test_validation_in_a_sharded_run_scores_every_token_once(jobs, folder):
     assert set(expected["metrics"]) == {"val/loss", "val/perplexity", "val/bits_per_byte"} | by_position
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["accumulating ddp", "accumulating", "reducing", "offload accumulating"])
 def test_a_step_over_several_batches_of_two_ranks_is_the_mean_over_all_their_tokens(jobs, uneven_alone, name):
     """Of one batch in one process; each pass ends with a step of fewer, one of them all padding."""
     assert_same_run(jobs[name], uneven_alone)
 
 
+@pytest.mark.slow
 def test_bf16_computes_in_bf16_and_keeps_float32_weights(jobs, single):
     weights = jobs["bf16"]["weights"]
     assert all(value.dtype == torch.float32 for value in weights.values())
@@ -99,6 +103,7 @@ def test_bf16_computes_in_bf16_and_keeps_float32_weights(jobs, single):
     assert jobs["bf16"]["losses"] != pytest.approx(single["losses"], rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["poisoned ddp", "poisoned fsdp2"])
 def test_all_ranks_leave_out_the_step_that_one_rank_spoils(jobs, folder, single, name):
     expected = fit(folder / "poisoned", folder / "corpus", **SCHEDULED, poison=2)
@@ -109,17 +114,20 @@ def test_all_ranks_leave_out_the_step_that_one_rank_spoils(jobs, folder, single,
     assert expected["losses"][3:] != single["losses"][3:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sharded to ddp", "sharded to fsdp2", "single to fsdp2"])
 def test_two_ranks_go_on_from_any_checkpoint(jobs, single, name):
     assert_same_run(jobs[name], single, steps=ALL - FIRST)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ddp", "sharded", "gathered", "async"])
 def test_one_process_goes_on_from_a_checkpoint_of_two(jobs, single, folder, name):
     resumed = fit(folder / "resumed", folder / "corpus", **SCHEDULED, resume=str(folder / f"{name}.ckpt"))
     assert_same_run(resumed, single, steps=ALL - FIRST)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "steps"), [("frozen ddp", ALL), ("frozen fsdp2", ALL), ("frozen resumed", ALL - FIRST)]
 )
@@ -130,6 +138,7 @@ def test_two_ranks_train_new_parts_alone_and_go_on_in_the_middle_of_it(jobs, fol
     assert expected["norms"][-1] > 0.5 * single["norms"][-1]
 
 
+@pytest.mark.slow
 def test_a_sharded_checkpoint_has_moments_of_trained_parts_alone(jobs, single, folder):
     checkpoint = read_whole(folder / "frozen.ckpt")
     (state,) = checkpoint["optimizer_states"]
@@ -138,6 +147,7 @@ def test_a_sharded_checkpoint_has_moments_of_trained_parts_alone(jobs, single, f
     assert all(entry["step"] == FIRST for entry in state["state"].values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["distilled ddp", "distilled fsdp2"])
 def test_two_ranks_learn_from_a_teacher_as_one(jobs, single, folder, name):
     distillation = {"teacher": str(folder / "teacher"), "weight": 2.0}
@@ -174,6 +184,7 @@ def test_seventy_billion_weights_are_built_without_memory_and_shared_evenly():
         distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_saved_after_validation_resumes(jobs, single, folder):
     """After a validation the root's weights are still gathered."""
     resumed = fit(folder / "resumed", folder / "corpus", **SCHEDULED, resume=str(folder / "validated.ckpt"))

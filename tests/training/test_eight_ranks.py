@@ -4,7 +4,7 @@ import pytest
 from support.same_run import assert_same_run
 from support.training import fit, run_job
 
-FIRST, ALL = 2, 4  # steps before the checkpoint, and in all
+FIRST, ALL = 1, 3  # steps before the checkpoint, and in all
 SETTINGS = {
     "max_steps": ALL,
     "max_epochs": -1,
@@ -28,12 +28,14 @@ def alone(folder, batch_size, **settings):
     return fit(folder / "alone", folder / "corpus", data={"batch_size": batch_size}, **SETTINGS, **settings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sharing", [1, 4, 8])
 def test_eight_ranks_train_as_one(eight, folder, sharing):
     """Each with a sequence of its own, four to a sequence, and all on one."""
     assert_same_run(eight[sharing], alone(folder, 8 // sharing), tolerance=1e-3)  # of small gradients Adam makes much
 
 
+@pytest.mark.slow
 def test_four_ranks_and_one_go_on_from_a_checkpoint_of_eight(eight, folder):
     checkpoint = {"resume": str(folder / "eight.ckpt")}
     run = {
