@@ -26,7 +26,7 @@ def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-@torch.compiler.assume_constant_result  # torch 2.11 cannot trace it: every layer would be cut in two
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch 2.11 breaks the graph here
 def _has_autocast(device: str) -> bool:
     return torch.amp.is_autocast_available(device)
 

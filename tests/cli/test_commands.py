@@ -324,7 +324,7 @@ def test_printing_a_config_imports_nothing_that_only_a_run_needs():
         "pyarrow",
         "tensorboard",
         "torch.utils.tensorboard",
-        "nsa_kernels.triton.backend",
+        "nsa_kernels.triton.attention",
         "nsa_lightning.memory",
     }
     assert set(modules.split()) & (needed | of_a_run) == needed
