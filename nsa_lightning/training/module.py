@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from nsa_kernels.errors import SettingError
@@ -27,6 +28,7 @@ from nsa_lightning.model.recompute import Recompute
 from nsa_lightning.model.transformer import Transformer, TransformerConfig, TransformerOutput
 from nsa_lightning.paths import expand_path
 from nsa_lightning.training.checkpoints import check_same_sizes
+from nsa_lightning.training.compat import accumulates, multiply, takes_loss_scale
 from nsa_lightning.training.distillation import Distillation, Teacher
 from nsa_lightning.training.metrics import LanguageModelingMetrics, LossByPosition
 from nsa_lightning.training.optimizer import (
@@ -127,8 +129,8 @@ class LanguageModel(LightningModule):
             for block in model.layers:
                 block.compile()
         seed, device = torch.initial_seed(), torch.device("cpu")
-        if self._trainer is not None:
-            strategy = self._trainer.strategy
+        strategy = self._strategy()
+        if strategy is not None:
             seed, device = strategy.broadcast(seed), strategy.root_device
             if isinstance(strategy, FSDP2Strategy):
                 strategy.shard(model)
@@ -139,6 +141,14 @@ class LanguageModel(LightningModule):
         else:
             load_weights(model, WeightFiles(Path(self.init_from), "model.init_from"))
         self.model = model
+
+    def _strategy(self) -> Strategy | None:
+        """The run's; none without a trainer."""
+        try:
+            trainer = self.trainer
+        except RuntimeError:
+            return None
+        return trainer.strategy
 
     def on_fit_start(self) -> None:
         """Read the teacher, which training alone needs."""
@@ -223,11 +233,11 @@ class LanguageModel(LightningModule):
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """After the last batch of a step, make a mean of the gradient of all its batches, before anyone looks at it."""
         super().backward(loss, *args, **kwargs)
-        if self._gradient_scale is None or self.trainer.fit_loop._should_accumulate():
+        if self._gradient_scale is None or accumulates(self.trainer):
             return
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
         gradients = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
-        torch._foreach_mul_(gradients, self._gradient_scale.to(gradients[0].device))
+        multiply(gradients, self._gradient_scale.to(gradients[0].device))
         self._gradient_scale = None
 
     def validation_step(self, batch: PackedBatch, batch_idx: int) -> None:
@@ -351,4 +361,4 @@ def _with_its_vocabulary(transformer: TransformerConfig, directory: Path) -> Tra
 def _gradients_are_scaled(optimizer: Optimizer, trainer: Trainer) -> bool:
     """Whether gradients still hold a loss scale before the step: a fused optimizer divides it out in its step."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
-    return scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False)
+    return scaler is not None and takes_loss_scale(optimizer)

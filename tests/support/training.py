@@ -21,6 +21,7 @@ from nsa_lightning.model.attention import NSALayerConfig
 from nsa_lightning.model.transformer import TransformerConfig
 from nsa_lightning.training.callbacks import DocumentScores, LossGuard, TokenThroughput
 from nsa_lightning.training.checkpoints import RunCheckpointIO
+from nsa_lightning.training.compat import accumulates
 from nsa_lightning.training.distillation import Distillation
 from nsa_lightning.training.module import LanguageModel
 from nsa_lightning.training.optimizer import NewParts, WarmupCosine
@@ -101,7 +102,7 @@ class Notes(Callback):
         self.gradients = {name: whole(p.grad) for name, p in pl_module.named_parameters()}
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        if not trainer.fit_loop._should_accumulate():
+        if not accumulates(trainer):
             self.losses.append(trainer.callback_metrics["train/loss"].item())
             self.norms.append(trainer.callback_metrics["train/grad_norm"].item())
             if "train/distillation" in trainer.callback_metrics:
@@ -149,7 +150,7 @@ class SaveAfter(Callback):
         self.step, self.path = step, path
 
     def on_train_batch_end(self, trainer, *_):
-        if trainer.global_step == self.step and not trainer.fit_loop._should_accumulate():
+        if trainer.global_step == self.step and not accumulates(trainer):
             trainer.save_checkpoint(self.path)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nsa_lightning.model.statistics import NEAR, NUM_DISTANCE_BINS, NUM_GATE_BINS, BranchStatistics
 from nsa_lightning.training.callbacks.gate_picture import draw_gates
+from nsa_lightning.training.compat import accumulates
 from nsa_lightning.training.module import LanguageModel
 from nsa_lightning.training.step import StepCallback, StepOutputs
 
@@ -109,7 +110,7 @@ class GateMonitor(StepCallback):
         """Reduce what was watched over the ranks and log it."""
         step: StepOutputs = outputs
         watched = step["statistics"]
-        if not watched or trainer.fit_loop._should_accumulate():
+        if not watched or accumulates(trainer):
             return
         rows = torch.stack([torch.cat([part.flatten() for part in layer]) for layer in watched.values()])  # [layers, K]
         rows = trainer.strategy.reduce(rows, reduce_op="sum").cpu()

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from nsa_lightning.data.batch import PackedBatch
 from nsa_lightning.data.datamodule import PackedTextDataModule
+from nsa_lightning.training.compat import leave_out_step, takes_loss_scale
 from nsa_lightning.training.step import StepCallback, StepOutputs
 
 _FEWEST_LOSSES = 20
@@ -81,8 +82,8 @@ class LossGuard(StepCallback):
         if distributed.is_initialized():  # one rank's fault is every rank's, also where gradients are not sharded
             distributed.all_reduce(left_out, distributed.ReduceOp.MAX)
         self._verdict = _Verdict(loss, norm, left_out)
-        if getattr(optimizer, "_step_supports_amp_scaling", False):  # fused: it has a flag for this
-            optimizer.found_inf = left_out  # type: ignore[attr-defined]
+        if takes_loss_scale(optimizer):  # fused: it has a flag for this
+            leave_out_step(optimizer, left_out)
         elif left_out:
             optimizer.zero_grad(set_to_none=True)
 
