@@ -7,6 +7,8 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from nsa_lightning.model.compat import operator_name
+
 Recompute = Literal["none", "block", "selective"]
 
 R = TypeVar("R")
@@ -34,6 +36,6 @@ def recomputed(mode: Recompute, function: Callable[..., R], *args: Any) -> R:
 
 def _keep_attention(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     """Keep what attention returns: much to compute and, beside the feed-forward layer, little to store."""
-    name = operator.name() if isinstance(operator, torch._ops.OpOverload) else ""
+    name = operator_name(operator)
     attention = name.startswith(_ATTENTION_OPS) or name.split("::")[0] in _ATTENTION_NAMESPACES
     return CheckpointPolicy.MUST_SAVE if attention else CheckpointPolicy.PREFER_RECOMPUTE

@@ -3,10 +3,8 @@
 tests/training/test_compat.py checks each part by name, so that an upgrade that changes one is found there.
 """
 
-import pickle
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,8 +13,6 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor
-from torch.distributed.checkpoint import metadata as storage
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import Module
 from torch.optim import Optimizer
@@ -102,36 +98,3 @@ class CastMetric(Metric):
         module = super()._apply(fn, exclude_state)
         self.on_cast()
         return module
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    """Knows the types of a checkpoint's table of contents and no others."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        """The named type.
-
-        Raises:
-            pickle.UnpicklingError: it is none of those.
-        """
-        found = super().find_class(module, name) if module.split(".", maxsplit=1)[0] in ("torch", "pathlib") else None
-        described = isinstance(found, type) and found.__module__ in (storage.__name__, "pathlib")
-        known = (module, name) in (
-            ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-            ("torch.serialization", "_get_layout"),
-            ("torch", "Size"),
-        )
-        if described or known or isinstance(found, torch.dtype):
-            return found
-        raise pickle.UnpicklingError(f"a checkpoint's table of contents holds {module}.{name}")
-
-
-class SafeReader(FileSystemReader):
-    """Torch's reader of sharded checkpoints, which unpickles their table of contents without restraint, with one."""
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> storage.Metadata:
-        """Read `.metadata`."""
-        with Path(self.path, ".metadata").open("rb") as file:
-            contents: storage.Metadata = _MetadataUnpickler(file).load()
-        contents.storage_meta = contents.storage_meta or storage.StorageMeta()
-        contents.storage_meta.load_id = self.load_id
-        return contents

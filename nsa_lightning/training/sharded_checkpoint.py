@@ -20,8 +20,8 @@ from torch.distributed.checkpoint import metadata as storage
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.optim import Optimizer
 
+from nsa_lightning.checkpoint.compat import SafeReader
 from nsa_lightning.data.storage import system_error
-from nsa_lightning.training.compat import SafeReader
 
 META = "meta.pt"
 

@@ -1,13 +1,10 @@
 """Each private part of Lightning, torch and torchmetrics that training uses is there and does what is relied on."""
 
-import copy
-import pickle
 from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from lightning.fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -161,28 +158,3 @@ def test_a_metric_is_told_when_a_module_around_it_is_cast_or_moved():
     module.to(torch.bfloat16)
     module.to("cpu")
     assert module.metric.casts == [torch.bfloat16, torch.bfloat16]
-
-
-class Harm:
-    """Unpickling it would call a function."""
-
-    def __reduce__(self):
-        return print, ("harm",)
-
-
-def test_torchs_reader_of_shards_unpickles_the_types_of_a_table_of_contents_alone(tmp_path):
-    saved = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)}
-    dcp.save(saved, checkpoint_id=tmp_path, no_dist=True)
-    contents = compat.SafeReader(tmp_path).read_metadata()
-    assert {name: tuple(entry.size) for name, entry in contents.state_dict_metadata.items()} == {"a": (2, 3), "b": (4,)}
-    places = [(info.relative_path, info.offset, info.length) for info in contents.storage_data.values()]
-    assert all((tmp_path / file).stat().st_size >= offset + length > 0 for file, offset, length in places)
-    assert len(places) == 2
-    loaded = {name: torch.zeros_like(tensor) for name, tensor in saved.items()}
-    dcp.load(loaded, storage_reader=compat.SafeReader(tmp_path), no_dist=True)
-    assert all(torch.equal(loaded[name], tensor) for name, tensor in saved.items())
-    spoilt = copy.copy(contents)
-    spoilt.planner_data = Harm()
-    (tmp_path / ".metadata").write_bytes(pickle.dumps(spoilt))
-    with pytest.raises(pickle.UnpicklingError, match=r"holds builtins\.print"):
-        compat.SafeReader(tmp_path).read_metadata()
