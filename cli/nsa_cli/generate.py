@@ -12,9 +12,9 @@ from nsa_lightning.checkpoint.convert import RopeChange
 from nsa_lightning.generation.answers import printed_answers, written_answers
 from nsa_lightning.generation.device import DtypeName, choose_dtype, use_device
 from nsa_lightning.generation.generate import Generation, StopConfig
-from nsa_lightning.generation.language_model import open_language_model
 from nsa_lightning.generation.prompts import read_prompts
 from nsa_lightning.generation.sampling import Sampler, SamplingConfig
+from nsa_lightning.generation.text_model import open_text_model
 
 _PATHS = ("model", "prompt_file", "output", "tokenizer")
 
@@ -84,7 +84,7 @@ def generate_text(
         raise SettingError(f"batch_size must be at least 1, got {batch_size}")
     place = use_device(device)
     prompts = read_prompts(prompt, prompt_file, sys.stdin.buffer)
-    opened = open_language_model(Path(model), Path(tokenizer) if tokenizer is not None else None, rope)
+    opened = open_text_model(Path(model), Path(tokenizer) if tokenizer is not None else None, rope)
     tokens = opened.encode(prompts, chat)
     rows, capacity = min(batch_size, len(prompts)), max(map(len, tokens)) + max_new_tokens
     with written_answers(prompts, Path(output)) if output is not None else printed_answers(prompts, sys.stdout) as add:

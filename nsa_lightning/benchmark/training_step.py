@@ -17,6 +17,7 @@ from nsa_lightning.benchmark.cases import DocumentMix, document_lengths
 from nsa_lightning.benchmark.results import environment, write_whole
 from nsa_lightning.data.batch import IGNORE_INDEX, PackedBatch
 from nsa_lightning.training.callbacks import TokenThroughput
+from nsa_lightning.training.compat import accumulates
 from nsa_lightning.training.module import LanguageModel
 from nsa_lightning.training.strategy import ranks_a_batch
 
@@ -104,7 +105,7 @@ class StepClock(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: PackedBatch, batch_idx: int
     ) -> None:
         """Mark the end of a step of the optimizer."""
-        if trainer.fit_loop._should_accumulate():
+        if accumulates(trainer):
             return
         device, step = trainer.strategy.root_device, trainer.global_step - self.settings.warmup_steps
         self._tokens = len(batch.tokens)

@@ -9,9 +9,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._library.custom_ops import OPDEFS
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+
+from nsa_lightning.memory.compat import (
+    TorchDispatchMode,
+    call_implementation,
+    schema_name,
+    storage_key,
+    tree_map_only,
+)
 
 PARAMETERS, CAST_WEIGHTS = "parameters", "weights cast by autocast"
 WORKSPACE = "attention workspace"
@@ -67,7 +72,7 @@ class MemoryMeter(TorchDispatchMode):
         kwargs = kwargs or {}
         if func.namespace == "nsa_kernels":
             with self.counting_as(WORKSPACE), self:
-                out = OPDEFS[func._schema.name]._init_fn(*args, **kwargs)
+                out = call_implementation(func, args, kwargs)
             tree_map_only(Tensor, partial(self.label, kind=self.kind), out)
             return out
         scratch = scratch_bytes(func, args)
@@ -97,7 +102,7 @@ class MemoryMeter(TorchDispatchMode):
 
     def label(self, tensor: Tensor, kind: str) -> None:
         """Count a live tensor as another kind from here on."""
-        key = tensor.untyped_storage()._cdata
+        key = storage_key(tensor.untyped_storage())
         if key in self._owners:
             reference, before, size = self._owners[key]
             self._owners[key] = _Owner(reference, kind, size)
@@ -109,18 +114,18 @@ class MemoryMeter(TorchDispatchMode):
         self._own(tensor.untyped_storage(), "", 0)
 
     def _kind_of(self, tensor: Tensor) -> str | None:
-        owner = self._owners.get(tensor.untyped_storage()._cdata)
+        owner = self._owners.get(storage_key(tensor.untyped_storage()))
         return owner.kind if owner is not None else None
 
     def _add(self, tensor: Tensor, kind: str) -> None:
         storage = tensor.untyped_storage()
-        if tensor.device.type == self.device_type and storage._cdata not in self._owners:
+        if tensor.device.type == self.device_type and storage_key(storage) not in self._owners:
             size = -(-storage.nbytes() // _GRANULE) * _GRANULE
             self._own(storage, kind, size)
             self.charge(kind, size)
 
     def _own(self, storage: torch.UntypedStorage, kind: str, size: int) -> None:
-        key = storage._cdata
+        key = storage_key(storage)
         self._owners[key] = _Owner(weakref.ref(storage, partial(self._release, key)), kind, size)
 
     def _release(self, key: int, _: object) -> None:
@@ -130,7 +135,7 @@ class MemoryMeter(TorchDispatchMode):
 
 def scratch_bytes(func: Any, args: Any) -> int:
     """Bytes that PyTorch's own operators need on a GPU while they run and do not show, where they are many."""
-    name = func._schema.name
+    name = schema_name(func)
     if name == "aten::sort":  # cub: indices in, and keys and indices a second time
         return int(args[0].numel() * (8 + 8 + args[0].element_size()))
     if name == "torch_attn::_varlen_attn_backward":  # dq in float32, dk and dv of every query head

@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 from nsa_kernels.errors import SettingError
 
+from nsa_lightning.training.compat import ddp_option
 from nsa_lightning.training.strategy import FSDP2Strategy
 
 _DTYPES = {
@@ -91,7 +92,7 @@ def _strategy(strategy: Any, world_size: int) -> dict[str, Any]:
         names = ("context_parallel_size", "cpu_offload", "reshard_after_forward", "reduce_every_batch")
         return {"strategy": "fsdp2"} | {name: getattr(strategy, name) for name in names}
     if isinstance(strategy, DDPStrategy):
-        return {"strategy": "ddp", "bucket_view": strategy._ddp_kwargs.get("gradient_as_bucket_view", False)}
+        return {"strategy": "ddp", "bucket_view": ddp_option(strategy, "gradient_as_bucket_view", False)}
     if strategy == "auto":
         return {"strategy": "ddp" if world_size > 1 else "auto"}
     if isinstance(strategy, str) and strategy.startswith("ddp"):

@@ -3,7 +3,6 @@
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -11,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from nsa_kernels.errors import SettingError
 from torch import Tensor
-from torch._subclasses import FakeTensorMode
 
+from nsa_lightning.memory.compat import FakeTensorMode, pretended_gpu, without_launches
 from nsa_lightning.model import loss
 
 DEVICE = "cpu"
@@ -20,7 +19,7 @@ DEVICE = "cpu"
 
 _ASSUMED_CAPABILITY = (9, 0)
 """Compute capability where no GPU is at hand to ask: H100 and H200."""
-_PROPERTIES = SimpleNamespace(multi_processor_count=132)
+_MULTIPROCESSORS = 132
 """What the kernels' work is divided by; they are not launched, and allocate the same whatever it is."""
 
 
@@ -37,17 +36,11 @@ def simulated_gpu() -> Generator[None, None, None]:
         raise SettingError("nsa memory needs the package triton, which is not installed: it has wheels for Linux alone")
     import nsa_kernels.triton.attention  # noqa: F401 - kernels are interpreted or not from their import on
     from nsa_kernels.triton.early_start import early_start
-    from triton import knobs
-    from triton.runtime.jit import KernelInterface
 
     capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else _ASSUMED_CAPABILITY
     with ExitStack() as stack:
-        stack.enter_context(patch("torch.cuda.get_device_capability", return_value=capability))
-        stack.enter_context(patch("torch.cuda.get_device_properties", return_value=_PROPERTIES))
-        stack.enter_context(knobs.runtime.scope())
-        knobs.runtime.interpret = False
-        stack.enter_context(patch.object(KernelInterface, "__getitem__", lambda kernel, grid: _no_launch))
-        stack.enter_context(patch.object(Tensor, "is_cuda", True))
+        stack.enter_context(pretended_gpu(capability, _MULTIPROCESSORS))
+        stack.enter_context(without_launches())
         stack.enter_context(patch.object(F, "rms_norm", _rms_norm))
         stack.enter_context(patch.object(loss, "fused_walk", lambda _: _walk))
         stack.enter_context(FakeTensorMode())
@@ -79,7 +72,3 @@ class _FusedNorm(torch.autograd.Function):
 def _walk(logits: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     """Loss of a chunk and its gradient in the logits; what lies between is in registers."""
     return logits.new_empty((), dtype=torch.float32), torch.empty_like(logits)
-
-
-def _no_launch(*args: object, **kwargs: object) -> None:
-    """A kernel that computes nothing."""

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from nsa_kernels.errors import SettingError
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.optim import Optimizer
 
 from nsa_lightning.data.batch import PackedBatch
+from nsa_lightning.memory.compat import DataDependentOutputException
 from nsa_lightning.memory.meter import PARAMETERS, MemoryMeter, Peak, Place
 from nsa_lightning.memory.settings import StepSettings
 from nsa_lightning.memory.sharded import REDUCTION, ShardedUnits, shard_shape

@@ -6,13 +6,14 @@ Attention needs no other change: a head reads the whole batch and no other head 
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from nsa_kernels.errors import SettingError
 from torch import Tensor, distributed
 from torch.distributed import ProcessGroup
-from torch.distributed._functional_collectives import all_to_all_single, wait_tensor
+
+from nsa_lightning.model.compat import all_to_all
 
 # T packed tokens, P ranks that share them, H heads of queries or keys, a multiple of P, D numbers a head.
 
@@ -77,9 +78,7 @@ def _all_to_all(tensors: Sequence[Tensor], group_name: str) -> list[Tensor]:
 
     One operator, so that activation checkpointing knows it and computes it again like any other.
     """
-    group = cast("Any", group_name)  # a type of its own from torch 2.13 on
-    sent = [all_to_all_single(x, None, None, group) for x in tensors]
-    return [wait_tensor(x) for x in sent]
+    return all_to_all(tensors, group_name)
 
 
 @_all_to_all.register_fake

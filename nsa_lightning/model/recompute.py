@@ -8,6 +8,7 @@ import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from nsa_lightning.model.attention.registry import kept_operators
+from nsa_lightning.model.compat import operator_name
 
 Recompute = Literal["none", "block", "selective"]
 
@@ -33,5 +34,5 @@ def recomputed(mode: Recompute, function: Callable[..., R], *args: Any) -> R:
 
 def _keep(names: tuple[str, ...], context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     """Keep what attention returns: much to compute and, beside the feed-forward layer, little to store."""
-    attention = isinstance(operator, torch._ops.OpOverload) and operator.name().startswith(names)
+    attention = operator_name(operator).startswith(names)
     return CheckpointPolicy.MUST_SAVE if attention else CheckpointPolicy.PREFER_RECOMPUTE

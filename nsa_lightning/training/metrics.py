@@ -1,18 +1,18 @@
 """Validation metrics of a language model, exact over batches and ranks."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import Module
-from torchmetrics import Metric
+
+from nsa_lightning.training.compat import CastMetric
 
 POSITION_BUCKETS = [0, *(2**exponent for exponent in range(8, 25))]
 """First predicting position of each bucket of `LossByPosition`; it ends where the next begins."""
 
 
-class _ExactSums(Metric):
+class _ExactSums(CastMetric):
     """Sums over batches and ranks in float64."""
 
     full_state_update = False
@@ -23,11 +23,9 @@ class _ExactSums(Metric):
         for name, size in sizes.items():
             self.add_state(name, default=torch.zeros(size, dtype=torch.float64), dist_reduce_fx="sum")
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = ()) -> Module:
+    def on_cast(self) -> None:
         """Follow the model to its device but keep float64: a sum in a lower precision stops growing."""
-        module = super()._apply(fn, exclude_state)
         self._widen()
-        return module
 
     def reset(self) -> None:
         """Start the sums again."""

@@ -1,13 +1,14 @@
 """The LightningModule: it wires the decoder, its loss, optimizer and metrics together, and nothing more."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from nsa_kernels.errors import SettingError
@@ -25,10 +26,10 @@ from nsa_lightning.model.flops import training_flops
 from nsa_lightning.model.initialization import materialise
 from nsa_lightning.model.loss import summed_cross_entropy, token_cross_entropy
 from nsa_lightning.model.recompute import Recompute
-from nsa_lightning.model.statistics import BranchStatistics
 from nsa_lightning.model.transformer import Transformer, TransformerOutput
 from nsa_lightning.paths import expand_path
 from nsa_lightning.training.checkpoints import check_same_sizes
+from nsa_lightning.training.compat import accumulates, multiply, takes_loss_scale
 from nsa_lightning.training.distillation import Distillation, Teacher
 from nsa_lightning.training.metrics import LanguageModelingMetrics, LossByPosition
 from nsa_lightning.training.optimizer import (
@@ -43,6 +44,7 @@ from nsa_lightning.training.optimizer import (
     scale_new_parts,
 )
 from nsa_lightning.training.resume import ConfiguredSchedule, keep_configured, training_settings
+from nsa_lightning.training.step import StepCallback, StepOutputs
 from nsa_lightning.training.strategy import FSDP2Strategy
 
 _NOMINAL_TOKENS = 2**13
@@ -97,14 +99,23 @@ class LanguageModel(LightningModule):
         self.model: Transformer | None = None
         self.teacher: Teacher | None = None
         self.metrics, self.loss_by_position = LanguageModelingMetrics(), LossByPosition()
-        self.watch_attention = False
-        self.before_step: Callable[[Optimizer, Tensor, Tensor], None] | None = None  # optimizer, loss, gradient norm
-        self.attention_statistics: dict[int, BranchStatistics] = {}
-        self._cu_seqlens: Tensor | None = None
         self._settings: dict[str, Any] = {}  # of training, for its checkpoints
         self._saved_settings: dict[str, Any] = {}  # those of the checkpoint that it resumes from
+        self._last_offsets: Tensor | None = None  # cu_seqlens of the last training batch
         self._step_sums: Tensor | None = None  # of the batches of this step so far, over all ranks
+        self._step_loss: Tensor | None = None  # mean over the tokens of those batches
         self._gradient_scale: Tensor | None = None  # makes a mean of the gradients of several batches
+
+    @property
+    def transformer(self) -> Transformer:
+        """The decoder.
+
+        Raises:
+            RuntimeError: `configure_model` has not built it yet.
+        """
+        if self.model is None:
+            raise RuntimeError("LanguageModel has no decoder yet: call configure_model first")
+        return self.model
 
     def configure_model(self) -> None:
         """Build the decoder, once, sharded if the strategy says so: on the meta device, then its weights in place.
@@ -119,8 +130,8 @@ class LanguageModel(LightningModule):
             for block in model.layers:
                 block.compile()
         seed, device = torch.initial_seed(), torch.device("cpu")
-        if self._trainer is not None:
-            strategy = self._trainer.strategy
+        strategy = self._strategy()
+        if strategy is not None:
             seed, device = strategy.broadcast(seed), strategy.root_device
             if isinstance(strategy, FSDP2Strategy):
                 strategy.shard(model)
@@ -131,6 +142,14 @@ class LanguageModel(LightningModule):
         else:
             load_weights(model, WeightFiles(Path(self.init_from), "model.init_from"))
         self.model = model
+
+    def _strategy(self) -> Strategy | None:
+        """The run's; none without a trainer."""
+        try:
+            trainer = self.trainer
+        except RuntimeError:
+            return None
+        return trainer.strategy
 
     def on_fit_start(self) -> None:
         """Read the teacher, which training alone needs."""
@@ -162,36 +181,34 @@ class LanguageModel(LightningModule):
 
     def forward(self, batch: PackedBatch, watch: bool = False) -> TransformerOutput:
         """Final hidden states of a packed batch."""
-        assert self.model is not None
-        return self.model(batch.tokens, batch.positions, batch.cu_seqlens, batch.max_seqlen, watch)
+        return self.transformer(batch.tokens, batch.positions, batch.cu_seqlens, batch.max_seqlen, watch)
 
     def summed_loss(self, batch: PackedBatch, watch: bool = False) -> tuple[Tensor, Tensor, TransformerOutput]:
         """Summed loss in nats, number of scored tokens, and the decoder's output, of this rank's tokens."""
-        assert self.model is not None
         output = self(batch, watch)
-        targets = self.model.parallel.share(batch.targets)
-        nats = summed_cross_entropy(output.hidden, self.model.output_embedding, targets, IGNORE_INDEX)
+        targets = self.transformer.parallel.share(batch.targets)
+        nats = summed_cross_entropy(output.hidden, self.transformer.output_embedding, targets, IGNORE_INDEX)
         return nats, (targets != IGNORE_INDEX).sum(), output
 
-    def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: PackedBatch, batch_idx: int) -> StepOutputs:
         """This rank's share of the step's loss: the mean over the scored tokens of all ranks and of all its batches.
 
         It logs that mean, and with a teacher the mean divergence over the tokens compared; those that are not add
         nothing to the loss. A batch that is all padding has loss 0.
         """
-        assert self.model is not None
-        nats, tokens, output = self.summed_loss(batch, self.watch_attention)
+        watch = any(callback.watches_attention(self.trainer) for callback in self._step_callbacks())
+        nats, tokens, output = self.summed_loss(batch, watch)
         totals = [nats, tokens]
         if self.teacher is not None:
-            totals += self.teacher.divergence(self.model, output.hidden, batch)
+            totals += self.teacher.divergence(self.transformer, output.hidden, batch)
         accumulate = self.trainer.accumulate_grad_batches
         if batch_idx % accumulate == 0:
             self._step_sums = None
         self._step_sums = self._sums_over_ranks(totals) + (0 if self._step_sums is None else self._step_sums)
         global_nats, global_tokens, *compared = self._step_sums.float().unbind()
         global_tokens = global_tokens.clamp(min=1)
-        self.global_loss = global_nats / global_tokens
-        self.log("train/loss", self.global_loss, prog_bar=True)
+        self._step_loss = global_nats / global_tokens
+        self.log("train/loss", self._step_loss, prog_bar=True)
         share = self.trainer.world_size / global_tokens  # strategies average gradients over the ranks
         if accumulate > 1:  # the step's tokens are known after its last batch: see `backward`
             self._gradient_scale = accumulate * _NOMINAL_TOKENS * share  # Lightning divides by `accumulate`
@@ -200,9 +217,12 @@ class LanguageModel(LightningModule):
         if compared:
             self.log("train/distillation", compared[0] / compared[1].clamp(min=1))
             loss = loss + self.distillation.weight * (totals[2] * share)
-        self.attention_statistics = output.statistics
-        self._cu_seqlens = batch.cu_seqlens
-        return loss
+        self._last_offsets = batch.cu_seqlens
+        return {"loss": loss, "statistics": output.statistics}
+
+    def _step_callbacks(self) -> Iterator[StepCallback]:
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        return (callback for callback in callbacks if isinstance(callback, StepCallback))
 
     def _sums_over_ranks(self, totals: Sequence[Tensor]) -> Tensor:
         """Numbers of this rank summed over all ranks, in float64."""
@@ -214,17 +234,16 @@ class LanguageModel(LightningModule):
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """After the last batch of a step, make a mean of the gradient of all its batches, before anyone looks at it."""
         super().backward(loss, *args, **kwargs)
-        if self._gradient_scale is None or self.trainer.fit_loop._should_accumulate():
+        if self._gradient_scale is None or accumulates(self.trainer):
             return
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
         gradients = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
-        torch._foreach_mul_(gradients, self._gradient_scale.to(gradients[0].device))
+        multiply(gradients, self._gradient_scale.to(gradients[0].device))
         self._gradient_scale = None
 
     def validation_step(self, batch: PackedBatch, batch_idx: int) -> None:
         """Add the batch to the metrics."""
-        assert self.model is not None
-        losses, parallel = self._token_losses(batch), self.model.parallel
+        losses, parallel = self._token_losses(batch), self.transformer.parallel
         scored = parallel.share(batch.targets) != IGNORE_INDEX
         self.metrics.update(losses.sum(dtype=torch.float64), scored.sum(), batch.target_bytes.sum() / parallel.size)
         self.loss_by_position.update(losses, parallel.share(batch.positions), scored)
@@ -251,14 +270,12 @@ class LanguageModel(LightningModule):
 
     def predict_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
         """Loss of every token in nats, float32 [T]; 0 where the target is not scored."""
-        assert self.model is not None
-        return self.model.parallel.whole(self._token_losses(batch))
+        return self.transformer.parallel.whole(self._token_losses(batch))
 
     def _token_losses(self, batch: PackedBatch) -> Tensor:
         """Loss of each of this rank's tokens in nats; 0 where the target is not scored."""
-        assert self.model is not None
-        targets = self.model.parallel.share(batch.targets)
-        return token_cross_entropy(self(batch).hidden, self.model.output_embedding, targets, IGNORE_INDEX)
+        targets = self.transformer.parallel.share(batch.targets)
+        return token_cross_entropy(self(batch).hidden, self.transformer.output_embedding, targets, IGNORE_INDEX)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Drop the gradients of what is frozen: neither weights nor moments change, and clipping does not count them.
@@ -295,8 +312,10 @@ class LanguageModel(LightningModule):
             torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val)
         elif gradient_clip_val:
             torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
-        if self.before_step is not None and getattr(self.trainer.precision_plugin, "scaler", None) is None:
-            self.before_step(optimizer, self.global_loss, norm)
+        if getattr(self.trainer.precision_plugin, "scaler", None) is None:
+            assert self._step_loss is not None
+            for callback in self._step_callbacks():
+                callback.on_before_update(self.trainer, self, optimizer, self._step_loss, norm)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the settings of training, for a run that resumes with others to say so."""
@@ -311,12 +330,17 @@ class LanguageModel(LightningModule):
         if changed:
             rank_zero_warn(f"model.transformer differs from what the checkpoint was trained with: {'; '.join(changed)}")
 
+    def flops(self, cu_seqlens: Tensor) -> int:
+        """FLOPs of this rank on a training batch with these document offsets, int32 [N + 1]."""
+        lengths = cu_seqlens.diff().long().cpu().numpy()
+        return training_flops(self.transformer, lengths) // self.transformer.parallel.size
+
     @property
     def flops_per_batch(self) -> int | None:
-        """FLOPs of this rank on the last training batch, from the lengths of its documents; None outside training."""
-        if not self.training or self.model is None or self._cu_seqlens is None:
+        """`flops` of the last training batch, which Lightning's ThroughputMonitor reads; None outside training."""
+        if not self.training or self._last_offsets is None:
             return None
-        return training_flops(self.model, self._cu_seqlens.diff().long().cpu().numpy()) // self.model.parallel.size
+        return self.flops(self._last_offsets)
 
 
 def _with_its_vocabulary(transformer: TransformerConfig, directory: Path) -> TransformerConfig:
@@ -338,4 +362,4 @@ def _with_its_vocabulary(transformer: TransformerConfig, directory: Path) -> Tra
 def _gradients_are_scaled(optimizer: Optimizer, trainer: Trainer) -> bool:
     """Whether gradients still hold a loss scale before the step: a fused optimizer divides it out in its step."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
-    return scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False)
+    return scaler is not None and takes_loss_scale(optimizer)

@@ -7,6 +7,8 @@ from lightning.fabric.plugins.environments import TorchElasticEnvironment as Tor
 from lightning.pytorch import Trainer
 from nsa_kernels.errors import SettingError
 
+from nsa_lightning.training.compat import cluster_environment
+
 
 def check_processes(trainer: Trainer) -> None:
     """Refuse a job whose processes are not those of the trainer's devices: each would train by itself, or wait forever.
@@ -14,7 +16,7 @@ def check_processes(trainer: Trainer) -> None:
     Raises:
         ValueError: the number of processes is another than trainer.devices times trainer.num_nodes.
     """
-    environment = trainer._accelerator_connector.cluster_environment
+    environment = cluster_environment(trainer)
     started = _started(environment)
     if started is not None and started != trainer.num_devices * trainer.num_nodes:
         launcher = {TorchrunEnvironment: "torchrun", SLURMEnvironment: "SLURM"}.get(type(environment), "the launcher")

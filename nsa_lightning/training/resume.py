@@ -9,6 +9,7 @@ from nsa_kernels.errors import SettingError
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from nsa_lightning.training.compat import set_last_rates
 from nsa_lightning.training.distillation import Distillation
 from nsa_lightning.training.optimizer import NEW, NewParts, Schedule
 
@@ -27,7 +28,7 @@ class ConfiguredSchedule(LambdaLR):
         rates = [base * factor(self.last_epoch) for base, factor in zip(self.base_lrs, self.lr_lambdas, strict=True)]
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
-        self._last_lr = rates
+        set_last_rates(self, rates)
 
 
 def training_settings(

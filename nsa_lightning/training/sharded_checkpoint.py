@@ -4,7 +4,6 @@ Tensors lie in torch's distributed format under `state_dict.NAME` and `optimizer
 is in `meta.pt`, written last. So nothing in a directory has to be unpickled without restraint.
 """
 
-import pickle
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -19,9 +18,9 @@ from nsa_kernels.errors import SettingError
 from torch import Tensor
 from torch.distributed.checkpoint import metadata as storage
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.optim import Optimizer
 
+from nsa_lightning.checkpoint.compat import SafeReader
 from nsa_lightning.data.storage import system_error
 
 META = "meta.pt"
@@ -30,39 +29,6 @@ _ZIP_START, _ZIP_END, _ZIP_END_SIZE = b"PK\x03\x04", b"PK\x05\x06", 22
 """How a tensor in a shard begins, and its last bytes: torch writes each as a zip archive without a comment."""
 
 Names = list[str]  # of parameters, in the order of their optimizer's groups
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    """Knows the types of a checkpoint's table of contents and no others."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        """The named type.
-
-        Raises:
-            pickle.UnpicklingError: it is none of those.
-        """
-        found = super().find_class(module, name) if module.split(".", maxsplit=1)[0] in ("torch", "pathlib") else None
-        described = isinstance(found, type) and found.__module__ in (storage.__name__, "pathlib")
-        known = (module, name) in (
-            ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-            ("torch.serialization", "_get_layout"),
-            ("torch", "Size"),
-        )
-        if described or known or isinstance(found, torch.dtype):
-            return found
-        raise pickle.UnpicklingError(f"a checkpoint's table of contents holds {module}.{name}")
-
-
-class _Reader(FileSystemReader):
-    """Torch's reader with a safe table of contents."""
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> storage.Metadata:
-        """Read `.metadata`."""
-        with Path(self.path, ".metadata").open("rb") as file:
-            contents: storage.Metadata = _MetadataUnpickler(file).load()
-        contents.storage_meta = contents.storage_meta or storage.StorageMeta()
-        contents.storage_meta.load_id = self.load_id
-        return contents
 
 
 @contextmanager
@@ -138,7 +104,7 @@ def _entries(tensors: dict[str, Any], prefix: str) -> Iterator[tuple[str, str, A
 
 def read_contents(path: Path) -> dict[str, storage.TensorStorageMetadata]:
     """Sizes and dtypes of the tensors of a sharded checkpoint, by name."""
-    contents = _Reader(path).read_metadata().state_dict_metadata
+    contents = SafeReader(path).read_metadata().state_dict_metadata
     return {name: entry for name, entry in contents.items() if isinstance(entry, storage.TensorStorageMetadata)}
 
 
@@ -149,7 +115,7 @@ def check_shards(path: Path) -> None:
         ValueError: a file is not what was written.
     """
     spans: dict[str, tuple[int, int]] = {}
-    for info in (_Reader(path).read_metadata().storage_data or {}).values():
+    for info in (SafeReader(path).read_metadata().storage_data or {}).values():
         first, end = spans.get(info.relative_path, (info.offset, 0))
         spans[info.relative_path] = min(first, info.offset), max(end, info.offset + info.length)
     for name, (first, end) in sorted(spans.items()):
@@ -174,7 +140,7 @@ def read_meta(path: Path) -> dict[str, Any]:
 
 def _load(tensors: dict[str, Tensor], path: Path, **options: Any) -> None:
     try:
-        dcp.load(tensors, storage_reader=_Reader(path), **options)
+        dcp.load(tensors, storage_reader=SafeReader(path), **options)
     except CheckpointException as failed:  # damage that only reading everything finds
         error, _ = next(iter(failed.failures.values()))
         reason = str(error).strip().split("\n")[0] or type(error).__name__

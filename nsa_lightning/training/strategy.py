@@ -16,7 +16,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from nsa_kernels.errors import SettingError
 from nsa_kernels.settings import check_arguments
 from torch import Tensor, distributed
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -26,6 +26,7 @@ from nsa_lightning.model.context_parallel import ContextParallel
 from nsa_lightning.model.initialization import copy_whole
 from nsa_lightning.model.transformer import Transformer
 from nsa_lightning.training.checkpoints import beside, check_same_sizes, publish, read_summary, remove, save_file
+from nsa_lightning.training.compat import MeshStrategy
 from nsa_lightning.training.sharded_checkpoint import META, read_shards, saving, split
 from nsa_lightning.training.sharding import shard_transformer
 
@@ -39,7 +40,7 @@ class ShardedMixedPrecision(MixedPrecision):
         yield
 
 
-class FSDP2Strategy(ModelParallelStrategy):
+class FSDP2Strategy(MeshStrategy):
     """Shard parameters, gradients and optimizer state over all ranks, block by block.
 
     Weights and optimizer state are float32, gradients are reduced in float32. `trainer.precision` is `32-true`, or
@@ -80,6 +81,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         if context_parallel_size < 1:
             raise SettingError(f"context_parallel_size must be at least 1, got {context_parallel_size}")
         self.context_parallel_size = context_parallel_size
+        self.save_distributed_checkpoint = save_distributed_checkpoint
         self.async_checkpoint = async_checkpoint
         self._background = ThreadPoolExecutor(1)
         self._unfinished: list[Future[Any]] = []
@@ -103,19 +105,20 @@ class FSDP2Strategy(ModelParallelStrategy):
             )
         if isinstance(plugin, MixedPrecision):
             plugin = ShardedMixedPrecision("bf16-mixed", plugin.device)
-        self._precision_plugin = plugin
+        ModelParallelStrategy.precision_plugin.fset(self, plugin)  # type: ignore[attr-defined]
 
     def setup_environment(self) -> None:
-        """Lay the ranks out, neighbours next to each other in the dimension that shares a batch."""
-        ranks = self.num_nodes * self.num_processes
-        self._check_context_parallel(ranks)
-        super(ModelParallelStrategy, self).setup_environment()
-        self._setup_distributed()
-        shape = (ranks // self.context_parallel_size, self.context_parallel_size)
-        names = ("data_parallel", "context_parallel")
-        self._device_mesh = init_device_mesh(self.root_device.type, shape, mesh_dim_names=names)
+        """Start the processes, whose number must fit the model and the data."""
+        self._check_context_parallel(self.num_nodes * self.num_processes)
+        super().setup_environment()
         if self.async_checkpoint and self._saving_group is None:
             self._saving_group = distributed.new_group(backend="gloo")
+
+    def make_mesh(self) -> DeviceMesh:
+        """Lay out the ranks, neighbours next to each other in the dimension that shares a batch."""
+        shape = (self.world_size // self.context_parallel_size, self.context_parallel_size)
+        names = ("data_parallel", "context_parallel")
+        return init_device_mesh(self.root_device.type, shape, mesh_dim_names=names)
 
     def _check_context_parallel(self, ranks: int) -> None:
         """Refuse what cannot be shared evenly, before any data is read."""
@@ -129,7 +132,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         self._finish_saving()
         super().teardown()
 
-    def _get_process_group_backend(self) -> str:
+    def choose_backend(self) -> str:
         """NCCL for the GPU; gloo beside it, for offloaded shards."""
         return "cpu:gloo,cuda:nccl" if self.root_device.type == "cuda" else "gloo"
 
@@ -209,7 +212,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         """Write a directory with a file a rank, or one file; the previous one stays until the new one is complete."""
         name = str(filepath)
         path, temporary = (Path(each) for each in self.broadcast((name, str(beside(Path(name), "tmp")))))
-        if not self._save_distributed_checkpoint:
+        if not self.save_distributed_checkpoint:
             super(ModelParallelStrategy, self).save_checkpoint(checkpoint, path, storage_options)
             return
         self._finish_saving()
@@ -281,7 +284,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         return [(names[p], p) for group in optimizer.param_groups for p in group["params"]]
 
     def _as_saved(self, value: Any) -> Any:
-        if self._save_distributed_checkpoint or not isinstance(value, DTensor):
+        if self.save_distributed_checkpoint or not isinstance(value, DTensor):
             return value
         whole = value.full_tensor()
         return whole.cpu() if self.is_global_zero else value

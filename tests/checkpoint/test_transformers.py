@@ -13,8 +13,8 @@ from nsa_lightning.checkpoint.export import export
 from nsa_lightning.checkpoint.weights import WeightFiles, load_weights
 from nsa_lightning.data.tokenizer import load_tokenizer
 from nsa_lightning.generation.generate import Generation, StopConfig
-from nsa_lightning.generation.language_model import open_language_model
 from nsa_lightning.generation.sampling import Sampler, SamplingConfig
+from nsa_lightning.generation.text_model import open_text_model
 from nsa_lightning.model import Transformer
 from nsa_lightning.model.attention.nsa import NSAttention
 from nsa_lightning.model.cached import decode
@@ -235,7 +235,7 @@ def test_a_cache_goes_on_with_the_next_turn_of_a_conversation(generating, tokens
 
 def test_generate_of_transformers_and_of_ours_give_the_same_tokens(generating, tokens):
     model, made = generating
-    opened = open_language_model(made, None, RopeChange())
+    opened = open_text_model(made, None, RopeChange())
     prompt = tokens[:33].tolist()
     device = torch.device("cpu")
     loop = Generation(
@@ -275,7 +275,7 @@ def test_an_export_stops_and_pads_with_transformers_as_it_stops_here(tmp_path, p
         checkpoint, given = tmp_path / "run" / "checkpoints" / "last.ckpt", None
         save_file(content, checkpoint)
     export(checkpoint, tmp_path / "out", None, given)
-    own = open_language_model(tmp_path / "out", None, RopeChange())
+    own = open_text_model(tmp_path / "out", None, RopeChange())
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     end = "e" if place == "run" else "<|endoftext|>"
@@ -306,5 +306,5 @@ def test_what_an_export_names_already_stays(tmp_path):
     assert (tokenizer.eos_token, tokenizer.pad_token) == ("e", "f")
     assert model.config.pad_token_id == 7
     assert model.generation_config.temperature == 0.5
-    own = open_language_model(tmp_path / "out", None, RopeChange())
+    own = open_text_model(tmp_path / "out", None, RopeChange())
     assert set(model.generation_config.eos_token_id) == {5, 6, tokenizer.eos_token_id} == own.end_tokens

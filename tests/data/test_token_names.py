@@ -8,7 +8,7 @@ from tokenizers import models, pre_tokenizers
 
 from nsa_lightning.data.token_names import end_of_text_ids, special_token_names
 from nsa_lightning.data.tokenizer import Tokenizer, load_tokenizer
-from nsa_lightning.generation.language_model import _read_tokenizer
+from nsa_lightning.generation.text_model import _read_tokenizer
 
 UNUSUAL = "<[end▁of▁sentence]>"
 

@@ -20,9 +20,11 @@ from nsa_lightning.data.tokenizer import TokenizerConfig
 from nsa_lightning.model.config import NSALayerConfig, TransformerConfig
 from nsa_lightning.training.callbacks import DocumentScores, LossGuard, TokenThroughput
 from nsa_lightning.training.checkpoints import RunCheckpointIO
+from nsa_lightning.training.compat import accumulates
 from nsa_lightning.training.distillation import Distillation
 from nsa_lightning.training.module import LanguageModel
 from nsa_lightning.training.optimizer import NewParts, WarmupCosine
+from nsa_lightning.training.step import StepCallback
 from nsa_lightning.training.strategy import FSDP2Strategy
 
 NSA = NSALayerConfig(
@@ -99,7 +101,7 @@ class Notes(Callback):
         self.gradients = {name: whole(p.grad) for name, p in pl_module.named_parameters()}
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        if not trainer.fit_loop._should_accumulate():
+        if not accumulates(trainer):
             self.losses.append(trainer.callback_metrics["train/loss"].item())
             self.norms.append(trainer.callback_metrics["train/grad_norm"].item())
             if "train/distillation" in trainer.callback_metrics:
@@ -147,22 +149,22 @@ class SaveAfter(Callback):
         self.step, self.path = step, path
 
     def on_train_batch_end(self, trainer, *_):
-        if trainer.global_step == self.step and not trainer.fit_loop._should_accumulate():
+        if trainer.global_step == self.step and not accumulates(trainer):
             trainer.save_checkpoint(self.path)
 
 
-class Watch(TokenThroughput):
+class Watch(TokenThroughput, StepCallback):
     """Sums over the ranks of what the attention layers did in the last step, and of its tokens and FLOPs."""
 
     def __init__(self):
         super().__init__()
         self.statistics, self.counts = {}, []
 
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        pl_module.watch_attention = True
+    def watches_attention(self, trainer):
+        return True
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        for layer, parts in pl_module.attention_statistics.items():
+        for layer, parts in outputs["statistics"].items():
             sums = torch.cat([part.flatten() for part in parts])
             self.statistics[layer] = whole(trainer.strategy.reduce(sums, reduce_op="sum"))
         counts = torch.tensor([self.length_fn(batch), pl_module.flops_per_batch], device=pl_module.device)

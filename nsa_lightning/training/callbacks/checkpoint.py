@@ -10,6 +10,7 @@ from nsa_kernels.errors import SettingError
 
 from nsa_lightning.paths import expand_path
 from nsa_lightning.training.callbacks.stop_signals import StopRequested, StopSignals
+from nsa_lightning.training.compat import accumulates, save_last, time_between_savings
 
 
 class RunCheckpoint(ModelCheckpoint):
@@ -29,7 +30,7 @@ class RunCheckpoint(ModelCheckpoint):
         super().__init__(dirpath if dirpath is None else expand_path(str(dirpath)), *others, **kwargs)
         if last_every_n_steps is not None and last_every_n_steps < 1:
             raise SettingError(f"checkpoint.last_every_n_steps must be at least 1, got {last_every_n_steps}")
-        interval = self._train_time_interval
+        interval = time_between_savings(self)
         if interval is not None and interval <= timedelta():
             raise SettingError(f"checkpoint.train_time_interval must be above 0, got {interval}")
         self.last_every_n_steps = last_every_n_steps
@@ -70,10 +71,10 @@ class RunCheckpoint(ModelCheckpoint):
     ) -> None:
         """Save if it is time to, or time to stop."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        if trainer.fit_loop._should_accumulate():
+        if accumulates(trainer):
             return
         if self.last_every_n_steps is not None and trainer.global_step % self.last_every_n_steps == 0:
-            self._save_last_step(trainer)
+            save_last(self, trainer)
         self._stop_if_told_to(trainer)
 
     def on_validation_batch_end(self, trainer: Trainer, *args: Any) -> None:
@@ -84,7 +85,7 @@ class RunCheckpoint(ModelCheckpoint):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the last step unless it is saved already."""
         super().on_train_end(trainer, pl_module)
-        self._save_last_step(trainer)
+        save_last(self, trainer)
         self._signals.release()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -95,9 +96,5 @@ class RunCheckpoint(ModelCheckpoint):
     def _stop_if_told_to(self, trainer: Trainer) -> None:
         signum = self._signals.agreed()
         if signum:
-            self._save_last_step(trainer)
+            save_last(self, trainer)
             raise StopRequested(trainer, signum)
-
-    def _save_last_step(self, trainer: Trainer) -> None:
-        if self._last_global_step_saved != trainer.global_step and not self._should_skip_saving_checkpoint(trainer):
-            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))

@@ -71,10 +71,9 @@ class Continuations(Callback):
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(data, PackedTextDataModule)
         assert isinstance(pl_module, LanguageModel)
-        assert pl_module.model is not None
         capacity = self.prompt_tokens + self.stop.max_new_tokens
-        decoder = Decoder(pl_module.model, self.batch_size, capacity, cuda_graphs=False)
-        sampler = Sampler(self.sampling, self.batch_size, pl_module.model.config.vocab_size, pl_module.device)
+        decoder = Decoder(pl_module.transformer, self.batch_size, capacity, cuda_graphs=False)
+        sampler = Sampler(self.sampling, self.batch_size, pl_module.transformer.config.vocab_size, pl_module.device)
         self._loop = Generation(decoder, sampler, data.tokenizer, {data.tokenizer.end_of_text_id}, self.stop)
 
     def on_predict_batch_end(

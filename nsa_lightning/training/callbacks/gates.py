@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from nsa_kernels.errors import SettingError
@@ -13,7 +13,9 @@ from torch import Tensor
 from nsa_lightning.model.config import ATTENTION_KINDS
 from nsa_lightning.model.statistics import NEAR, NUM_DISTANCE_BINS, NUM_GATE_BINS, BranchStatistics
 from nsa_lightning.training.callbacks.gate_picture import draw_gates
+from nsa_lightning.training.compat import accumulates
 from nsa_lightning.training.module import LanguageModel
+from nsa_lightning.training.step import StepCallback, StepOutputs
 
 BRANCHES = ("compressed", "selected", "sliding")
 
@@ -59,7 +61,7 @@ def summarise(statistics: BranchStatistics) -> GateSummary:
     )
 
 
-class GateMonitor(Callback):
+class GateMonitor(StepCallback):
     """Log gate scores and selection distances of every NSA layer.
 
     Scalars and histograms are logged with the trainer's other metrics; all layers are gathered and reduced over
@@ -98,19 +100,18 @@ class GateMonitor(Callback):
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_custom_scalars({"Mean gate of each branch, by layer": charts})
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Tell the module to watch its layers in a step that is logged."""
-        assert isinstance(pl_module, LanguageModel)
+    def watches_attention(self, trainer: Trainer) -> bool:
+        """Whether the step is one that is logged."""
         every = self.every_n_steps or trainer.log_every_n_steps  # type: ignore[attr-defined]
-        pl_module.watch_attention = every > 0 and bool(trainer.loggers) and (trainer.global_step + 1) % every == 0
+        return every > 0 and bool(trainer.loggers) and (trainer.global_step + 1) % every == 0
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Reduce what was watched over the ranks and log it."""
-        assert isinstance(pl_module, LanguageModel)
-        watched, pl_module.attention_statistics = pl_module.attention_statistics, {}
-        if not watched or trainer.fit_loop._should_accumulate():
+        step: StepOutputs = outputs
+        watched = step["statistics"]
+        if not watched or accumulates(trainer):
             return
         rows = torch.stack([torch.cat([part.flatten() for part in layer]) for layer in watched.values()])  # [layers, K]
         rows = trainer.strategy.reduce(rows, reduce_op="sum").cpu()

@@ -4,7 +4,7 @@ from collections import deque
 from typing import Any, NamedTuple
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from nsa_kernels.errors import SettingError
 from nsa_kernels.settings import check_arguments
@@ -13,7 +13,8 @@ from torch.optim import Optimizer
 
 from nsa_lightning.data.batch import PackedBatch
 from nsa_lightning.data.datamodule import PackedTextDataModule
-from nsa_lightning.training.module import LanguageModel
+from nsa_lightning.training.compat import leave_out_step, takes_loss_scale
+from nsa_lightning.training.step import StepCallback, StepOutputs
 
 _FEWEST_LOSSES = 20
 """Losses that must be known before another one can be called a spike."""
@@ -34,7 +35,7 @@ class _Suspect(NamedTuple):
     description: str
 
 
-class LossGuard(Callback):
+class LossGuard(StepCallback):
     """Leave the weights alone in a step whose loss or gradient is not finite, and end the run; tell of spikes.
 
     All ranks decide alike: each judges the reduced loss and the gradient's norm, and one verdict against a step is
@@ -66,13 +67,13 @@ class LossGuard(Callback):
         self._num_skips = 0
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Ask the module for a word before each step of the optimizer."""
-        assert isinstance(pl_module, LanguageModel)
-        pl_module.before_step = self.judge
+        """Forget the losses of an earlier run."""
         self._losses.clear()
         self._num_skips = 0
 
-    def judge(self, optimizer: Optimizer, loss: Tensor, norm: Tensor) -> None:
+    def on_before_update(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer, loss: Tensor, norm: Tensor
+    ) -> None:
         """Have the optimizer leave its step out if there is something wrong with it."""
         left_out = ~(loss.isfinite() & norm.isfinite())
         if self.skip:
@@ -81,8 +82,8 @@ class LossGuard(Callback):
         if distributed.is_initialized():  # one rank's fault is every rank's, also where gradients are not sharded
             distributed.all_reduce(left_out, distributed.ReduceOp.MAX)
         self._verdict = _Verdict(loss, norm, left_out)
-        if getattr(optimizer, "_step_supports_amp_scaling", False):  # fused: it has a flag for this
-            optimizer.found_inf = left_out  # type: ignore[attr-defined]
+        if takes_loss_scale(optimizer):  # fused: it has a flag for this
+            leave_out_step(optimizer, left_out)
         elif left_out:
             optimizer.zero_grad(set_to_none=True)
 
@@ -97,7 +98,8 @@ class LossGuard(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: PackedBatch, batch_idx: int
     ) -> None:
         """After a step, act on the verdict, before anything is saved."""
-        self._batches.append((outputs["loss"], batch))
+        step: StepOutputs = outputs
+        self._batches.append((step["loss"], batch))
         if self._verdict is None:
             return
         loss, norm, left_out = torch.stack([part.double() for part in self._verdict]).tolist()

@@ -12,12 +12,14 @@ from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import distributed
 
+from nsa_lightning.training.compat import cluster_environment
+
 
 class StopRequested(SIGTERMException):
     """The run was told to stop and has saved its last step; `code` is the exit status that says so."""
 
     def __init__(self, trainer: Trainer, signum: int) -> None:
-        environment = trainer._accelerator_connector.cluster_environment
+        environment = cluster_environment(trainer)
         started_by_rank_0 = isinstance(environment, LightningEnvironment) and trainer.local_rank > 0
         super().__init__(0 if started_by_rank_0 else 128 + signum)  # Lightning kills rank 0 where one of those fails
 

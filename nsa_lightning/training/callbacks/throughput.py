@@ -21,18 +21,27 @@ class TokenThroughput(ThroughputMonitor):
     def __init__(self, window_size: int = 20) -> None:
         if window_size < 2:
             raise SettingError(f"throughput.window_size must be at least 2, got {window_size}")
+        self._known_peak: int | None = None
+        self._lightnings_peak: int | None = None
         super().__init__(batch_size_fn=_num_batches, length_fn=self._num_tokens, window_size=window_size)
         self._ranks_a_batch = 1
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find out how many ranks share a batch, and the device's peak."""
-        super().setup(trainer, pl_module, stage)
         self._ranks_a_batch = ranks_a_batch(trainer)
-        if self.available_flops is None and trainer.strategy.root_device.type == "cuda":
+        if trainer.strategy.root_device.type == "cuda":
             name = torch.cuda.get_device_name(trainer.strategy.root_device)
-            self.available_flops = peak_flops(name, str(trainer.precision))
-            for throughput in self._throughputs.values():
-                throughput.available_flops = self.available_flops
+            self._known_peak = peak_flops(name, str(trainer.precision))
+        super().setup(trainer, pl_module, stage)
+
+    @property
+    def available_flops(self) -> int | None:
+        """FLOP/s of the device at most; where Lightning does not know them, those of PEAK_FLOPS."""
+        return self._known_peak if self._lightnings_peak is None else self._lightnings_peak
+
+    @available_flops.setter
+    def available_flops(self, flops: int | None) -> None:
+        self._lightnings_peak = flops
 
     def _num_tokens(self, batch: PackedBatch) -> int:
         return len(batch.tokens) // self._ranks_a_batch

@@ -23,7 +23,7 @@ from nsa_lightning.model.initialization import copy_whole, materialise
 from nsa_lightning.model.transformer import Transformer
 
 
-class LanguageModel(NamedTuple):
+class TextModel(NamedTuple):
     """What a text is continued with."""
 
     config: TransformerConfig
@@ -78,7 +78,7 @@ class LanguageModel(NamedTuple):
         )
 
 
-def open_language_model(model: Path, tokenizer: Path | None, rope: RopeChange) -> LanguageModel:
+def open_text_model(model: Path, tokenizer: Path | None, rope: RopeChange) -> TextModel:
     """Open a model; arguments as `nsa generate` has them. No weights are read yet.
 
     Raises:
@@ -100,7 +100,7 @@ def open_language_model(model: Path, tokenizer: Path | None, rope: RopeChange) -
     changed = rope.apply(trained.config.rope, trained.max_seq_len)
     max_seq_len = rope.reach(trained.config.rope, trained.max_seq_len)
     ends = frozenset([*end_of_text_ids(directory), *end_of_text_ids(model), found.end_of_text_id])
-    return LanguageModel(replace(trained.config, rope=changed), trained, found, directory, ends, max_seq_len)
+    return TextModel(replace(trained.config, rope=changed), trained, found, directory, ends, max_seq_len)
 
 
 def _read_tokenizer(place: Path, directory: Path) -> Tokenizer:
