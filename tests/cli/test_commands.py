@@ -224,7 +224,7 @@ def test_memory_tells_of_a_run_on_gpus_that_are_not_there_and_reads_no_data(work
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "gpus"), [("8b", 8), ("70b", 64), ("paper", 4)])
 def test_a_recipe_fits_its_gpus_and_says_how_much_it_takes(monkeypatch, capsys, name, gpus):
-    monkeypatch.setattr(simulated_gpu, "_ASSUMED_CAPABILITY", (8, 0))  # Triton's interpreter cannot import Gluon
+    monkeypatch.setattr(simulated_gpu, "ASSUMED_CAPABILITY", (8, 0))  # Triton's interpreter cannot import Gluon
     config = CONFIGS / f"nsa_{name}.yaml"
     assert run(monkeypatch, "memory", "--config", str(config), "--world_size", str(gpus)) == 0
     needed = float(re.search(r"a GPU needs.* ([\d.]+)\n", capsys.readouterr().out)[1])
