@@ -134,6 +134,7 @@ VARIANTS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: "-".join(map(str, variant)))
 def test_many_blocks_are_as_a_simulation_of_all_of_them_says(variant):
     attention = ["nsa", "full"] if variant["strategy"] == "ddp" else ["nsa"]
@@ -149,6 +150,7 @@ def test_many_blocks_are_as_a_simulation_of_all_of_them_says(variant):
     assert (estimate.host > 0) == settings(**variant).cpu_offload
 
 
+@pytest.mark.slow
 def test_each_way_to_save_memory_saves_some():
     def most(recompute="none", **variant):
         module = LanguageModel(replace(CONFIG, **sizes), activation_checkpointing=recompute)
@@ -257,6 +259,7 @@ def test_devices_that_cannot_be_counted_are_refused_by_name(devices):
         step_settings(TRAINER | {"devices": 1, "num_nodes": 0}, T, 1, None)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_every_byte")
 @pytest.mark.parametrize(("strategy", "world_size"), [("auto", 1), ("fsdp2", 2)])
 def test_a_teacher_and_its_loss_are_counted(strategy, world_size, tmp_path):
