@@ -4,6 +4,12 @@ import os
 from importlib.util import find_spec
 
 import pytest
+from support.cpu_times import (  # noqa: F401 - hooks of pytest
+    pytest_addoption,
+    pytest_runtest_makereport,
+    pytest_runtest_protocol,
+    pytest_terminal_summary,
+)
 from support.plain_environment import VARIABLE, hide_development_packages
 
 if os.environ.get(VARIABLE) == "1":

@@ -21,7 +21,7 @@ from nsa_lightning.memory.compat import (
 PARAMETERS, CAST_WEIGHTS = "parameters", "weights cast by autocast"
 WORKSPACE = "attention workspace"
 
-_GRANULE = 512
+GRANULE = 512
 """PyTorch's allocator hands out multiples of so many bytes."""
 
 
@@ -120,7 +120,7 @@ class MemoryMeter(TorchDispatchMode):
     def _add(self, tensor: Tensor, kind: str) -> None:
         storage = tensor.untyped_storage()
         if tensor.device.type == self.device_type and storage_key(storage) not in self._owners:
-            size = -(-storage.nbytes() // _GRANULE) * _GRANULE
+            size = -(-storage.nbytes() // GRANULE) * GRANULE
             self._own(storage, kind, size)
             self.charge(kind, size)
 

@@ -17,7 +17,7 @@ from nsa_lightning.model import loss
 DEVICE = "cpu"
 """Device type of the simulated tensors: autograd takes tensors of a GPU only where there is one."""
 
-_ASSUMED_CAPABILITY = (9, 0)
+ASSUMED_CAPABILITY = (9, 0)
 """Compute capability where no GPU is at hand to ask: H100 and H200."""
 _MULTIPROCESSORS = 132
 """What the kernels' work is divided by; they are not launched, and allocate the same whatever it is."""
@@ -37,7 +37,7 @@ def simulated_gpu() -> Generator[None, None, None]:
     import nsa_kernels.triton.attention  # noqa: F401 - kernels are interpreted or not from their import on
     from nsa_kernels.triton.early_start import early_start
 
-    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else _ASSUMED_CAPABILITY
+    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else ASSUMED_CAPABILITY
     with ExitStack() as stack:
         stack.enter_context(pretended_gpu(capability, _MULTIPROCESSORS))
         stack.enter_context(without_launches())

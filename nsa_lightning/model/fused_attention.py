@@ -15,7 +15,7 @@ from torch.nn.attention.varlen import varlen_attn
 _VARLEN_DTYPES = (torch.bfloat16, torch.float16)
 _VARLEN_HAS_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters  # torch 2.12 or newer
 
-_MASKED_QUERIES = 1024
+MASKED_QUERIES = 1024
 """Queries under one mask at most, so that it stays small beside the keys."""
 
 # T packed or new tokens, N documents, H query heads, H_kv KV heads, D_qk and D_v head dims, L tokens of one document.
@@ -99,7 +99,7 @@ def _document_attention(q: Tensor, k: Tensor, v: Tensor, window_size: int | None
     if window == length == num_queries:
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         return out.squeeze(0).transpose(0, 1)
-    parts, step = [], min(window, _MASKED_QUERIES)
+    parts, step = [], min(window, MASKED_QUERIES)
     for start in range(past, length, step):  # queries of one window see keys of at most two
         stop, first = min(start + step, length), max(start - window + 1, 0)
         query = torch.arange(start, stop, device=q.device)[:, None]

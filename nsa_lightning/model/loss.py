@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_CHUNK_LOGITS, _CPU_CHUNK_LOGITS = 2**27, 2**22
+CHUNK_LOGITS, CPU_CHUNK_LOGITS = 2**27, 2**22
 """Logits that are held at once: enough to fill a GPU, few enough for the caches of a CPU."""
 
 _Walk = Callable[..., tuple[Tensor, Tensor]]
@@ -164,7 +164,7 @@ def fused_walk(walk: _Walk) -> _Walk:
 
 
 def _chunk_tokens(weight: Tensor) -> int:
-    return max(1, (_CHUNK_LOGITS if weight.is_cuda else _CPU_CHUNK_LOGITS) // len(weight))
+    return max(1, (CHUNK_LOGITS if weight.is_cuda else CPU_CHUNK_LOGITS) // len(weight))
 
 
 def _compute_dtype(hidden: Tensor) -> torch.dtype:

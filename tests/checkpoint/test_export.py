@@ -84,6 +84,7 @@ def test_training_starts_from_the_converted_weights_and_keeps_the_embedding(work
     assert yaml.safe_load((trained / "config.yaml").read_text())["model"]["init_from"] == str(workplace / "made")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["nsa", "full"])
 def test_what_training_starts_from_is_measured_and_a_dense_source_trains_on_alike(workplace, monkeypatch, attention):
     """The converted model differs from its source by what its other gates let through."""

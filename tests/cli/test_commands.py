@@ -49,6 +49,7 @@ def test_a_measurement_without_a_logger_leaves_no_file(workplace, monkeypatch, c
     assert set(workplace.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_prepared_sets_are_mixed_with_the_vocabulary_they_have(workplace, monkeypatch, capsys):
     every = ("--sources", "texts", "--output_dir", "all", "--tokenizer.vocab_size", "290", "--val_fraction", "0.2")
     assert run(monkeypatch, "prepare", *every) == 0
@@ -129,6 +130,7 @@ def test_last_is_the_last_step_although_validation_came_before(workplace, monkey
     assert torch.load(path, weights_only=True)["global_step"] == 5
 
 
+@pytest.mark.slow
 def test_a_checkpoint_can_be_used_after_its_corpus_has_changed(workplace, monkeypatch, capsys):
     assert run_small(monkeypatch, "fit", *LOGGED) == 0
     (path,) = workplace.glob("runs/**/last.ckpt")
@@ -219,9 +221,10 @@ def test_memory_tells_of_a_run_on_gpus_that_are_not_there_and_reads_no_data(work
     assert written - {"cache", "matplotlib"} == {"texts", "small.yaml"}  # which lists its fonts at its first import
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "gpus"), [("8b", 8), ("70b", 64), ("paper", 4)])
 def test_a_recipe_fits_its_gpus_and_says_how_much_it_takes(monkeypatch, capsys, name, gpus):
-    monkeypatch.setattr(simulated_gpu, "_ASSUMED_CAPABILITY", (8, 0))  # Triton's interpreter cannot import Gluon
+    monkeypatch.setattr(simulated_gpu, "ASSUMED_CAPABILITY", (8, 0))  # Triton's interpreter cannot import Gluon
     config = CONFIGS / f"nsa_{name}.yaml"
     assert run(monkeypatch, "memory", "--config", str(config), "--world_size", str(gpus)) == 0
     needed = float(re.search(r"a GPU needs.* ([\d.]+)\n", capsys.readouterr().out)[1])
@@ -281,6 +284,7 @@ def test_every_shipped_config_is_accepted(config, monkeypatch, capsys):
     assert printed["model"]["transformer"]["hidden_size"] == written["model"]["transformer"]["hidden_size"]
 
 
+@pytest.mark.slow
 def test_arms_of_the_study_differ_in_their_attention_alone(monkeypatch, capsys):
     base, *arms = (
         CONFIGS / "study" / f"{name}.yaml" for name in ("base", "full", "nsa", "nsa_paper", "third_dense", "sliding")
@@ -298,6 +302,7 @@ def test_arms_of_the_study_differ_in_their_attention_alone(monkeypatch, capsys):
     assert all(one not in attention[:index] for index, one in enumerate(attention))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "billions"), [("150m", 0.15), ("1b", 1.3), ("8b", 8.9), ("70b", 71.4), ("paper", 4.0)]
 )

@@ -41,6 +41,7 @@ def steps_of(checkpoint):
     return torch.load(checkpoint, weights_only=True)["global_step"]
 
 
+@pytest.mark.slow
 def test_a_run_in_a_project_finds_its_own_checkpoints_and_no_other_ones(workplace, monkeypatch, messages):
     named = (*PROJECT, "--trainer.logger.project", "proj", "--trainer.logger.name")
     fit(monkeypatch, *named, "one")
@@ -75,6 +76,7 @@ def test_a_version_that_is_named_is_a_run_of_its_own(workplace, monkeypatch, mes
     assert "seed1" in resumed(messages)
 
 
+@pytest.mark.slow
 def test_runs_without_a_logger_and_in_a_directory_of_their_own_find_their_last(workplace, monkeypatch, messages):
     for place, arguments in (("checkpoints", []), ("mine", ["--checkpoint.dirpath", "mine"])):
         fit(monkeypatch, "--trainer.logger", "false", *arguments)
@@ -109,6 +111,7 @@ def test_the_closing_command_of_a_finished_run_trains_on_and_says_what_becomes_o
     assert {steps_of(path) for path in workplace.glob("runs of mine/**/last.ckpt")} == {3, 6}
 
 
+@pytest.mark.slow
 def test_the_closing_command_of_a_run_out_of_time_keeps_the_schedule_and_goes_on(workplace, monkeypatch, capsys):
     clock = itertools.count(step=0.125)  # seconds, as often as it is looked at
     monkeypatch.setattr("time.monotonic", lambda: next(clock))
@@ -142,6 +145,7 @@ def test_measurements_leave_one_file_with_the_run_and_say_where(workplace, monke
     assert not [text for text in told if "dirpath has changed" in text or "FLOPs" in text]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "logger", [LOGGED, ("--trainer.logger", "CSVLogger", *LOGGED[2:]), ("--trainer.logger", "true")]
 )
@@ -154,6 +158,7 @@ def test_measurements_find_the_last_and_the_best_checkpoint_of_the_run(workplace
         assert (workplace / resumed(messages, word)).resolve() == path.resolve()
 
 
+@pytest.mark.slow
 def test_resuming_in_a_new_version_is_no_reason_for_a_warning(workplace, monkeypatch, recwarn, messages):
     fit(monkeypatch, *LOGGED)
     recwarn.clear()
@@ -169,6 +174,7 @@ def test_the_config_of_a_run_is_kept_with_its_checkpoints(workplace, monkeypatch
     assert saved["trainer"]["max_steps"] == 3
 
 
+@pytest.mark.slow
 def test_a_tilde_and_variables_are_expanded_in_every_path_of_a_run(workplace, monkeypatch, messages, capsys):
     monkeypatch.setenv("HOME", str(workplace / "home"))
     monkeypatch.setenv("PLACE", str(workplace / "place"))

@@ -113,6 +113,7 @@ def test_a_resume_with_other_workers_and_a_limited_epoch_sees_the_same(
     assert whole == fit(make_data(), max_steps=STEPS).stream
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [3, 4, 0.5, 0.9, 1.0])
 @pytest.mark.parametrize("accumulate", [2, 3])
 def test_a_resumed_run_takes_the_same_steps_whatever_limits_a_pass(

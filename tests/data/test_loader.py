@@ -125,6 +125,7 @@ def test_ranks_share_an_epoch_and_have_as_many_batches(any_dataset: PackedDatase
     assert all(map(is_padding, ordered[size:]))
 
 
+@pytest.mark.slow
 @FEW
 @given(first=SHAPES, second=SHAPES, before=st.integers(0, 60), after=st.integers(1, 45))
 def test_a_stream_goes_on_where_it_stopped_on_any_number_of_ranks(
@@ -204,6 +205,7 @@ def test_the_length_after_a_resume_counts_batches_before_and_left(dataset: Packe
         assert len(list(loader)) == length - 6
 
 
+@pytest.mark.slow
 @FEW
 @given(
     shape=SHAPES,

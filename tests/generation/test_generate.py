@@ -105,6 +105,7 @@ def test_greedy_answers_are_what_the_model_ranks_first(model):
     assert TOKENIZER.decode([*prompt, *tokens]).endswith(text)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampling", [GREEDY, SamplingConfig(repetition_penalty=1.2)], ids=["greedy", "sampled"])
 def test_answers_of_a_batch_are_those_of_single_prompts(model, sampling):
     prompts = prompts_of(3, 41, 16, 1, 70)

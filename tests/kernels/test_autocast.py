@@ -37,6 +37,7 @@ def attended(inputs, backend, forward=False, backward=False):
     return {"out": out.detach()} | dict(zip(leaves, gradients, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["mean", "linear", "mlp"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -35,6 +35,7 @@ def pairs_of(block_indices, first_row):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "queries"),
     [

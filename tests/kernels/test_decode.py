@@ -215,6 +215,7 @@ def test_few_rounds_find_the_largest_and_the_first_of_equal_ones(importance, num
     assert (indices.flatten()[len(expected) :] == -1).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["eager", "triton"])
 def test_logits_of_gates_weigh_by_their_sigmoid_wherever_they_stand(backend):
     if backend == "triton" and torch.cuda.is_available():
@@ -233,6 +234,7 @@ def test_logits_of_gates_weigh_by_their_sigmoid_wherever_they_stand(backend):
         assert not torch.allclose(weighed.out, result.out, atol=1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter is for machines without a GPU")
 @pytest.mark.parametrize("geometry", ["small", "no_overlap"])
 def test_kernels_take_chunk_by_chunk(geometry):

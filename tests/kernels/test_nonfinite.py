@@ -94,6 +94,7 @@ def test_a_loss_of_earlier_tokens_gives_the_gradients_that_it_gives_without(name
         assert_same(actual[part][rows], gradient[rows], f"d {part}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lengths", [[5, 27, 3], [40], [1, 1, 1, 31]])
 @pytest.mark.parametrize("token", [0, 4, 6, 33])
 def test_eager_spoils_what_the_reference_spoils_and_nothing_else(lengths, token):

@@ -39,6 +39,7 @@ def test_gradients_of_compressed_attention_match_finite_differences():
     assert gradcheck(function, [inputs.q, compressed_k, compressed_v])
 
 
+@pytest.mark.slow
 def test_gradients_of_selected_attention_match_finite_differences():
     inputs = random_inputs(TINY_LENGTHS, TINY, num_heads=4, num_kv_heads=2, qk_dim=1, v_dim=1, kind="mean")
     block_indices = attend(inputs, TINY).block_indices
@@ -59,6 +60,7 @@ def test_gradients_of_sliding_attention_match_finite_differences():
     assert gradcheck(function, [inputs.q, inputs.k, inputs.v])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("separate", [True, False], ids=["separate", "shared"])
 @pytest.mark.parametrize("kind", ["mean", "linear", "mlp"])
 def test_gradients_of_every_input_match_finite_differences(kind, separate):

@@ -67,8 +67,11 @@ HUGE = {
 
 
 def every(names):
-    """One case a name, the slow ones first, so that workers end together."""
-    return sorted(names, key=lambda name: -sum(PACKINGS[name]))
+    """One case a name, the slow ones first, so that workers end together; `mixed` has the lengths of many others."""
+    marks = {"mixed": [pytest.mark.slow]}
+    return [
+        pytest.param(name, marks=marks.get(name, [])) for name in sorted(names, key=lambda name: -sum(PACKINGS[name]))
+    ]
 
 
 def compare(stage, inputs: Inputs) -> set[str]:
@@ -135,12 +138,14 @@ def test_whole_operator_on_every_packing(name):
     assert ("d k_weights.in_weight" in compared) == any(length >= 6 for length in PACKINGS[name])  # two blocks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", every(EDGES))
 def test_whole_operator_in_half_precision(name):
     compared, _ = compare_whole(problem(name, torch.float16, kind="linear"), SMALL)
     assert {"out", "d v", "d sliding_v", "d gates"} <= compared
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("group_size", "dtype"),
     [*((group_size, "float32") for group_size in (1, 2, 3, 4, 7, 8)), (3, "float16"), (8, "float16")],
@@ -153,6 +158,7 @@ def test_whole_operator_for_every_group_size(group_size, dtype):
     assert H_kv == 1 or any(first != second for first, second in chosen_sets(blocks))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("separate", [True, False], ids=["separate", "shared"])
 @pytest.mark.parametrize("kind", ["mean", "linear", "mlp"])
 def test_whole_operator_for_every_kind_of_compression_and_sharing(kind, separate):

@@ -59,6 +59,7 @@ OPERATORS = [*DIFFERENTIABLE, *(f"{name}_backward" for name in DIFFERENTIABLE), 
              "block_selection"]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPERATORS)
 def test_operators_keep_the_rules_of_torch_library(name):
     operator = getattr(torch.ops.nsa_kernels, name).default
@@ -82,6 +83,7 @@ def test_no_operator_is_left_unchecked():
     assert registered == set(OPERATORS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
 def test_compiles_in_one_graph_to_equal_results(compiler):
     inputs = small()
@@ -113,6 +115,7 @@ def test_selective_checkpointing_saves_the_chosen_blocks():
     assert recorder.count(torch.ops.nsa_kernels.gated_branches.default) == 2
 
 
+@pytest.mark.slow
 def test_backward_gives_equal_gradients_in_every_run():
     inputs = small()
     function = with_layout(inputs)
@@ -188,6 +191,7 @@ def test_gates_of_any_sign_have_the_gradients_of_eager():
     assert (gates > 0).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "separate"), [("mean", False), ("linear", True), ("mlp", True)])
 def test_one_graph_takes_every_length(kind, separate):
     graphs = []

@@ -45,7 +45,7 @@ def settings(world_size=1, **changes):
 @pytest.fixture
 def _every_byte(monkeypatch):
     """Sizes are not rounded up to what the GPU's allocator hands out."""
-    monkeypatch.setattr(meters, "_GRANULE", 1)
+    monkeypatch.setattr(meters, "GRANULE", 1)
 
 
 def forward_and_backward(model, length=40):
@@ -78,7 +78,7 @@ def most_allocated(model):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter is for machines without a GPU")
 def test_a_simulated_step_allocates_to_the_byte_what_a_real_one_does(monkeypatch):
     """The peak is a block's: the loss holds few logits at once, and is not compiled."""
-    monkeypatch.setattr(loss, "_CHUNK_LOGITS", 8 * CONFIG.vocab_size)
+    monkeypatch.setattr(loss, "CHUNK_LOGITS", 8 * CONFIG.vocab_size)
     triton = pytest.importorskip("triton")
     config = replace(CONFIG, num_layers=1)
     real = most_allocated(Transformer(config, "block"))
@@ -134,6 +134,7 @@ VARIANTS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: "-".join(map(str, variant)))
 def test_many_blocks_are_as_a_simulation_of_all_of_them_says(variant):
     attention = ["nsa", "full"] if variant["strategy"] == "ddp" else ["nsa"]
@@ -149,6 +150,7 @@ def test_many_blocks_are_as_a_simulation_of_all_of_them_says(variant):
     assert (estimate.host > 0) == settings(**variant).cpu_offload
 
 
+@pytest.mark.slow
 def test_each_way_to_save_memory_saves_some():
     def most(recompute="none", **variant):
         module = LanguageModel(replace(CONFIG, **sizes), activation_checkpointing=recompute)
@@ -192,7 +194,7 @@ def test_an_exchange_holds_what_is_sent_until_the_last_part_is_received():
 @pytest.mark.usefixtures("_every_byte")
 def test_of_the_loss_a_chunk_of_logits_and_their_gradient_are_held():
     """Beside the gradients of the hidden states and of the output layer, which are computed along the way."""
-    chunk, width, vocabulary = loss._CHUNK_LOGITS // 2**12, 8, 2**12
+    chunk, width, vocabulary = loss.CHUNK_LOGITS // 2**12, 8, 2**12
     meter = MemoryMeter(DEVICE)
     with simulated_gpu():
         hidden, weight = torch.empty(3 * chunk, width), torch.empty(vocabulary, width)
@@ -257,6 +259,7 @@ def test_devices_that_cannot_be_counted_are_refused_by_name(devices):
         step_settings(TRAINER | {"devices": 1, "num_nodes": 0}, T, 1, None)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_every_byte")
 @pytest.mark.parametrize(("strategy", "world_size"), [("auto", 1), ("fsdp2", 2)])
 def test_a_teacher_and_its_loss_are_counted(strategy, world_size, tmp_path):

@@ -195,6 +195,7 @@ def test_sequences_of_any_lengths_share_a_batch_as_if_alone(data):
         assert cache.lengths.tolist() == cache.host_lengths == lengths
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter is for machines without a GPU")
 def test_kernels_take_the_cache_as_it_is():
     def model_on(backend):

@@ -44,7 +44,7 @@ def test_equals_masked_attention_with_its_gradients(lengths, window_size, heads,
 @pytest.mark.parametrize("window_size", [None, 1, 4, 5, 7, 100])
 @pytest.mark.parametrize("num_queries", [1, 4, 5, 13])
 def test_the_last_queries_of_a_document_see_all_of_it(num_queries, window_size, monkeypatch):
-    monkeypatch.setattr("nsa_lightning.model.fused_attention._MASKED_QUERIES", 3)
+    monkeypatch.setattr("nsa_lightning.model.fused_attention.MASKED_QUERIES", 3)
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(13, h, d, dtype=torch.float64, generator=generator) for h, d in ((6, 8), (2, 8), (2, 6)))
     expected = masked_attention(q, k, v, cu_seqlens([13]), window_size)[-num_queries:]

@@ -28,7 +28,7 @@ def problem():
 @pytest.mark.parametrize("function", [summed_cross_entropy, chunked_cross_entropy])
 def test_equals_the_loss_of_whole_logits_with_its_gradients(monkeypatch, problem, function):
     hidden, weight, targets = problem
-    monkeypatch.setattr(loss_module, "_CPU_CHUNK_LOGITS", 50 * 4)
+    monkeypatch.setattr(loss_module, "CPU_CHUNK_LOGITS", 50 * 4)
     expected = F.cross_entropy(hidden @ weight.T, targets, ignore_index=IGNORED, reduction="sum")
     expected_gradients = torch.autograd.grad(expected, (hidden, weight))
     actual = function(hidden, weight, targets, IGNORED)
@@ -50,7 +50,7 @@ def test_all_targets_ignored_gives_zero_and_no_gradient(problem, function):
 
 def test_token_losses_add_up_to_the_sum(monkeypatch, problem):
     hidden, weight, targets = problem
-    monkeypatch.setattr(loss_module, "_CPU_CHUNK_LOGITS", 50 * 4)
+    monkeypatch.setattr(loss_module, "CPU_CHUNK_LOGITS", 50 * 4)
     losses = token_cross_entropy(hidden, weight, targets, IGNORED)
     assert losses.shape == targets.shape
     assert (losses[targets == IGNORED] == 0).all()
@@ -59,7 +59,7 @@ def test_token_losses_add_up_to_the_sum(monkeypatch, problem):
 
 def test_the_divergence_is_that_of_whole_logits_with_its_gradients(monkeypatch, problem):
     """Also from a teacher of another width; no gradient reaches it."""
-    monkeypatch.setattr(loss_module, "_CPU_CHUNK_LOGITS", 50 * 4)
+    monkeypatch.setattr(loss_module, "CPU_CHUNK_LOGITS", 50 * 4)
     hidden, weight, targets = problem
     teacher_hidden, teacher_weight = torch.randn(37, 6), torch.randn(50, 6)
     compared = targets != IGNORED
@@ -106,7 +106,7 @@ def distances(function, exact, inputs, truths):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_every_sum_over_tokens_is_in_float32(monkeypatch, dtype):
     """As close to float64 as PyTorch's losses of whole logits in float32, whose gradients are rounded once."""
-    monkeypatch.setattr(loss_module, "_CPU_CHUNK_LOGITS", 600 * 8)
+    monkeypatch.setattr(loss_module, "CPU_CHUNK_LOGITS", 600 * 8)
     hidden, weight, teacher_hidden, teacher_weight, targets = narrow_problem(dtype)
     truths = [x.detach().double().requires_grad_() for x in (hidden, weight)]
     likely = (teacher_hidden.double() @ teacher_weight.double().T).softmax(-1)
@@ -133,7 +133,7 @@ def test_every_sum_over_tokens_is_in_float32(monkeypatch, dtype):
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_under_autocast_a_float32_weight_has_a_gradient_that_was_never_rounded(monkeypatch, compiled):
-    monkeypatch.setattr(loss_module, "_CPU_CHUNK_LOGITS", 600 * 256)
+    monkeypatch.setattr(loss_module, "CPU_CHUNK_LOGITS", 600 * 256)
     hidden, weight, _, _, targets = (x.float().detach().requires_grad_() if x.is_floating_point() else x
                                      for x in narrow_problem(torch.bfloat16))  # fmt: skip
 
@@ -165,7 +165,7 @@ class LargestOutput(TorchDispatchMode):
 
 @pytest.mark.parametrize("grad", [True, False])
 def test_it_never_holds_the_logits_of_all_tokens(monkeypatch, grad):
-    monkeypatch.setattr(loss_module, "_CPU_CHUNK_LOGITS", 16 * 100)
+    monkeypatch.setattr(loss_module, "CPU_CHUNK_LOGITS", 16 * 100)
     hidden, weight = torch.randn(400, 4, requires_grad=True), torch.randn(100, 4, requires_grad=True)
     with LargestOutput() as largest, torch.set_grad_enabled(grad):
         loss = chunked_cross_entropy(hidden, weight, torch.zeros(400, dtype=torch.long), IGNORED)

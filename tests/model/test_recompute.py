@@ -73,6 +73,7 @@ def test_selective_runs_no_dense_attention_twice():
     assert calls["selective"] == calls["none"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter is for machines without a GPU")
 def test_selective_runs_no_kernel_of_the_forward_twice():
     pytest.importorskip("triton")
