@@ -21,7 +21,7 @@ from nsa_lightning.checkpoint.measure import Difference, measure_difference, rea
 from nsa_lightning.checkpoint.tokenizer_files import check_tokenizer, copy_tokenizer, special_token_ids
 from nsa_lightning.checkpoint.weights import WeightFiles, hugging_face_name, write_weights
 from nsa_lightning.model.attention.registry import name_in_dense_model
-from nsa_lightning.model.config import NSALayerConfig, TransformerConfig
+from nsa_lightning.model.config import ATTENTION_KINDS, NSALayerConfig, TransformerConfig
 from nsa_lightning.model.initialization import fill_normal
 from nsa_lightning.model.rope import RopeConfig
 from nsa_lightning.model.transformer import Transformer
@@ -187,7 +187,11 @@ def _first_value(model: Transformer, name: str, parameter: Tensor, gate_bias: fl
 def _remarks(dense: SavedModel, config: TransformerConfig, seq_len: int, tokenizer_files: list[str]) -> list[str]:
     """What the user should know and would not see."""
     remarks = [dense.remark] if dense.remark is not None else []
-    beyond = [kind for kind in ("nsa", "full") if kind in config.attention]
+    beyond = [
+        name
+        for name, kind in ATTENTION_KINDS.items()
+        if name in config.attention and "sliding_window" not in kind.settings
+    ]
     if "sliding" in dense.config.attention and beyond:
         remarks.append(
             f"the source has a sliding_window of {dense.config.sliding_window} tokens: "

@@ -1,8 +1,8 @@
 """The decoder in plain PyTorch."""
 
-from nsa_lightning.model.attention import registry
+import nsa_lightning.model.attention.registry  # noqa: F401 (makes the attention kinds known)
 from nsa_lightning.model.cached import Cache
 from nsa_lightning.model.config import TransformerConfig
 from nsa_lightning.model.transformer import Transformer
 
-__all__ = ["Cache", "Transformer", "TransformerConfig", "registry"]
+__all__ = ["Cache", "Transformer", "TransformerConfig"]

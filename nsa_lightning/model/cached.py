@@ -24,7 +24,7 @@ from nsa_lightning.model.attention.base import (
     TokenSlots,
 )
 from nsa_lightning.model.attention.dense import ExactAttention
-from nsa_lightning.model.config import ATTENTION_KINDS, TransformerConfig
+from nsa_lightning.model.config import TransformerConfig
 from nsa_lightning.model.transformer import Residual, Transformer
 
 # B sequences, S slots for tokens, T new tokens of one sequence, H_kv KV heads, D_qk and D_v head dims.
@@ -85,12 +85,12 @@ class Cache:
             return TokenSlots(k, k.new_zeros(*heads, shape.value_head_dim))
 
         layers = [
-            ATTENTION_KINDS[name].allocate(config, CacheRoom(index, capacity, slots, dense_attention))
-            for index, name in enumerate(config.layer_attention)
+            kind.allocate(config, CacheRoom(index, capacity, slots, dense_attention))
+            for index, kind in enumerate(config.layer_kinds)
         ]
         lengths = torch.zeros(batch_size, dtype=torch.int32, device=device)
-        kinds = [ATTENTION_KINDS[name] for name in dict.fromkeys(config.attention)]
-        offsets = list(dict.fromkeys([0, *(offset for kind in kinds for offset in kind.step_offsets(config))]))
+        others = (offset for kind in config.layer_kinds for offset in kind.step_offsets(config))
+        offsets = list(dict.fromkeys([0, *others]))
         on_device = torch.tensor(offsets, dtype=torch.int32, device=device).unsqueeze(1)
         return cls(config, capacity, dtype, dense_attention, layers, lengths, [0] * batch_size, offsets, on_device)
 
@@ -158,11 +158,7 @@ class Cache:
         stop = start + num_tokens
         positions = torch.arange(start, stop, device=self.lengths.device)
         chunk = Chunk(row, start, stop, positions[-1], rotary(positions))
-        made = {
-            name: ATTENTION_KINDS[name].chunk(self.config, chunk, rotary)
-            for name in dict.fromkeys(self.config.attention)
-        }
-        return [made[name] for name in self.config.layer_attention]
+        return self.config.for_layers(lambda kind: kind.chunk(self.config, chunk, rotary))
 
     def count_chunk(self, row: int, num_tokens: int) -> None:
         """Count new tokens of one sequence."""

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from nsa_kernels import NSAConfig
 from nsa_kernels.errors import SettingError
@@ -20,6 +20,8 @@ from nsa_lightning.model.attention.base import (
     Rotary,
 )
 from nsa_lightning.model.rope import RopeConfig
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,6 +213,16 @@ class TransformerConfig:
     def layer_attention(self) -> list[str]:
         """The attention of each layer, num_layers names."""
         return self.attention * (self.num_layers // len(self.attention))
+
+    @property
+    def layer_kinds(self) -> list["AttentionKind"]:
+        """The same as kinds."""
+        return [ATTENTION_KINDS[name] for name in self.layer_attention]
+
+    def for_layers(self, make: Callable[["AttentionKind"], T]) -> list[T]:
+        """What is made once for each attention kind, by layer."""
+        made = {name: make(ATTENTION_KINDS[name]) for name in dict.fromkeys(self.attention)}
+        return [made[name] for name in self.layer_attention]
 
 
 class AttentionKind(ABC):

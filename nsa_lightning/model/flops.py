@@ -3,7 +3,6 @@
 from torch import nn
 
 from nsa_lightning.model.attention.base import Lengths
-from nsa_lightning.model.config import ATTENTION_KINDS
 from nsa_lightning.model.transformer import Transformer
 
 
@@ -17,7 +16,6 @@ def training_flops(model: Transformer, lengths: Lengths) -> int:
     config, shape = model.config, model.config.layer_shape
     linear = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
     others = sum(block.self_attn.other_products(lengths) for block in model.blocks)
-    kinds = [ATTENTION_KINDS[name] for name in config.layer_attention]
-    pairs = sum(int(kind.visible_pairs(config, lengths).sum()) for kind in kinds)
+    pairs = sum(int(kind.visible_pairs(config, lengths).sum()) for kind in config.layer_kinds)
     pair_dims = shape.num_heads * (shape.head_dim + shape.value_head_dim)
     return 6 * (linear * int(lengths.sum()) + others + pair_dims * pairs)

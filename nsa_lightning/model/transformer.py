@@ -191,8 +191,4 @@ class Transformer(nn.Module):
         """What each layer needs to know of the batch; arguments as `forward`."""
         rotary = self.rotary(self.parallel.share(positions))
         batch = PackedContext(cu_seqlens, max_seqlen, rotary, self.parallel)
-        made = {
-            name: ATTENTION_KINDS[name].context(self.config, batch, len(positions), self.rotary)
-            for name in dict.fromkeys(self.config.attention)
-        }
-        return [made[name] for name in self.config.layer_attention]
+        return self.config.for_layers(lambda kind: kind.context(self.config, batch, len(positions), self.rotary))

@@ -10,7 +10,6 @@ from nsa_kernels.errors import SettingError
 from nsa_kernels.settings import check_arguments
 from torch import Tensor
 
-from nsa_lightning.model.config import ATTENTION_KINDS
 from nsa_lightning.model.statistics import NEAR, NUM_DISTANCE_BINS, NUM_GATE_BINS, BranchStatistics
 from nsa_lightning.training.callbacks.gate_picture import draw_gates
 from nsa_lightning.training.compat import accumulates
@@ -84,8 +83,8 @@ class GateMonitor(StepCallback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Ask TensorBoard for one page with the three branches of all layers."""
         assert isinstance(pl_module, LanguageModel)
-        kinds = pl_module.transformer_config.layer_attention
-        layers = [index for index, kind in enumerate(kinds) if ATTENTION_KINDS[kind].has_branches]
+        kinds = pl_module.transformer_config.layer_kinds
+        layers = [index for index, kind in enumerate(kinds) if kind.has_branches]
         self._num_logs = 0
         if layers:
             self._add_layout(trainer, layers)
