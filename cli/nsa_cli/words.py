@@ -73,7 +73,7 @@ def _kind(action: Any) -> Kind:
         return "switch"
     if kinds == [str]:
         return "text"
-    return "texts" if kinds == [list[str]] else "value"
+    return "texts" if kinds == [list[str]] or set(get_args(hint)) == {Sequence[str], str} else "value"
 
 
 def _listed(words: list[str]) -> list[str]:

@@ -49,7 +49,7 @@ def test_a_set_is_made_told_and_verified(workplace, monkeypatch, capsys):
 def test_the_last_line_works_when_it_is_pasted(workplace, monkeypatch, capsys, installed):
     if installed:  # a package has no configs
         (workplace / "site-packages").mkdir()
-        monkeypatch.setattr("nsa_lightning.data.prepare.__file__", f"{workplace}/site-packages/nsa_lightning/data/x.py")
+        monkeypatch.setattr("nsa_cli.prepare.__file__", f"{workplace}/site-packages/nsa_cli/x.py")
     output = workplace / "my set's"
     assert prepare(monkeypatch, *SMALL[:-1], str(output), "--val_fraction", "0.2") == 0
     line = capsys.readouterr().out.splitlines()[-1]
