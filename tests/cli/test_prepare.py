@@ -4,10 +4,12 @@ import logging
 import shlex
 import subprocess
 import sys
+from dataclasses import fields
 
 import pytest
 from nsa_cli.main import main
 
+from nsa_lightning.data.settings import TextSettings
 from nsa_lightning.data.token_store import TokenStore
 
 
@@ -120,5 +122,6 @@ def test_the_help_explains_every_setting_without_importing_torch():
     code += "try: main()\nfinally: assert 'torch' not in sys.modules"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     text = " ".join(result.stdout.split())
+    assert all(f"--{field.name} " in text for field in fields(TextSettings))
     for words in "--tokenizer.vocab_size VOCAB_SIZE Number of tokens", "--shard_size SHARD_SIZE bytes of text", "s3fs":
         assert words in text
