@@ -30,7 +30,7 @@ check: $(VENV)/.installed-dev  ## formatting, lint, strict types, import contrac
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
-	$(BIN)/python -m pytest tests/test_documentation.py
+	$(BIN)/python -m pytest tests/test_documentation.py tests/test_imports.py
 
 format: $(VENV)/.installed-dev  ## format and apply the safe lint fixes
 	$(BIN)/ruff check --fix .

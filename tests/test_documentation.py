@@ -5,7 +5,9 @@ import re
 import pytest
 from support.documented_commands import ROOT, Parsers, commands, count_commands, documents, make_targets
 
-from nsa_lightning.data.prepare import prepare_set
+from nsa_lightning.data.plan import make_plan
+from nsa_lightning.data.prepare import prepare
+from nsa_lightning.data.settings import TextSettings
 
 DOCUMENTS = {str(path.relative_to(ROOT)): path.read_text() for path in documents()}
 PLACES = {command.words: command.place for name, text in DOCUMENTS.items() for command in commands(name, text)}
@@ -17,7 +19,7 @@ def parsers(tmp_path_factory):
     (folder / "texts").mkdir()
     for index in range(3):
         (folder / "texts" / f"{index}.txt").write_text(f"text {index}")
-    prepare_set(sources=[str(folder / "texts")], output_dir=str(folder / "set"), num_workers=0)
+    prepare(make_plan(TextSettings(sources=str(folder / "texts"))), folder / "set", num_workers=0)
     return Parsers(ROOT / "configs" / "quickstart.yaml", folder / "set")
 
 

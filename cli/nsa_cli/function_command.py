@@ -30,12 +30,13 @@ def run_function(
 ) -> int:
     """Call `function` with the settings that follow `nsa command`; returns the exit status, 2 for a mistake in them.
 
+    Settings are its parameters, and those of the class that it makes of its `**settings`, where it has them.
     Texts reach it as they were typed, but `~` and `$VAR` are expanded in those that are `paths`. A list of texts may be
     written as in YAML, `[a, b]`, unless it is in `verbatim`.
     """
     try:
         settings = parse_settings(command, function, words, verbatim)
-        settings |= {name: _expanded(settings[name]) for name in paths}
+        settings |= {name: _expanded(settings[name]) for name in paths if name in settings}
         return function(**settings)
     except Exception as error:
         message = user_message(error)

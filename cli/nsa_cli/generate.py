@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 from nsa_kernels.errors import SettingError
 
@@ -28,16 +29,12 @@ def generate_text(
     chat: bool = False,
     max_new_tokens: int = 256,
     stop: list[str] = [],  # noqa: B006 (not changed)
-    temperature: float = 0.8,
-    top_k: int | None = None,
-    top_p: float = 0.95,
-    repetition_penalty: float = 1.0,
-    seed: int = 0,
     batch_size: int = 8,
     device: str = "auto",
     dtype: DtypeName = "auto",
     cuda_graphs: bool = True,
     rope: RopeChange = RopeChange(),  # noqa: B008 (frozen)
+    **sampling: Any,
 ) -> int:
     """Continue prompts with a trained model, or answer them with `--chat`.
 
@@ -57,16 +54,12 @@ def generate_text(
         max_new_tokens: longest answer, tokens.
         stop: strings that end an answer and are not part of it, taken as they are typed, special tokens too; the
             model's own end-of-text tokens always end it.
-        temperature: divides the logits; 0 takes the likeliest token.
-        top_k: draw among this many likeliest tokens; among all if not given.
-        top_p: draw among the fewest likeliest tokens that have this probability together.
-        repetition_penalty: divides positive logits and multiplies negative ones of tokens that came before.
-        seed: every prompt's own random numbers start from it.
         batch_size: prompts that are continued at once; the others take the place of those that have ended.
         device: auto (a GPU if there is one), cpu, cuda or cuda:1.
         dtype: of weights and cache; auto is bfloat16 on a GPU and float32 on a CPU.
         cuda_graphs: replay the decoding step as a CUDA graph; on a GPU only.
         rope: rotary embedding beyond the context that the model is made for.
+        sampling: how the next token is drawn.
 
     Returns:
         0.
@@ -76,9 +69,7 @@ def generate_text(
     """
     from tqdm import tqdm  # type: ignore[import-untyped]
 
-    sampling = SamplingConfig(
-        temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty, seed=seed
-    )
+    drawing = SamplingConfig(**sampling)
     stops = StopConfig(max_new_tokens=max_new_tokens, stop=stop)
     if batch_size < 1:
         raise SettingError(f"batch_size must be at least 1, got {batch_size}")
@@ -89,7 +80,7 @@ def generate_text(
     rows, capacity = min(batch_size, len(prompts)), max(map(len, tokens)) + max_new_tokens
     with written_answers(prompts, Path(output)) if output is not None else printed_answers(prompts, sys.stdout) as add:
         decoder = opened.decoder(rows, capacity, place, choose_dtype(dtype, place), cuda_graphs)
-        sampler = Sampler(sampling, rows, opened.config.vocab_size, place)
+        sampler = Sampler(drawing, rows, opened.config.vocab_size, place)
         for remark in (opened.trained.remark, opened.remark(tokens, max_new_tokens)):
             if remark is not None:
                 print(f"nsa generate: note: {remark}", file=sys.stderr)

@@ -8,10 +8,10 @@ from jsonargparse import Namespace
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+from nsa_cli.memory_settings import step_settings
 from nsa_cli.trainer_commands import NSACommandLine, run_command_line
 from nsa_lightning.memory.estimate import estimate_memory
 from nsa_lightning.memory.report import report
-from nsa_lightning.memory.settings import step_settings
 
 
 class MemoryTrainer(Trainer):

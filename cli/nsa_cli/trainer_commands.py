@@ -23,7 +23,7 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins import CheckpointIO
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from nsa_kernels.errors import SettingError
 
@@ -31,6 +31,9 @@ from nsa_cli.data_origin import with_one_origin
 from nsa_cli.errors import print_error, silence_threads, user_message
 from nsa_cli.parser import OneLineParser
 from nsa_cli.trainer_settings import check_seed, check_trainer_settings
+from nsa_lightning.checkpoint.find import find_best, find_last
+from nsa_lightning.checkpoint.run_files import CONFIG, TOKENIZER
+from nsa_lightning.checkpoint.summary import read_summary
 from nsa_lightning.data.datamodule import PackedTextDataModule
 from nsa_lightning.data.sets import configured_vocab_size
 from nsa_lightning.data.storage import whole_file, writable
@@ -45,17 +48,11 @@ from nsa_lightning.training.callbacks import (
     RunCheckpoint,
     TokenThroughput,
 )
-from nsa_lightning.training.checkpoints import RunCheckpointIO, find_best, find_last, read_summary
+from nsa_lightning.training.checkpoint_io import RunCheckpointIO
 from nsa_lightning.training.module import LanguageModel
 from nsa_lightning.training.optimizer import ADAMW_DEFAULTS
 from nsa_lightning.training.processes import check_processes
-from nsa_lightning.training.run_directory import (
-    CONFIG,
-    TOKENIZER,
-    RunDirectories,
-    earlier_directories,
-    run_directory,
-)
+from nsa_lightning.training.run_directory import RunDirectories, earlier_directories, run_directory
 
 _CONFIG_FLAGS = ("--config", "-c")
 _PATHS = ("default_root_dir", "save_dir", "dirpath", "dir", "root_dir", "log_dir")
@@ -285,7 +282,7 @@ def _check_checkpoint(path: Path) -> None:
 
 def _find_checkpoint(word: str, directories: RunDirectories, required: bool) -> str | None:
     """The best or last complete checkpoint of all versions of a run; none where a run may start anew."""
-    path = {"best": find_best, "last": find_last}[word](*directories.checkpoints, below=False)
+    path = {"best": find_best, "last": find_last}[word](*directories.checkpoints, depth=1, report=rank_zero_warn)
     if path is None and required:
         raise SettingError(
             f"ckpt_path={word} needs a complete checkpoint of this run under {directories.root}, there is none"

@@ -12,9 +12,10 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from nsa_kernels.errors import SettingError
 
+from nsa_cli.step_clock import StepClock
 from nsa_cli.trainer_commands import NSACommandLine, check_accelerator, run_command_line
 from nsa_lightning.benchmark.timing import first_line
-from nsa_lightning.benchmark.training_step import StepClock, StepSettings, random_loader
+from nsa_lightning.benchmark.training_step import StepSettings, random_loader
 from nsa_lightning.training.callbacks import LossGuard
 
 _STEPS_ALONE = {

@@ -8,6 +8,8 @@ from collections.abc import Collection, Sequence
 from types import NoneType
 from typing import Any, Literal, NamedTuple, get_args
 
+from nsa_cli.lists import element_type
+
 Kind = Literal["text", "texts", "switch", "value"]
 """What a setting holds: a text, a list of texts, true or false, or any other value."""
 
@@ -73,7 +75,7 @@ def _kind(action: Any) -> Kind:
         return "switch"
     if kinds == [str]:
         return "text"
-    return "texts" if kinds == [list[str]] else "value"
+    return "texts" if element_type(hint) is str else "value"
 
 
 def _listed(words: list[str]) -> list[str]:

@@ -4,7 +4,7 @@ import math
 import random
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
@@ -99,27 +99,59 @@ def document_lengths(mix: DocumentMix, num_tokens: int) -> list[int]:
 
 @dataclass(frozen=True, kw_only=True)
 class KernelSettings:
-    """The settings of `nsa bench kernels`, as `benchmark.kernels.bench_kernels` documents them.
+    """The settings of `nsa bench kernels`.
 
     Raises:
         ValueError: a setting that cannot be measured, by its name, the rule and the value.
     """
 
-    shapes: list[str]
-    lengths: list[int]
-    documents: list[str]
-    inputs: list[str]
-    dtype: str
-    backend: str
-    device: str
-    check: bool
-    check_documents: list[int]
-    stages: bool
-    rivals: bool
-    time_budget: float
-    repetitions: int
-    output_dir: Path
-    overwrite: bool
+    shapes: list[str] = field(default_factory=lambda: ["A", "B"])
+    """A (64 query heads on 4 KV heads, D 128), B (32 on 8, D 128), paper (64 on 4, D 192 and 128 for values), smollm
+    (9 on 3, D 64), or your own as HEADSxKV_HEADSxQK_DIMxV_DIM, such as 64x4x192x128."""
+
+    lengths: list[int] = field(default_factory=lambda: [8192, 16384, 32768, 65536])
+    """Tokens of a packing."""
+
+    documents: list[str] = field(default_factory=lambda: ["one", "mixed"])
+    """How the tokens are split: one document; mixed, from 128 to 16384 tokens, log-uniform; equal_1k, 1024 tokens
+    each."""
+
+    inputs: list[str] = field(default_factory=lambda: ["random", "overlap"])
+    """random, where every query chooses its own blocks, or overlap, where neighbouring queries agree as those of a real
+    model do."""
+
+    dtype: str = "bfloat16"
+    """bfloat16, float16 or float32."""
+
+    backend: str = "auto"
+    """Of native_sparse_attention: auto picks the fastest for the device."""
+
+    device: str = "cuda"
+    """cuda, cuda:N, or cpu for a smoke test with tiny lengths."""
+
+    check: bool = True
+    """Check every stage first; if one fails, end with status 1 and time nothing."""
+
+    check_documents: list[int] = field(default_factory=lambda: [1, 31, 700, 1, 2100, 64, 1300])
+    """Tokens of each document of the packing that is checked."""
+
+    stages: bool = True
+    """Time each stage, and say how far it is from its floor."""
+
+    rivals: bool = True
+    """Time full attention."""
+
+    time_budget: float = 0.5
+    """Seconds for the repetitions of one measurement."""
+
+    repetitions: int = 3
+    """The fewest repetitions of one measurement."""
+
+    output_dir: Path = Path("runs/bench")
+    """Where results.json and kernels.png are written."""
+
+    overwrite: bool = False
+    """Replace results that are there."""
 
     def __post_init__(self) -> None:
         check_types(self)

@@ -1,8 +1,7 @@
 """`nsa bench decode`: check the kernels of a step, then time NSA beside full attention, a layer and a whole model."""
 
-import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,7 @@ from nsa_lightning.benchmark.cases import (
     parse_shape,
 )
 from nsa_lightning.benchmark.hardware import check_hardware
+from nsa_lightning.benchmark.results import Outcome, Report, environment, measure_and_write
 
 if TYPE_CHECKING:  # torch takes seconds to import, `--help` does not
     from nsa_lightning.benchmark.checks import Check
@@ -32,27 +32,57 @@ PLOT_NAME = "decode.png"
 
 @dataclass(frozen=True, kw_only=True)
 class DecodeSettings:
-    """The settings of `nsa bench decode`, as `bench_decode` documents them.
+    """The settings of `nsa bench decode`.
 
     Raises:
         ValueError: a setting that cannot be measured, by its name, the rule and the value.
     """
 
-    shapes: list[str]
-    lengths: list[int]
-    batch_sizes: list[int]
-    config: Path | None
-    prefill_lengths: list[int]
-    dtype: str
-    backend: str
-    device: str
-    check: bool
-    check_lengths: list[int]
-    rivals: bool
-    time_budget: float
-    repetitions: int
-    output_dir: Path
-    overwrite: bool
+    shapes: list[str] = field(default_factory=lambda: ["A", "B"])
+    """A (64 query heads on 4 KV heads, D 128), B (32 on 8, D 128), paper (64 on 4, D 192 and 128 for values), smollm
+    (9 on 3, D 64), or your own as HEADSxKV_HEADSxQK_DIMxV_DIM, such as 64x4x192x128; [] for none."""
+
+    lengths: list[int] = field(default_factory=lambda: [4096, 16384, 65536, 262144])
+    """Tokens of every sequence, the new one included."""
+
+    batch_sizes: list[int] = field(default_factory=lambda: [1, 8, 64])
+    """Sequences."""
+
+    config: Path | None = None
+    """Config of nsa fit, whose model is measured too: random weights, a cache of random numbers."""
+
+    prefill_lengths: list[int] = field(default_factory=lambda: [131072])
+    """Tokens of the prompts that this model takes in."""
+
+    dtype: str = "bfloat16"
+    """bfloat16, float16 or float32."""
+
+    backend: str = "auto"
+    """Of the attention layers: auto picks the fastest for the device. The model has that of its config."""
+
+    device: str = "cuda"
+    """cuda, cuda:N, or cpu for a smoke test with tiny lengths."""
+
+    check: bool = True
+    """Check the kernels first; if one fails, end with status 1 and time nothing."""
+
+    check_lengths: list[int] = field(default_factory=lambda: [1, 31, 32, 1024, 1025, 2000, 5000])
+    """Tokens of each sequence of the batch that is checked."""
+
+    rivals: bool = True
+    """Time full attention."""
+
+    time_budget: float = 0.15
+    """Seconds for the repetitions of one measurement."""
+
+    repetitions: int = 3
+    """The fewest repetitions of one measurement."""
+
+    output_dir: Path = Path("runs/bench_decode")
+    """Where results.json and decode.png are written."""
+
+    overwrite: bool = False
+    """Replace results that are there."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -76,102 +106,40 @@ class DecodeSettings:
         check_output(self.output_dir, (RESULTS_NAME, PLOT_NAME), self.overwrite)
 
 
-def bench_decode(
-    *,
-    shapes: list[str] = ["A", "B"],  # noqa: B006 - read only; jsonargparse shows it
-    lengths: list[int] = [4096, 16384, 65536, 262144],  # noqa: B006
-    batch_sizes: list[int] = [1, 8, 64],  # noqa: B006
-    config: Path | None = None,
-    prefill_lengths: list[int] = [131072],  # noqa: B006
-    dtype: str = "bfloat16",
-    backend: str = "auto",
-    device: str = "cuda",
-    check: bool = True,
-    check_lengths: list[int] = [1, 31, 32, 1024, 1025, 2000, 5000],  # noqa: B006
-    rivals: bool = True,
-    time_budget: float = 0.15,
-    repetitions: int = 3,
-    output_dir: Path = Path("runs/bench_decode"),
-    overwrite: bool = False,
-) -> int:
-    """Check the kernels of a step in float32, then time one new token of each sequence, NSA beside full attention.
-
-    Everything is timed in one run, launched by Python and in CUDA graphs: one attention layer by decode_attention,
-    with sliding keys of its own and shared ones, and full attention through our own kernels and PyTorch's flash and
-    cuDNN ones; with --config also the whole model and its prefill, its attention as configured and full. Prints tables
-    and writes results.json (after every case) and decode.png to output_dir. The layers' block sizes are the defaults
-    of NSAConfig. What the device has no memory for is a row that says so.
+def bench_decode(settings: DecodeSettings, report: Report, progress: Report) -> Outcome:
+    """Check the kernels of a step, then time a new token, NSA beside full attention, and write what was found.
 
     Args:
-        shapes: A (64 query heads on 4 KV heads, D 128), B (32 on 8, D 128), paper (64 on 4, D 192 and 128 for values),
-            smollm (9 on 3, D 64), or your own as HEADSxKV_HEADSxQK_DIMxV_DIM, such as 64x4x192x128; [] for none.
-        lengths: tokens of every sequence, the new one included.
-        batch_sizes: sequences.
-        config: config of nsa fit, whose model is measured too: random weights, a cache of random numbers.
-        prefill_lengths: tokens of the prompts that this model takes in.
-        dtype: bfloat16, float16 or float32.
-        backend: of the attention layers: auto picks the fastest for the device. The model has that of its config.
-        device: cuda, cuda:N, or cpu for a smoke test with tiny lengths.
-        check: check the kernels first; if one fails, end with status 1 and time nothing.
-        check_lengths: tokens of each sequence of the batch that is checked.
-        rivals: time full attention.
-        time_budget: seconds for the repetitions of one measurement.
-        repetitions: the fewest repetitions of one measurement.
-        output_dir: where results.json and decode.png are written.
-        overwrite: replace results that are there.
-
-    Returns:
-        The exit status: 1 if a check failed, else 0.
+        settings: what is measured.
+        report: is told the device and the verdicts of the checks, before anything is timed.
+        progress: is told what is done next.
 
     Raises:
-        ValueError: a setting that cannot be measured.
+        ValueError: the device or the backend is not there, or the config cannot be read.
     """
-    settings = DecodeSettings(
-        shapes=shapes,
-        lengths=lengths,
-        batch_sizes=batch_sizes,
-        config=Path(config) if config is not None else None,
-        prefill_lengths=prefill_lengths,
-        dtype=dtype,
-        backend=backend,
-        device=device,
-        check=check,
-        check_lengths=check_lengths,
-        rivals=rivals,
-        time_budget=time_budget,
-        repetitions=repetitions,
-        output_dir=Path(output_dir),
-        overwrite=overwrite,
-    )
-    return _run(settings)
-
-
-def _run(settings: DecodeSettings) -> int:
     from nsa_lightning.benchmark.decode_model import read_transformer_config
     from nsa_lightning.benchmark.decode_report import decode_tables, draw_decode, legend
-    from nsa_lightning.benchmark.report import check_table, tell_failures
-    from nsa_lightning.benchmark.results import environment, measure_and_write
+    from nsa_lightning.benchmark.report import check_table, failed_checks
 
     check_hardware(settings.device, settings.backend)
     model = read_transformer_config(settings.config) if settings.config is not None else None
     where = environment(settings.device)
-    print("  ".join(f"{name} {value}" for name, value in where.items() if value), flush=True)
-    checks, unusable = _check(settings) if settings.check else ([], {})
+    report("  ".join(f"{name} {value}" for name, value in where.items() if value))
+    checks, unusable = _check(settings, progress) if settings.check else ([], {})
     if checks:
-        print(f"\n{check_table(checks)}", flush=True)
-    if tell_failures("nsa bench decode", checks):
-        return 1
+        report(f"\n{check_table(checks)}")
+    if failed := failed_checks(checks):
+        return Outcome("", failed=failed)
     bench = _prepare(settings)
     run = {"environment": where, "ceilings": bench.ceilings._asdict()}
-    measured = _measure(settings, bench, unusable, model)
-    measure_and_write(
+    measured = _measure(settings, bench, unusable, model, progress)
+    return measure_and_write(
         asdict(settings), PLOT_NAME, run, checks, measured, draw_decode,
-        lambda records: f"{legend(bench.ceilings)}\n\n{decode_tables(records)}",
+        lambda records: f"\n{legend(bench.ceilings)}\n\n{decode_tables(records)}",
     )  # fmt: skip
-    return 0
 
 
-def _check(settings: DecodeSettings) -> "tuple[list[Check], dict[str, dict[Rival, str]]]":
+def _check(settings: DecodeSettings, progress: Report) -> "tuple[list[Check], dict[str, dict[Rival, str]]]":
     """The verdict on the kernels for every shape; and by shape the rivals that cannot be used."""
     import torch
     from nsa_kernels import NSAConfig
@@ -185,7 +153,7 @@ def _check(settings: DecodeSettings) -> "tuple[list[Check], dict[str, dict[Rival
     unusable: dict[str, dict[Rival, str]] = {}
     for name in settings.shapes:
         shape = parse_shape(name)
-        _progress(f"checking shape {name}")
+        progress(f"checking shape {name}")
         checks += check_decode(Task(shape, settings.check_lengths, config, dtype, device, backend))
         if settings.rivals:
             unusable[name] = unusable_rivals(shape, config, dtype, device)
@@ -213,6 +181,7 @@ def _measure(
     bench: "DecodeBench",
     unusable: "dict[str, dict[Rival, str]]",
     model: "TransformerConfig | None",
+    progress: Report,
 ) -> "Iterator[list[DecodeRecord]]":
     """The records of one case after another."""
     from nsa_lightning.benchmark.decode_layer import measure_layer
@@ -223,15 +192,11 @@ def _measure(
     for shape in map(parse_shape, settings.shapes):
         for batch_size, length in sizes:
             case = DecodeCase("layer", shape.name, shape.description, batch_size, length)
-            _progress(case.words)
+            progress(case.words)
             yield list(measure_layer(bench, case, shape, unusable.get(shape.name, {}) if settings.rivals else None))
     if settings.config is not None and model is not None:
         name = settings.config.stem
         cases = [DecodeCase("model", name, f"{name}: a step of the whole model", *size) for size in sizes]
         prefills = (DecodeCase("prefill", name, f"{name}: prefill", 1, length) for length in settings.prefill_lengths)
-        for record in measure_model(bench, model, [*cases, *prefills], settings.rivals, _progress):
+        for record in measure_model(bench, model, [*cases, *prefills], settings.rivals, progress):
             yield [record]
-
-
-def _progress(text: str) -> None:
-    print(f"nsa bench decode: {text}", file=sys.stderr, flush=True)

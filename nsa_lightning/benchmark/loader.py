@@ -1,14 +1,17 @@
 """`nsa bench loader`: how fast batches of a prepared set reach the training, and how well they are packed."""
 
 import multiprocessing
-import sys
 import time
+from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from nsa_kernels.errors import SettingError
+from nsa_kernels.settings import check_types
 
+from nsa_lightning.benchmark.results import Report
 from nsa_lightning.data.sets import Packing, open_set
 
 if TYPE_CHECKING:  # torch takes seconds to import, `--help` does not
@@ -20,65 +23,79 @@ _HEADER = (
 )  # fmt: skip
 
 
-def bench_loader(
-    *,
-    prepared: str,
-    packings: list[Packing] = ["sequential", "best_fit"],  # noqa: B006 - read only; jsonargparse shows it
-    seq_lens: list[int] = [8192, 32768, 131072],  # noqa: B006
-    batch_size: int = 1,
-    num_workers: int = 1,
-    tokens: int = 2**27,
-) -> int:
-    """Pack the training split of a prepared set and time its batches, as `nsa fit` gets them.
-
-    Prints a table: sequences, share of padding, documents that are cut, seconds until the sequences are planned and
-    from there to the first batch, tokens a second after it, and the memory that the largest worker has for itself.
-
-    Args:
-        prepared: directory or URL of the set.
-        packings: how documents are laid in sequences.
-        seq_lens: tokens in a sequence.
-        batch_size: sequences in a batch.
-        num_workers: processes that make batches; 0 makes them in this one.
-        tokens: how many are read to measure the speed, at most an epoch.
-
-    Returns:
-        The exit status, 0.
+@dataclass(frozen=True, kw_only=True)
+class LoaderSettings:
+    """The settings of `nsa bench loader`.
 
     Raises:
-        ValueError: a setting that cannot be measured, or the set cannot be read.
+        ValueError: a setting that cannot be measured.
     """
-    for name, least, value in (
-        ("seq_lens", 2, min(seq_lens, default=2)), ("batch_size", 1, batch_size), ("num_workers", 0, num_workers),
-    ):  # fmt: skip
-        if value < least:
-            raise SettingError(f"{name} must be at least {least}, got {value}")
+
+    prepared: str
+    """Directory or URL of the set."""
+
+    packings: list[Packing] = field(default_factory=lambda: ["sequential", "best_fit"])
+    """How documents are laid in sequences."""
+
+    seq_lens: list[int] = field(default_factory=lambda: [8192, 32768, 131072])
+    """Tokens in a sequence."""
+
+    batch_size: int = 1
+    """Sequences in a batch."""
+
+    num_workers: int = 1
+    """Processes that make batches; 0 makes them in this one."""
+
+    tokens: int = 2**27
+    """How many are read to measure the speed, at most an epoch."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        for name, least, value in (
+            ("seq_lens", 2, min(self.seq_lens, default=2)), ("batch_size", 1, self.batch_size),
+            ("num_workers", 0, self.num_workers),
+        ):  # fmt: skip
+            if value < least:
+                raise SettingError(f"{name} must be at least {least}, got {value}")
+
+
+def bench_loader(settings: LoaderSettings, progress: Report) -> str:
+    """Pack the training split of a prepared set and time its batches, as `nsa fit` gets them.
+
+    Args:
+        settings: what is measured.
+        progress: is told what is done next.
+
+    Returns:
+        A table.
+
+    Raises:
+        ValueError: the set cannot be read, or has no training documents.
+    """
     from nsa_lightning.benchmark.report import text_table
 
+    prepared = settings.prepared
     with TemporaryDirectory() as folder:
         store = open_set("prepared", prepared, Path(folder))
-        if not store.manifest.splits["train"].documents:
+        size = store.manifest.splits["train"]
+        if not size.documents:
             raise SettingError(f"prepared must have training documents, {prepared} has none")
-        rows = [
-            _measure(store, packing, seq_len, Path(folder), batch_size, num_workers, tokens)
-            for packing in packings
-            for seq_len in seq_lens
-        ]
-    size = store.manifest.splits["train"]
-    print(f"{prepared}: {size.documents:,} training documents, {size.tokens:,} tokens\n\n{text_table(_HEADER, rows)}")
-    return 0
+        rows = []
+        for packing, seq_len in product(settings.packings, settings.seq_lens):
+            progress(f"{packing}, {seq_len}")
+            rows.append(_measure(store, packing, seq_len, Path(folder), settings))
+    return f"{prepared}: {size.documents:,} training documents, {size.tokens:,} tokens\n\n{text_table(_HEADER, rows)}"
 
 
 def _measure(
-    store: "TokenStore", packing: Packing, seq_len: int, folder: Path, batch_size: int, num_workers: int, tokens: int
+    store: "TokenStore", packing: Packing, seq_len: int, folder: Path, settings: LoaderSettings
 ) -> tuple[str, ...]:
     from nsa_lightning.data.dataset import PackedSplit
 
-    print(f"nsa bench loader: {packing}, {seq_len}", file=sys.stderr, flush=True)
     start = time.perf_counter()
     split = PackedSplit(store, "train", seq_len, packing, folder)
     planned = time.perf_counter() - start
-    first, speed, memory = _stream(split, batch_size, num_workers, tokens)
+    first, speed, memory = _stream(split, settings)
     size = split.plan.num_sequences
     return (
         f"{packing}, {seq_len}",
@@ -92,7 +109,7 @@ def _measure(
     )
 
 
-def _stream(split: "PackedSplit", batch_size: int, num_workers: int, tokens: int) -> tuple[float, float, int]:
+def _stream(split: "PackedSplit", settings: LoaderSettings) -> tuple[float, float, int]:
     """Seconds to the first batch, tokens a second after it, bytes of the largest worker."""
     import numpy as np
 
@@ -102,7 +119,7 @@ def _stream(split: "PackedSplit", batch_size: int, num_workers: int, tokens: int
 
     byte_lengths = np.ones(split.tokens.store.manifest.vocab_size, dtype=np.int64)
     dataset = PackedDataset([split], Shuffled([split.plan.num_sequences], {"": 1.0}, seed=0), byte_lengths, padding=0)
-    loader = PackedLoader(dataset, batch_size=batch_size, num_workers=num_workers)
+    loader = PackedLoader(dataset, batch_size=settings.batch_size, num_workers=settings.num_workers)
     start = time.perf_counter()
     batches = iter(loader)
     next(batches)
@@ -110,7 +127,7 @@ def _stream(split: "PackedSplit", batch_size: int, num_workers: int, tokens: int
     read = 0
     for batch in batches:
         read += len(batch.tokens)
-        if read >= tokens:
+        if read >= settings.tokens:
             break
     elapsed = time.perf_counter() - first
     memory = max((_private_bytes(worker.pid) for worker in multiprocessing.active_children()), default=0)

@@ -1,6 +1,5 @@
 """The tables of `nsa bench kernels`, in plain text."""
 
-import sys
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 
@@ -51,12 +50,9 @@ def check_table(checks: Sequence[Check]) -> str:
     return title + "\n\n" + text_table(("stage", "output", "gradients", "bound", "", "note"), rows)
 
 
-def tell_failures(command: str, checks: Sequence[Check]) -> bool:
-    """Say on stderr which checks failed, if any did, and that nothing was timed for it."""
-    failed = [f"{check.shape} {check.stage}" for check in checks if not check.passed]
-    if failed:
-        print(f"{command}: nothing was timed, these checks failed: {', '.join(failed)}", file=sys.stderr)
-    return bool(failed)
+def failed_checks(checks: Sequence[Check]) -> tuple[str, ...]:
+    """The checks that failed, each by its shape and stage."""
+    return tuple(f"{check.shape} {check.stage}" for check in checks if not check.passed)
 
 
 def legend(ceilings: Ceilings) -> str:

@@ -5,11 +5,22 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from nsa_lightning.benchmark.cases import RESULTS_NAME, Shape
 
 WHOLE, REST = "whole", "gates and rest"
+
+Report = Callable[[str], None]
+"""Is told something for the user, as soon as it is known."""
+
+
+class Outcome(NamedTuple):
+    """What a benchmark found."""
+
+    text: str  # its tables
+    written: tuple[Path, ...] = ()  # files
+    failed: tuple[str, ...] = ()  # checks for which nothing was timed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,8 +131,8 @@ def measure_and_write(
     measured: Iterable[list[_Row]],
     draw: Callable[[list[_Row], str, Path], object],
     tables: Callable[[list[_Row]], str],
-) -> None:
-    """Take one case after another, write all results so far after each, and in the end draw and print them.
+) -> Outcome:
+    """Take one case after another, write all results so far after each, and in the end draw them.
 
     Args:
         settings: of the run, output_dir and dtype among them.
@@ -139,7 +150,7 @@ def measure_and_write(
         write_results(results, settings, run, checks, records)
     title = f"{run['environment']['device']}, {settings['dtype']}, torch {run['environment']['torch']}"
     write_whole(plot, lambda part: draw(records, title, part))
-    print(f"\n{tables(records)}\n\nwritten: {results}, {plot}")
+    return Outcome(tables(records), (results, plot))
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:

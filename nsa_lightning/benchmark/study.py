@@ -9,6 +9,8 @@ from typing import Any
 
 from nsa_kernels.errors import SettingError
 
+from nsa_lightning.benchmark.results import Outcome, write_results, write_whole
+
 Curve = list[tuple[float, float]]
 """Points (tokens in millions or hours, nats), in order of the first."""
 
@@ -65,24 +67,12 @@ class StudyRun:
         }  # fmt: skip
 
 
-def bench_study(*, runs_dir: str = "runs/study", output_dir: str | None = None) -> int:
-    """Lay runs on the same data side by side: losses, loss by position, copying, at equal tokens and at equal time.
-
-    Reads what `nsa fit` logged to TensorBoard. Every directory in `runs_dir` is a run, its newest version counts.
-    Prints a table and writes study.json and study.png.
-
-    Args:
-        runs_dir: directory with a directory of `nsa fit` for each run, as trainer.logger's save_dir.
-        output_dir: where results are written; `runs_dir` if not given.
-
-    Returns:
-        The exit status, 0.
+def bench_study(runs_dir: str, output_dir: str | None) -> Outcome:
+    """Lay the runs of a study side by side; writes study.json and study.png. Arguments as `nsa bench study` has them.
 
     Raises:
         ValueError: there is no run with a validation.
     """
-    from nsa_lightning.benchmark.results import write_results, write_whole
-
     root = Path(runs_dir).expanduser()
     runs = [run for run in map(read_run, sorted(root.glob("*/version_*/.."))) if run is not None]
     runs = list({run.name: run for run in runs}.values())
@@ -92,8 +82,7 @@ def bench_study(*, runs_dir: str = "runs/study", output_dir: str | None = None) 
     target.mkdir(parents=True, exist_ok=True)
     write_results(target / "study.json", {"runs_dir": runs_dir}, {}, [], runs)
     write_whole(target / "study.png", lambda part: draw_study(runs, part))
-    print(f"{study_table(runs)}\n\nwritten: {target / 'study.json'}, {target / 'study.png'}")
-    return 0
+    return Outcome(study_table(runs), (target / "study.json", target / "study.png"))
 
 
 def read_run(directory: Path) -> StudyRun | None:

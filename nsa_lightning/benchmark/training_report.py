@@ -7,7 +7,7 @@ from typing import Any
 
 from nsa_lightning.benchmark.report import number, text_table
 from nsa_lightning.benchmark.results import ratio
-from nsa_lightning.benchmark.training import TrainingCase
+from nsa_lightning.benchmark.training_cases import TrainingCase
 
 _COLOURS = {"nsa": "#0b6e4f", "full": "#c8553d"}
 _OTHER_COLOUR = "#5b5f97"

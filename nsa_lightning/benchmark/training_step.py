@@ -1,25 +1,18 @@
-"""What one process of `nsa bench training` does: steps of a Trainer on random tokens, timed."""
+"""What one process of `nsa bench training` measures: steps of training on random tokens, timed."""
 
-import json
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader, Dataset
 
 from nsa_lightning.benchmark.cases import DocumentMix, document_lengths
-from nsa_lightning.benchmark.results import environment, write_whole
 from nsa_lightning.data.batch import IGNORE_INDEX, PackedBatch
-from nsa_lightning.training.callbacks import TokenThroughput
-from nsa_lightning.training.compat import accumulates
-from nsa_lightning.training.module import LanguageModel
-from nsa_lightning.training.strategy import ranks_a_batch
 
 _PROFILED_STEPS = 2
 
@@ -87,28 +80,33 @@ def random_loader(settings: StepSettings, vocab_size: int, seq_len: int, batch_s
     return DataLoader(RandomBatches(vocab_size, lengths, batches), None, pin_memory=torch.cuda.is_available())
 
 
-class StepClock(Callback):
-    """Times the steps after warm-up and writes what was measured.
+class StepTimes(NamedTuple):
+    """Of the measured steps on this rank."""
 
-    The device is waited for where the measured steps begin and where they end, not in between.
-    """
+    median_ms: float
+    mean_ms: float
+    peak_bytes: int | None
+    nccl_alone: float | None
+
+
+class StepTimer:
+    """Times the steps after warm-up; the device is waited for where they begin and where they end, not in between."""
 
     def __init__(self, settings: StepSettings) -> None:
         self.settings = settings
         self._marks: list[Any] = []
         self._peak: int | None = None
-        self._tokens = 0
         kinds = [ProfilerActivity.CUDA] if torch.cuda.is_available() else None
         self._profile = profile(activities=kinds) if settings.profile else None
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: PackedBatch, batch_idx: int
-    ) -> None:
-        """Mark the end of a step of the optimizer."""
-        if accumulates(trainer):
-            return
-        device, step = trainer.strategy.root_device, trainer.global_step - self.settings.warmup_steps
-        self._tokens = len(batch.tokens)
+    def end_step(self, number: int, device: torch.device) -> None:
+        """Mark the end of a step of the optimizer.
+
+        Args:
+            number: of the step, from 1 on, those of the warm-up included.
+            device: that computes it.
+        """
+        step = number - self.settings.warmup_steps
         if step == 0:
             _wait(device)
             if device.type == "cuda":
@@ -121,33 +119,14 @@ class StepClock(Callback):
             if self._profile is not None:
                 self._profile.start()
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Ask the other ranks for their peak, and write the result."""
-        assert isinstance(pl_module, LanguageModel)
-        device = trainer.strategy.root_device
+    def finish(self, device: torch.device) -> StepTimes:
+        """What was measured, once all steps have ended."""
         _wait(device)
         if self._profile is not None:
             self._profile.stop()
-        peak = trainer.strategy.reduce(torch.tensor(self._peak or 0, device=device), reduce_op="max")
         milliseconds = [_elapsed(*pair) for pair in zip(self._marks, self._marks[1:], strict=False)]
-        median = statistics.median(milliseconds)
-        flops = (pl_module.flops_per_batch or 0) * trainer.accumulate_grad_batches  # of this rank
-        throughput = TokenThroughput()
-        throughput.setup(trainer, pl_module, "fit")
-        available, sharing = throughput.available_flops, ranks_a_batch(trainer)
-        measurement = StepMeasurement(
-            world_size=trainer.world_size,
-            ranks_a_batch=sharing,
-            tokens=self._tokens * trainer.accumulate_grad_batches * trainer.world_size // sharing,
-            step_ms=median,
-            mean_step_ms=statistics.mean(milliseconds),
-            mfu=flops / (median / 1e3) / available if available else None,
-            peak_bytes=int(peak) if self._peak is not None else None,
-            nccl_alone=nccl_alone(_kernels(self._profile)) if self._profile is not None else None,
-            environment=environment(str(device)),
-        )
-        if trainer.is_global_zero:
-            write_whole(self.settings.result, lambda part: part.write_text(json.dumps(asdict(measurement))))
+        alone = nccl_alone(_kernels(self._profile)) if self._profile is not None else None
+        return StepTimes(statistics.median(milliseconds), statistics.mean(milliseconds), self._peak, alone)
 
 
 def _mark(device: torch.device) -> Any:

@@ -13,8 +13,8 @@ from nsa_lightning.checkpoint.weights import WeightFiles, hugging_face_name
 from nsa_lightning.data.tokenizer import load_tokenizer
 from nsa_lightning.model.config import TransformerConfig
 from nsa_lightning.model.loss import token_cross_entropy
+from nsa_lightning.model.positions import POSITION_BUCKETS, position_buckets
 from nsa_lightning.model.transformer import Transformer
-from nsa_lightning.training.metrics import LossByPosition
 
 Model = tuple[TransformerConfig, WeightFiles]
 
@@ -57,11 +57,12 @@ def measure_difference(models: dict[str, Model], sample: Sample) -> Difference:
     losses: dict[str, float] = {}
     by_position: dict[str, dict[str, float]] = {}
     for name, model in models.items():
-        nats, metric = token_losses(*model, sample.tokens), LossByPosition()
-        metric.update(nats, torch.arange(len(nats)), torch.ones_like(nats, dtype=torch.bool))
+        nats = token_losses(*model, sample.tokens)
         losses[name] = float(nats.mean())
-        for start, loss in metric.compute().items():
-            by_position.setdefault(start, {})[name] = float(loss)
+        buckets = position_buckets(torch.arange(len(nats)))
+        for bucket in range(int(buckets[-1]) + 1):
+            start, inside = str(POSITION_BUCKETS[bucket]), nats[buckets == bucket]
+            by_position.setdefault(start, {})[name] = float(inside.double().mean())
     return Difference(losses, by_position, len(sample.tokens), sample.path)
 
 

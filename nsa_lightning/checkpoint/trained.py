@@ -11,7 +11,10 @@ from nsa_kernels.errors import SettingError
 from torch import Tensor
 
 from nsa_lightning.checkpoint.directory import read_config, transformer_config
-from nsa_lightning.checkpoint.run_files import KEY, files_directory, last_of_run, unpack
+from nsa_lightning.checkpoint.find import find_last
+from nsa_lightning.checkpoint.run_files import KEY, TOKENIZER, directory_of_run, unpack
+from nsa_lightning.checkpoint.sharded import META, read_weights
+from nsa_lightning.checkpoint.summary import check_same_sizes, read_summary
 from nsa_lightning.checkpoint.weights import WeightFiles
 from nsa_lightning.model.config import TransformerConfig
 from nsa_lightning.model.transformer import Transformer
@@ -38,9 +41,20 @@ def open_trained(path: Path, setting: str) -> Trained:
     """
     if (path / "config.json").is_file():
         return _open_directory(path, setting)
-    found = last_of_run(path, setting) if path.is_dir() else path
+    found = _last_of_run(path, setting) if path.is_dir() and not (path / META).is_file() else path
     opened = _open_checkpoint(found, setting)
     return opened if found == path else opened._replace(remark=f"{setting} is {found}")
+
+
+def _last_of_run(directory: Path, setting: str) -> Path:
+    """The complete checkpoint that was written last: below `runs/name`, one of its versions or one of checkpoints."""
+    found = find_last(directory, setting=setting)
+    if found is None:
+        raise SettingError(
+            f"{setting} must be a checkpoint of nsa fit, a run's directory, or one of nsa convert, nsa export or a "
+            f"dense model, got the directory {directory}, which has neither config.json nor a whole checkpoint"
+        )
+    return found
 
 
 def _open_directory(path: Path, setting: str) -> Trained:
@@ -58,9 +72,6 @@ def _open_checkpoint(path: Path, setting: str) -> Trained:
     kinds = f"{setting} must be a checkpoint of nsa fit or a directory of nsa convert, nsa export or a dense model"
     if not path.exists():
         raise SettingError(f"{kinds}, got {path}, which does not exist")
-    from nsa_lightning.training.checkpoints import check_same_sizes, read_summary  # imports Lightning: seconds
-    from nsa_lightning.training.sharded_checkpoint import read_weights
-
     summary = read_summary(path, setting)
     settings = summary.get("hyper_parameters", {}).get("transformer")
     config = transformer_config(settings, f"{setting}={path}")
@@ -72,8 +83,7 @@ def _open_checkpoint(path: Path, setting: str) -> Trained:
     else:
         state = torch.load(path, mmap=True, weights_only=True, map_location="cpu")["state_dict"]
     unpacked = unpack(summary[KEY]) if summary.get(KEY) else None
-    directory = Path(unpacked.name) if unpacked is not None else files_directory(path)
-    tokenizer = directory / "tokenizer.json" if directory is not None else None
+    tokenizer = (Path(unpacked.name) if unpacked is not None else directory_of_run(path)) / TOKENIZER
     rope = config.rope
     reach = int((rope.original_max_seq_len or 0) * rope.factor)
     made_for = max(config.context_length or 0, config.max_seq_len or 0, reach) or 2048
@@ -81,6 +91,6 @@ def _open_checkpoint(path: Path, setting: str) -> Trained:
         replace(config, context_length=made_for),
         made_for,
         lambda name: state[name if name.startswith("model.") else f"model.{name}"],
-        tokenizer if tokenizer is not None and tokenizer.is_file() else None,
+        tokenizer if tokenizer.is_file() else None,
         unpacked=unpacked,
     )

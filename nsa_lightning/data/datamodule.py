@@ -1,7 +1,7 @@
 """Prepared sets to batches: what `nsa fit` reads, and where it goes on after a stop."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,14 +14,16 @@ from numpy.typing import NDArray
 
 from nsa_lightning.data.best_fit import BEST_FIT
 from nsa_lightning.data.dataset import PackedDataset, PackedSplit
-from nsa_lightning.data.documents import SPLITS
 from nsa_lightning.data.loader import PackedLoader, ResumableLoader
 from nsa_lightning.data.order import ORDER, InTurn, Order, Shuffled
 from nsa_lightning.data.packing import SEQUENTIAL
-from nsa_lightning.data.prepare import check_fractions, make_plan, prepare
+from nsa_lightning.data.plan import make_plan
+from nsa_lightning.data.prepare import prepare
 from nsa_lightning.data.sets import MixtureSet, Packing, check_origin, common_tokenizer, open_set
+from nsa_lightning.data.settings import TextSettings
+from nsa_lightning.data.splits import SPLITS
 from nsa_lightning.data.token_store import TokenStore
-from nsa_lightning.data.tokenizer import Tokenizer, TokenizerConfig
+from nsa_lightning.data.tokenizer import Tokenizer
 from nsa_lightning.paths import expand_path
 
 Loader = TypeVar("Loader", bound=PackedLoader)
@@ -35,15 +37,6 @@ class PackedTextDataModule(L.LightningDataModule):
     Exactly one of `sources`, `prepared` and `mixture` says where the text comes from.
 
     Args:
-        sources: files, directories, globs (`**` for any depth) and URLs of text, code, `.json(l)` and `.parquet`; text
-            and json(l) also as `.gz` and `.zst`. `~` is expanded, and `{stdlib}` stands for Python's standard library.
-            They are prepared once, in the cache.
-        include: globs of the files to read among `sources`; left out, all.
-        exclude: globs of files and directories to leave out; a relative one, such as `test_*.py`, at any depth.
-            One that matches nothing is told.
-        text_field: the field of a jsonl line, or the column of a parquet file, that holds the text.
-        skip_binary: take a file of `sources` that is no UTF-8 text for an empty document, and go on.
-        tokenizer: how text becomes tokens; a prepared set has its own.
         prepared: the directory or URL of a set that `nsa prepare` made.
         mixture: prepared sets by name, each with a weight: its share of the sequences. An epoch lasts until every set
             has been seen in full, smaller ones begin again.
@@ -53,13 +46,12 @@ class PackedTextDataModule(L.LightningDataModule):
         curriculum: optimizer steps, the first of them 0, each with the longest piece of a document from there on:
             `{0: 8192, 2000: 32768}`. Longer ones are cut into documents of their own; sequences stay as long.
         batch_size: sequences in a step on each rank.
-        val_fraction: share of the documents of `sources` held out for validation, by a hash of their text.
-        test_fraction: share of them held out for the test, by the same hash.
         seed: shuffles the sequences, anew each epoch.
         num_workers: processes that make batches; 0 makes them in the training process.
         cache_dir: where tokenizers, tokens and plans are kept; left out, `$XDG_CACHE_HOME/nsa-lightning` or
             `~/.cache/nsa-lightning`.
         verify_checksums: read every file of the sets before the start, and compare it with its checksum.
+        text: the settings of `TextSettings`, `sources` among them, which are prepared once, in the cache.
 
     Raises:
         ValueError: a setting is out of its range.
@@ -68,41 +60,27 @@ class PackedTextDataModule(L.LightningDataModule):
     def __init__(
         self,
         *,
-        sources: Sequence[str] | str = (),
-        include: Sequence[str] | str = (),
-        exclude: Sequence[str] | str = (),
-        text_field: str = "text",
-        skip_binary: bool = False,
-        tokenizer: TokenizerConfig = TokenizerConfig(),  # noqa: B008  (frozen)
         prepared: str | None = None,
         mixture: dict[str, MixtureSet] | None = None,
         packing: Packing = "sequential",
         seq_len: int = 8192,
         curriculum: dict[int, int] | None = None,
         batch_size: int = 1,
-        val_fraction: float = 0.01,
-        test_fraction: float = 0.01,
         seed: int = 0,
         num_workers: int = 1,
         cache_dir: str | None = None,
         verify_checksums: bool = False,
+        **text: Any,
     ) -> None:
         super().__init__()
         check_arguments(PackedTextDataModule.__init__, locals(), "data.")
-        self.sources = _listed(sources)
-        self.include = _listed(include)
-        self.exclude = _listed(exclude)
-        self.text_field = text_field
-        self.skip_binary = skip_binary
-        self.tokenizer_config = tokenizer
+        self.text = TextSettings(**text)
         self.prepared = prepared
         self.mixture = dict(sorted((mixture or {}).items()))  # the order in which they are written changes nothing
         self.packing: Packing = packing
         self.seq_len = seq_len
         self.curriculum = curriculum or {}
         self.batch_size = batch_size
-        self.val_fraction = val_fraction
-        self.test_fraction = test_fraction
         self.seed = seed
         self.num_workers = num_workers
         self.cache_dir = _cache_dir(cache_dir)
@@ -152,7 +130,7 @@ class PackedTextDataModule(L.LightningDataModule):
             self.cache_dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise SettingError(f"data.cache_dir={str(self.cache_dir)!r} cannot be made: {error.strerror}") from error
-        self._places = [self._prepare_sources()] if self.sources else list(self._configured.values())
+        self._places = [self._prepare_sources()] if self.text.sources else list(self._configured.values())
         for store in self._open_sets():
             if self.verify_checksums:
                 store.verify()
@@ -167,9 +145,7 @@ class PackedTextDataModule(L.LightningDataModule):
         if self._places is None:
             self.prepare_data()
         self._stores = self._open_sets()
-        self._tokenizer = common_tokenizer(
-            dict(zip(self._configured, self._stores, strict=True)), self.tokenizer_config
-        )
+        self._tokenizer = common_tokenizer(dict(zip(self._configured, self._stores, strict=True)), self.text.tokenizer)
         for store in self._stores:
             if store.manifest.first_bytes is None and not self._tokenizer.is_byte_level:
                 rank_zero_warn(
@@ -244,11 +220,11 @@ class PackedTextDataModule(L.LightningDataModule):
         old = state_dict["tokenizer"], state_dict["vocab_size"]
         new = self.tokenizer.fingerprint, self.vocab_size
         if old != new:
-            trained = self.sources and not self.tokenizer_config.path
+            trained = self.text.sources and not self.text.tokenizer.path
             origin = ", trained on what data.sources hold now" if trained else ""
             remedy = (
                 "set data.tokenizer.path to the tokenizer.json beside that run's config.yaml"
-                if self.sources
+                if self.text.sources
                 else "use sets that were prepared with the tokenizer.json beside that run's config.yaml"
             )
             raise SettingError(
@@ -258,8 +234,8 @@ class PackedTextDataModule(L.LightningDataModule):
         self._train_state = state_dict["train"]
 
     def _check_settings(self) -> None:
-        choice = {"data.include": self.include, "data.exclude": self.exclude}
-        check_origin(self.sources, self.prepared, self.mixture, choice)
+        choice = {"data.include": self.text.include, "data.exclude": self.text.exclude}
+        check_origin(self.text.sources, self.prepared, self.mixture, choice)
         for name, least in {"seq_len": 2, "batch_size": 1, "seed": 0, "num_workers": 0}.items():
             if getattr(self, name) < least:
                 raise SettingError(f"data.{name} must be at least {least}, got {getattr(self, name)}")
@@ -267,7 +243,6 @@ class PackedTextDataModule(L.LightningDataModule):
             raise SettingError(
                 f"data.batch_size times data.seq_len must be below 2**31, got {self.batch_size} and {self.seq_len}"
             )
-        check_fractions(self.val_fraction, self.test_fraction)
         _check_curriculum(self.curriculum, self.seq_len)
 
     def _check_split(self, split: str) -> None:
@@ -275,7 +250,7 @@ class PackedTextDataModule(L.LightningDataModule):
         if not empty or (split != "train" and len(empty) < len(self.stores)):
             return
         manifest = empty[0].manifest
-        total, prefix = manifest.num_documents, "data." if self.sources else f"{empty[0].path} was prepared with "
+        total, prefix = manifest.num_documents, "data." if self.text.sources else f"{empty[0].path} was prepared with "
         if split == "train":
             fractions = f"val_fraction={manifest.val_fraction} and test_fraction={manifest.test_fraction}"
             raise SettingError(f"{prefix}{fractions}, which leave no training document among {total}; lower them")
@@ -288,16 +263,7 @@ class PackedTextDataModule(L.LightningDataModule):
 
     def _prepare_sources(self) -> str:
         """The directory of the set in the cache that holds `sources`."""
-        plan = make_plan(
-            self.sources,
-            self.tokenizer_config,
-            include=self.include,
-            exclude=self.exclude,
-            text_field=self.text_field,
-            skip_binary=self.skip_binary,
-            val_fraction=self.val_fraction,
-            test_fraction=self.test_fraction,
-        )
+        plan = make_plan(self.text)
         path = self.cache_dir / f"set-{plan.fingerprint}"
         prepare(plan, path)
         return str(path)
@@ -398,10 +364,6 @@ def _check_curriculum(curriculum: Mapping[int, int], seq_len: int) -> None:
         raise SettingError(
             f"data.curriculum must have ascending lengths from 2 to data.seq_len={seq_len}, got {lengths}"
         )
-
-
-def _listed(names: Sequence[str] | str) -> list[str]:
-    return [names] if isinstance(names, str) else list(names)
 
 
 def _cache_dir(path: str | None) -> Path:

@@ -13,10 +13,9 @@ from typing import Any, BinaryIO, NamedTuple, cast
 
 from nsa_kernels.errors import SettingError
 
+from nsa_lightning.data.settings import TextSettings
 from nsa_lightning.data.sources import JSON_LINES, Part, file_kind, readable
 from nsa_lightning.data.storage import open_binary
-
-SPLITS = ("train", "val", "test")
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +27,7 @@ class Document(NamedTuple):
     text: str
 
 
-def iter_documents(parts: Iterable[Part], text_field: str, *, skip_binary: bool = False) -> Iterator[Document]:
+def iter_documents(parts: Iterable[Part], settings: TextSettings) -> Iterator[Document]:
     """Read the documents of `parts` in order, empty ones too: who stores them counts and skips those.
 
     A `.jsonl` or `.ndjson` line or a `.parquet` row is one document, its `text_field`; so is each record of a `.json`
@@ -38,6 +37,7 @@ def iter_documents(parts: Iterable[Part], text_field: str, *, skip_binary: bool 
     Raises:
         ValueError: a file cannot be read or decoded, or has no such field.
     """
+    text_field, skip_binary = settings.text_field, settings.skip_binary
     for part in parts:
         kind = file_kind(part.name).removesuffix(".gz").removesuffix(".zst")
         if kind.endswith(JSON_LINES):
@@ -57,13 +57,11 @@ class PartRead(NamedTuple):
     digest: str  # of their texts
 
 
-def read_parts(
-    parts: Iterable[Part], text_field: str, *, skip_binary: bool = False, read: Callable[[PartRead], None]
-) -> Iterator[Document]:
+def read_parts(parts: Iterable[Part], settings: TextSettings, read: Callable[[PartRead], None]) -> Iterator[Document]:
     """Read documents as `iter_documents` does, and tell `read` of each part that is done."""
     for part in parts:
         digest = hashlib.blake2b(digest_size=16)
-        for document in iter_documents([part], text_field, skip_binary=skip_binary):
+        for document in iter_documents([part], settings):
             text = document.text.encode()
             digest.update(len(text).to_bytes(8))
             digest.update(text)
@@ -71,28 +69,15 @@ def read_parts(
         read(PartRead(part, digest.hexdigest()))
 
 
-def holds_still(found: PartRead, text_field: str, *, skip_binary: bool = False) -> bool:
+def holds_still(found: PartRead, settings: TextSettings) -> bool:
     """Whether a part has the documents that were read of it once."""
     again: list[PartRead] = []
     try:
-        for _ in read_parts([found.part], text_field, skip_binary=skip_binary, read=again.append):
+        for _ in read_parts([found.part], settings, again.append):
             pass
     except SettingError:
         return False
     return again == [found]
-
-
-def text_fraction(text: str) -> float:
-    """A number in [0, 1) that depends on the text alone: equal texts meet in one split, whatever their names."""
-    return (int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) >> 11) / 2**53
-
-
-def split_of(text: str, val_fraction: float, test_fraction: float) -> str:
-    """The split of a document: the same in any run and any worker."""
-    fraction = text_fraction(text)
-    if fraction < test_fraction:
-        return "test"
-    return "val" if fraction < test_fraction + val_fraction else "train"
 
 
 @contextmanager

@@ -19,8 +19,9 @@ import numpy as np
 from nsa_kernels.errors import SettingError
 from numpy.typing import NDArray
 
-from nsa_lightning.data.documents import SPLITS, Document, PartRead, split_of
+from nsa_lightning.data.documents import Document, PartRead
 from nsa_lightning.data.sources import Part
+from nsa_lightning.data.splits import SPLITS, split_of
 from nsa_lightning.data.storage import save_array, whole_directory, whole_file
 from nsa_lightning.data.token_store import (
     BYTE_COUNT,

@@ -25,7 +25,7 @@ import numpy as np
 from nsa_kernels.errors import SettingError
 from numpy.typing import NDArray
 
-from nsa_lightning.data.documents import SPLITS
+from nsa_lightning.data.splits import SPLITS
 from nsa_lightning.data.storage import filesystem_of, is_url, open_binary, retried, whole_file, writable
 from nsa_lightning.data.tokenizer import Tokenizer, load_tokenizer
 

@@ -18,7 +18,7 @@ from nsa_kernels.errors import SettingError
 from nsa_kernels.settings import check_types
 from numpy.typing import NDArray
 
-from nsa_lightning.data.documents import text_fraction
+from nsa_lightning.data.splits import text_fraction
 from nsa_lightning.data.storage import whole_file
 from nsa_lightning.data.token_names import END_OF_TEXT_NAMES, SETTINGS, find_end_of_text, read_settings
 from nsa_lightning.paths import expand_path

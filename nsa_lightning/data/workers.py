@@ -1,26 +1,30 @@
 """Processes that tokenise shards, one at a time each, and the bar that shows how far they are."""
 
-import itertools
 import multiprocessing
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
+from multiprocessing.connection import Connection
+from multiprocessing.queues import SimpleQueue
 from pathlib import Path
+from threading import Thread
+from typing import NamedTuple
 
 from nsa_kernels.errors import SettingError
 
 from nsa_lightning.data.documents import PartRead, read_parts
+from nsa_lightning.data.settings import TextSettings
 from nsa_lightning.data.shards import shard_path, write_shard
 from nsa_lightning.data.sources import Part
 from nsa_lightning.data.tokenizer import Tokenizer, load_tokenizer
 
 SMALL = 2**22  # bytes of text that are tokenised before a process has started
+_REFRESH = 0.2  # seconds between looks at how far the workers are
 
 Task = tuple[int, Sequence[Part]]
 """A shard's number and parts."""
@@ -34,11 +38,8 @@ class ShardJob:
     """How parts become shards of the set at `path`, whose tokenizer.json is there already."""
 
     path: Path
-    text_field: str
-    skip_binary: bool
+    text: TextSettings
     end_of_text: str
-    val_fraction: float
-    test_fraction: float
     seed: int
     block_size: int
 
@@ -63,11 +64,10 @@ class ShardJob:
 
         write_shard(
             shard_path(self.path, number),
-            read_parts(parts, self.text_field, skip_binary=self.skip_binary, read=tell),
+            read_parts(parts, self.text, tell),
             tokenizer,
             parts=read,
-            val_fraction=self.val_fraction,
-            test_fraction=self.test_fraction,
+            **self.text.fractions,
             order=(self.seed, number),
             block_size=self.block_size,
             progress=progress,
@@ -113,65 +113,54 @@ def tokenise_shards(job: ShardJob, shards: Sequence[Sequence[Part]], missing: Se
 
 def _in_processes(job: ShardJob, tasks: Sequence[Task], num_workers: int, report: Report) -> None:
     context = multiprocessing.get_context("spawn")  # a fork would take over locks that threads hold
-    waiting = iter(tasks)
-    workers: dict[Connection, SpawnProcess] = {}
+    reader, alive = context.Pipe(duplex=False)
+    progress = context.SimpleQueue()
+    pool = ProcessPoolExecutor(min(num_workers, len(tasks)), context, _begin, (reader, progress, job))
     try:
-        for first in itertools.islice(waiting, num_workers):
-            pipe, theirs = context.Pipe()
-            workers[pipe] = context.Process(target=_work, args=(theirs, job), daemon=True)
-            workers[pipe].start()
-            theirs.close()
-            _hand(pipe, first)
-        busy = set(workers)
-        while busy:
-            for pipe in busy.intersection(wait(busy)):
-                match _receive(pipe, workers[pipe]):
-                    case (size, tokens):
-                        report(size, tokens)
-                    case None:
-                        task = next(waiting, None)
-                        busy.remove(pipe) if task is None else _hand(pipe, task)
-                    case failure:
-                        raise SettingError(failure)
+        pending = {pool.submit(_make_shard, *task) for task in tasks}
+        while pending:
+            done, pending = wait(pending, timeout=_REFRESH, return_when=FIRST_COMPLETED)
+            while not progress.empty():
+                report(*progress.get())
+            for future in done:
+                future.result()
+    except BaseException as error:
+        alive.close()  # which ends the workers at once
+        if isinstance(error, BrokenProcessPool):
+            advice = "if memory is short, lower num_workers or shard_size"
+            raise SettingError(f"a worker process was killed; {advice}") from error
+        raise
     finally:
-        for worker in workers.values():
-            worker.terminate()
-        for worker in workers.values():
-            worker.join()
+        pool.shutdown(cancel_futures=True)
 
 
-def _hand(pipe: Connection, task: Task) -> None:
-    with suppress(BrokenPipeError):  # of a worker that ended: `_receive` says so
-        pipe.send(task)
+class _Worker(NamedTuple):
+    """What a worker process has for all its shards."""
+
+    job: ShardJob
+    tokenizer: Tokenizer
+    progress: "SimpleQueue[tuple[int, int]]"
 
 
-def _receive(pipe: Connection, worker: SpawnProcess) -> tuple[int, int] | str | None:
-    try:
-        return pipe.recv()
-    except (EOFError, ConnectionResetError) as error:
-        worker.join()
-        advice = "if memory is short, lower num_workers or shard_size"
-        raise SettingError(f"a worker process ended with status {worker.exitcode}; {advice}") from error
+_worker: _Worker | None = None
 
 
-def _work(pipe: Connection, job: ShardJob) -> None:
-    """Make the shards that come through the pipe. Sent back are progress, None after each and the text of an error."""
+def _begin(alive: Connection, progress: "SimpleQueue[tuple[int, int]]", job: ShardJob) -> None:
+    """Begin a worker process; it ends when nobody holds the other end of `alive`, however the parent went."""
+    global _worker  # noqa: PLW0603 (the one of this process)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it too, and ends this process
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # every core has its own process
+    Thread(target=_end_with_parent, args=(alive,), daemon=True).start()
+    _worker = _Worker(job, job.tokenizer(), progress)
 
-    def tell(message: tuple[int, int] | str | None) -> None:
-        try:
-            pipe.send(message)
-        except OSError:  # the parent is gone
-            sys.exit()
 
-    try:
-        tokenizer = job.tokenizer()
-        while True:
-            number, parts = pipe.recv()
-            job.write(number, parts, tokenizer, lambda size, tokens: tell((size, tokens)))
-            tell(None)
-    except EOFError:  # the parent is gone
-        return
-    except SettingError as error:
-        tell(str(error))
+def _end_with_parent(alive: Connection) -> None:
+    with suppress(EOFError, OSError):
+        alive.recv()
+    os._exit(1)
+
+
+def _make_shard(number: int, parts: Sequence[Part]) -> None:
+    assert _worker is not None, "_begin comes first"
+    job, tokenizer, progress = _worker
+    job.write(number, parts, tokenizer, lambda size, tokens: progress.put((size, tokens)))

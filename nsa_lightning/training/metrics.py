@@ -6,10 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from nsa_lightning.model.positions import POSITION_BUCKETS, position_buckets
 from nsa_lightning.training.compat import CastMetric
-
-POSITION_BUCKETS = [0, *(2**exponent for exponent in range(8, 25))]
-"""First predicting position of each bucket of `LossByPosition`; it ends where the next begins."""
 
 
 class _ExactSums(CastMetric):
@@ -78,8 +76,7 @@ class LossByPosition(_ExactSums):
 
     def update(self, losses: Tensor, positions: Tensor, scored: Tensor) -> None:
         """Add the losses [T] of what the tokens at positions [T] of their documents predict, where `scored` [T]."""
-        starts = torch.tensor(POSITION_BUCKETS[1:], device=positions.device)
-        bucket = torch.bucketize(positions, starts, right=True)
+        bucket = position_buckets(positions)
         self.nats.index_add_(0, bucket, losses.double().where(scored, 0.0))
         self.tokens.index_add_(0, bucket, scored.double())
 

@@ -19,6 +19,7 @@ from torch.optim import AdamW, Optimizer
 
 from nsa_lightning.checkpoint.differences import differences
 from nsa_lightning.checkpoint.directory import read_config
+from nsa_lightning.checkpoint.summary import check_same_sizes
 from nsa_lightning.checkpoint.weights import WeightFiles, load_weights
 from nsa_lightning.data.batch import IGNORE_INDEX, PackedBatch
 from nsa_lightning.model.config import TransformerConfig
@@ -28,7 +29,6 @@ from nsa_lightning.model.loss import summed_cross_entropy, token_cross_entropy
 from nsa_lightning.model.recompute import Recompute
 from nsa_lightning.model.transformer import Transformer, TransformerOutput
 from nsa_lightning.paths import expand_path
-from nsa_lightning.training.checkpoints import check_same_sizes
 from nsa_lightning.training.compat import accumulates, multiply, takes_loss_scale
 from nsa_lightning.training.distillation import Distillation, Teacher
 from nsa_lightning.training.metrics import LanguageModelingMetrics, LossByPosition

@@ -9,8 +9,8 @@ from jsonargparse import Namespace
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
-CONFIG, TOKENIZER = "config.yaml", "tokenizer.json"
-_CHECKPOINTS = "checkpoints"
+from nsa_lightning.checkpoint.run_files import CHECKPOINTS, CONFIG
+
 _LOCAL = (TensorBoardLogger, CSVLogger)
 """Loggers whose runs are told apart by their directories alone."""
 _IDENTITY = (
@@ -44,12 +44,6 @@ def run_directory(trainer: Trainer) -> Path:
     return Path(trainer.strategy.broadcast(str(_own_directory(trainer, trainer.loggers))))
 
 
-def directory_of_checkpoint(checkpoint: Path) -> Path:
-    """The `run_directory` of the run that wrote a checkpoint."""
-    directory = checkpoint.absolute().parent
-    return directory.parent if not (directory / CONFIG).exists() and directory.name == _CHECKPOINTS else directory
-
-
 def earlier_directories(trainer: Trainer, loggers: Sequence[Logger], setting: Any) -> RunDirectories:
     """Where a run may have left its checkpoints when it ran before.
 
@@ -64,16 +58,16 @@ def earlier_directories(trainer: Trainer, loggers: Sequence[Logger], setting: An
     dirpath = _given_dirpath(trainer)
     if dirpath is not None:
         return RunDirectories(dirpath, [dirpath])
-    own = _own_directory(trainer, loggers) / _CHECKPOINTS
+    own = _own_directory(trainer, loggers) / CHECKPOINTS
     if not loggers:
         return RunDirectories(own, [own])
     first = loggers[0]
     root, identity = Path(first.save_dir or trainer.default_root_dir), _identity(setting)
     if isinstance(first, _LOCAL):
         root = root / str(first.name)
-        places = [place for place in sorted(root.glob(f"*/{_CHECKPOINTS}")) if place != own]
+        places = [place for place in sorted(root.glob(f"*/{CHECKPOINTS}")) if place != own]
         return RunDirectories(root, [own, *(each for each in places if _is_same_run(each.parent, identity, True))])
-    places = sorted(root.glob(f"*/*/{_CHECKPOINTS}"))  # a directory a project, and in it one a run
+    places = sorted(root.glob(f"*/*/{CHECKPOINTS}"))  # a directory a project, and in it one a run
     return RunDirectories(root, [each for each in places if _is_same_run(each.parent, identity, False)])
 
 

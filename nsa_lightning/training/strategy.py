@@ -21,13 +21,14 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from nsa_lightning.checkpoint.atomic import beside, publish, remove, save_file
+from nsa_lightning.checkpoint.sharded import META, read_shards, saving, split
+from nsa_lightning.checkpoint.summary import check_same_sizes, read_summary
 from nsa_lightning.data.datamodule import PackedTextDataModule
 from nsa_lightning.model.context_parallel import ContextParallel
 from nsa_lightning.model.initialization import copy_whole
 from nsa_lightning.model.transformer import Transformer
-from nsa_lightning.training.checkpoints import beside, check_same_sizes, publish, read_summary, remove, save_file
 from nsa_lightning.training.compat import MeshStrategy
-from nsa_lightning.training.sharded_checkpoint import META, read_shards, saving, split
 from nsa_lightning.training.sharding import shard_transformer
 
 

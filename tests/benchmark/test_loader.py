@@ -5,7 +5,9 @@ import sys
 import pytest
 from nsa_cli.main import main
 
-from nsa_lightning.data.prepare import make_plan, prepare
+from nsa_lightning.data.plan import make_plan
+from nsa_lightning.data.prepare import prepare
+from nsa_lightning.data.settings import TextSettings
 from nsa_lightning.data.tokenizer import TokenizerConfig
 
 
@@ -13,7 +15,8 @@ from nsa_lightning.data.tokenizer import TokenizerConfig
 def prepared(tmp_path):
     for index in range(40):
         (tmp_path / f"{index}.txt").write_text(f"document {index} counts " + " ".join(map(str, range(index * 9))))
-    plan = make_plan([str(tmp_path / "*.txt")], TokenizerConfig(vocab_size=300), val_fraction=0, test_fraction=0)
+    config = TokenizerConfig(vocab_size=300)
+    plan = make_plan(TextSettings(sources=str(tmp_path / "*.txt"), tokenizer=config, val_fraction=0, test_fraction=0))
     return str(prepare(plan, tmp_path / "set", num_workers=0).path)
 
 

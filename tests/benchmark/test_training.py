@@ -1,5 +1,6 @@
 """`nsa bench training` as a user types it, on the CPU and small."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -11,7 +12,7 @@ import torch
 from nsa_cli.main import main
 
 from nsa_lightning.benchmark import training
-from nsa_lightning.benchmark.training import TrainingCase
+from nsa_lightning.benchmark.training_cases import TrainingCase
 from nsa_lightning.benchmark.training_report import TrainingRecord, draw_training, training_table
 from nsa_lightning.benchmark.training_step import RandomBatches, nccl_alone
 from nsa_lightning.data.batch import IGNORE_INDEX
@@ -87,8 +88,8 @@ def test_a_mistake_in_the_settings_of_fit_ends_the_run_in_one_line(bench, capsys
 def pretend(outcomes):
     """A launch that runs nothing: by length, what a case writes beside its result and the status it ends with."""
 
-    def launch(words, settings, log):
-        flags = dict(zip(words[::2], words[1::2], strict=True))
+    def launch(command, time_limit, log):
+        flags = dict(itertools.pairwise(command))
         name, text, status = outcomes[int(flags["--data.seq_len"])]
         log.write_text("starting\nlast words\n")
         if name:

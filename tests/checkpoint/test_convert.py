@@ -16,13 +16,13 @@ from safetensors.torch import load_file
 from support.dense import rewrite, write_source
 
 from nsa_lightning.checkpoint import directory, weights
+from nsa_lightning.checkpoint.atomic import save_file
 from nsa_lightning.checkpoint.convert import RopeChange, convert
 from nsa_lightning.checkpoint.directory import read_config
 from nsa_lightning.checkpoint.export import export
 from nsa_lightning.checkpoint.weights import WeightFiles
 from nsa_lightning.model.config import NSALayerConfig, TransformerConfig
 from nsa_lightning.model.rope import RopeConfig
-from nsa_lightning.training.checkpoints import save_file
 from nsa_lightning.training.module import LanguageModel
 
 NSA = NSALayerConfig(

@@ -7,6 +7,7 @@ import pytest
 import torch
 from support.dense import LLAMA3, SOURCES, YARN, write_source
 
+from nsa_lightning.checkpoint.atomic import save_file
 from nsa_lightning.checkpoint.convert import RopeChange, convert
 from nsa_lightning.checkpoint.directory import read_config
 from nsa_lightning.checkpoint.export import export
@@ -20,7 +21,6 @@ from nsa_lightning.model.attention.nsa import NSAttention
 from nsa_lightning.model.cached import decode
 from nsa_lightning.model.config import NSALayerConfig
 from nsa_lightning.model.rope import RotaryEmbedding, rotary_frequencies
-from nsa_lightning.training.checkpoints import save_file
 
 transformers = pytest.importorskip("transformers")
 from nsa_lightning.checkpoint import hugging_face_model  # noqa: E402 (imports transformers)

@@ -11,9 +11,9 @@ from nsa_cli.errors import user_message
 from nsa_kernels.errors import SettingError
 from support.command_line import LOGGED, run_small
 
+from nsa_lightning.checkpoint.atomic import save_file
 from nsa_lightning.data.storage import writable
 from nsa_lightning.training.callbacks import Continuations, DocumentScores, LossGuard, RunCheckpoint, TokenThroughput
-from nsa_lightning.training.checkpoints import save_file
 from nsa_lightning.training.module import LanguageModel
 
 

@@ -15,14 +15,15 @@ from nsa_cli.main import main
 from support.dense import rewrite, write_source
 from support.training import NSA
 
+from nsa_lightning.checkpoint.atomic import save_file
+from nsa_lightning.checkpoint.consolidate import consolidate
 from nsa_lightning.checkpoint.convert import RopeChange, convert
 from nsa_lightning.checkpoint.directory import read_config
 from nsa_lightning.checkpoint.export import export
+from nsa_lightning.checkpoint.sharded import META, split
 from nsa_lightning.checkpoint.weights import WeightFiles
 from nsa_lightning.data.tokenizer import Tokenizer
 from nsa_lightning.generation.decoder import Decoder
-from nsa_lightning.training.checkpoints import consolidate, save_file
-from nsa_lightning.training.sharded_checkpoint import META, split
 
 GREEDY = ("--temperature", "0", "--max_new_tokens", "12")
 LAST = "run/checkpoints/last.ckpt"
@@ -108,7 +109,7 @@ def test_a_consolidated_checkpoint_has_its_tokenizer_and_config_wherever_it_is(m
     (tmp_path / "run" / "tokenizer_config.json").write_text(
         json.dumps({"eos_token": "<|endoftext|>", "chat_template": "x"})
     )
-    assert consolidate(str(tmp_path / "run" / "checkpoints" / "sharded.ckpt"), str(tmp_path / "one.ckpt")) == 0
+    consolidate(tmp_path / "run" / "checkpoints" / "sharded.ckpt", tmp_path / "one.ckpt")
     capsys.readouterr()
     shutil.rmtree(tmp_path / "run")
     words = ("--prompt", "some text of a few words", *GREEDY)

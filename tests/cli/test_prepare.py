@@ -4,10 +4,12 @@ import logging
 import shlex
 import subprocess
 import sys
+from dataclasses import fields
 
 import pytest
 from nsa_cli.main import main
 
+from nsa_lightning.data.settings import TextSettings
 from nsa_lightning.data.token_store import TokenStore
 
 
@@ -49,7 +51,7 @@ def test_a_set_is_made_told_and_verified(workplace, monkeypatch, capsys):
 def test_the_last_line_works_when_it_is_pasted(workplace, monkeypatch, capsys, installed):
     if installed:  # a package has no configs
         (workplace / "site-packages").mkdir()
-        monkeypatch.setattr("nsa_lightning.data.prepare.__file__", f"{workplace}/site-packages/nsa_lightning/data/x.py")
+        monkeypatch.setattr("nsa_cli.prepare.__file__", f"{workplace}/site-packages/nsa_cli/x.py")
     output = workplace / "my set's"
     assert prepare(monkeypatch, *SMALL[:-1], str(output), "--val_fraction", "0.2") == 0
     line = capsys.readouterr().out.splitlines()[-1]
@@ -120,5 +122,6 @@ def test_the_help_explains_every_setting_without_importing_torch():
     code += "try: main()\nfinally: assert 'torch' not in sys.modules"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     text = " ".join(result.stdout.split())
+    assert all(f"--{field.name} " in text for field in fields(TextSettings))
     for words in "--tokenizer.vocab_size VOCAB_SIZE Number of tokens", "--shard_size SHARD_SIZE bytes of text", "s3fs":
         assert words in text

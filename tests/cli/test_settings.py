@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import pytest
 import yaml
-from nsa_cli.parser import join_lists
+from nsa_cli.lists import join_lists
 from support.command_line import SMALL, run, run_small
 
 NUMBERS = ("limit_train_batches", "limit_val_batches", "limit_test_batches", "limit_predict_batches", "overfit_batches")

@@ -5,17 +5,19 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, set_parsing_settings
 from support.tokenizers import word_piece
 
 from nsa_lightning.data.datamodule import PackedTextDataModule
-from nsa_lightning.data.documents import split_of
 from nsa_lightning.data.sets import MixtureSet, Packing, configured_vocab_size
+from nsa_lightning.data.settings import TextSettings
+from nsa_lightning.data.splits import split_of
 from nsa_lightning.data.tokenizer import Tokenizer, TokenizerConfig
 
 
@@ -332,15 +334,17 @@ def test_a_damaged_set_is_found_before_the_start(make_data: Callable[..., Packed
 
 
 def test_the_settings_are_documented_and_parsed_by_the_command_line() -> None:
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)  # as the commands do
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(PackedTextDataModule, "data")
     text = parser.format_help()
-    for name in inspect.signature(PackedTextDataModule).parameters:
+    own = inspect.signature(PackedTextDataModule).parameters.keys() - {"text"}
+    for name in [*own, *(field.name for field in fields(TextSettings))]:
         assert re.search(rf"--data\.{name} \S+(, --\S+ \S+)?\s+\w\S* [^-(]", text), name
     parsed = parser.parse_args(["--data.sources=[a, b]", "--data.tokenizer.vocab_size=1024", "--data.exclude=x"])
     data = parser.instantiate(parsed).data
-    assert (data.sources, data.exclude) == (["a", "b"], ["x"])
-    assert data.tokenizer_config == TokenizerConfig(vocab_size=1024)
+    assert (data.text.sources, data.text.exclude) == (["a", "b"], ["x"])
+    assert data.text.tokenizer == TokenizerConfig(vocab_size=1024)
     words = ["--data.mixture={a: {prepared: x}, b: {prepared: y, weight: 2}}", "--data.curriculum={0: 64, 9: 8192}"]
     data = parser.instantiate(parser.parse_args([*words, "--data.packing=best_fit"])).data
     assert data.mixture == {"a": MixtureSet(prepared="x"), "b": MixtureSet(prepared="y", weight=2.0)}

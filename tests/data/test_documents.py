@@ -18,8 +18,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nsa_lightning.data.documents import Document, iter_documents, split_of, text_fraction
+from nsa_lightning.data.documents import Document, iter_documents
+from nsa_lightning.data.settings import TextSettings
 from nsa_lightning.data.sources import Part, SourceFile, parts_of
+from nsa_lightning.data.splits import split_of, text_fraction
 
 
 def write(path: Path, content: str | bytes = "text") -> Path:
@@ -36,7 +38,7 @@ def zstd(content: bytes) -> bytes:
 
 
 def read(path: Path, text_field: str = "text") -> list[Document]:
-    return list(iter_documents([Part(str(path), 0, None, 0)], text_field))
+    return list(iter_documents([Part(str(path), 0, None, 0)], TextSettings(text_field=text_field)))
 
 
 def test_text_is_read_to_the_byte(tmp_path: Path) -> None:
@@ -125,13 +127,13 @@ def test_the_parts_of_a_jsonl_file_give_each_line_once(
     path = write(tmp_path_factory.mktemp("parts") / "a.jsonl", lines)
     parts = parts_of(SourceFile(str(path), path.stat().st_size, ""), size)
     assert len(parts) == max(1, -(-path.stat().st_size // size))
-    assert [document.text for document in iter_documents(parts, "text")] == texts
+    assert [document.text for document in iter_documents(parts, TextSettings())] == texts
 
 
 def test_a_bad_line_of_a_files_middle_is_named_by_its_first_byte(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", '{"text": "fine"}\n{"text": 5}\n')
     with pytest.raises(ValueError, match=f"{path} at byte 17 holds int"):
-        list(iter_documents([Part(str(path), 3, None, 0)], "text"))
+        list(iter_documents([Part(str(path), 3, None, 0)], TextSettings()))
 
 
 @given(st.integers(0, 40), st.integers(1, 9), st.integers(1, 3000))
@@ -142,14 +144,19 @@ def test_the_parts_of_a_parquet_file_give_each_row_once(
     path = tmp_path_factory.mktemp("parts") / "a.parquet"
     pq.write_table(pa.table({"text": pa.array(texts, pa.string())}), path, row_group_size=group)
     parts = parts_of(SourceFile(str(path), path.stat().st_size, ""), size)
-    assert list(iter_documents(parts, "text")) == [Document(f"{path}:{row}", text) for row, text in enumerate(texts)]
+    assert list(iter_documents(parts, TextSettings())) == [
+        Document(f"{path}:{row}", text) for row, text in enumerate(texts)
+    ]
 
 
 def test_jsonl_is_streamed(tmp_path: Path) -> None:
     line = json.dumps({"text": "x" * 100_000}).encode() + b"\n"
     path = write(tmp_path / "a.jsonl.gz", gzip.compress(line * 200, 1))
     tracemalloc.start()
-    assert sum(len(document.text) for document in iter_documents([Part(str(path), 0, None, 0)], "text")) == 20_000_000
+    assert (
+        sum(len(document.text) for document in iter_documents([Part(str(path), 0, None, 0)], TextSettings()))
+        == 20_000_000
+    )
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 3_000_000
@@ -195,7 +202,7 @@ def test_a_file_that_is_not_text_is_named_with_the_byte(tmp_path: Path, content:
 )
 def test_a_bad_jsonl_line_is_named(tmp_path: Path, line: bytes, message: str) -> None:
     path = write(tmp_path / "a.jsonl", b'{"text": "fine"}\n' + line + b"\n")
-    documents = iter_documents([Part(str(path), 0, None, 0)], "text")
+    documents = iter_documents([Part(str(path), 0, None, 0)], TextSettings())
     assert next(documents).text == "fine"
     with pytest.raises(ValueError, match=re.escape(message.replace("{path}", str(path)))):
         next(documents)
@@ -260,7 +267,7 @@ def test_a_url_is_read_like_a_file(tmp_path: Path, bucket: Callable[[str, bytes]
     for name, content in contents.items():
         local, url = write(tmp_path / name, content), bucket(name, content)
         parts = parts_of(SourceFile(url, len(content), ""), 30)
-        assert [text for _, text in iter_documents(parts, "text")] == [text for _, text in read(local)]
+        assert [text for _, text in iter_documents(parts, TextSettings())] == [text for _, text in read(local)]
 
 
 def test_a_url_that_fails_midway_goes_on_where_it_was(
@@ -279,13 +286,13 @@ def test_a_url_that_fails_midway_goes_on_where_it_was(
     monkeypatch.setattr("nsa_lightning.data.storage.READ_AHEAD", 2**20)
     monkeypatch.setattr("fsspec.implementations.memory.MemoryFile.read", flaky, raising=False)
     failing = {2, 3}
-    (document,) = iter_documents([Part(url, 0, None, 0)], "text")
+    (document,) = iter_documents([Part(url, 0, None, 0)], TextSettings())
     assert document.text == random.Random(0).randbytes(3_000_000).hex()
     assert calls[1] == calls[2] == calls[3] > 0
     calls.clear()
     failing = {2, 3, 4}
     with pytest.raises(ValueError, match=f"{url} cannot be read, 3 attempts failed: ConnectionResetError.*reset by"):
-        list(iter_documents([Part(url, 0, None, 0)], "text"))
+        list(iter_documents([Part(url, 0, None, 0)], TextSettings()))
 
 
 def test_a_url_that_ends_early_is_no_whole_file(
@@ -295,13 +302,13 @@ def test_a_url_that_ends_early_is_no_whole_file(
     monkeypatch.setattr("nsa_lightning.data.storage.PAUSES", ())
     monkeypatch.setattr("fsspec.implementations.memory.MemoryFile.read", lambda *_: b"", raising=False)
     with pytest.raises(ValueError, match=f"{url} cannot be read, 1 attempts failed: EOFError: it ends after 0 of 9"):
-        list(iter_documents([Part(url, 0, None, 0)], "text"))
+        list(iter_documents([Part(url, 0, None, 0)], TextSettings()))
 
 
 def test_the_fractions_are_even_and_the_same_in_every_process() -> None:
     texts = [f"document {i}" for i in range(2000)]
     counts = [[split_of(text, 0.1, 0.2) for text in texts].count(split) for split in ("train", "val", "test")]
     assert all(abs(count - expected) < 80 for count, expected in zip(counts, [1400, 200, 400], strict=True))
-    script = "from nsa_lightning.data.documents import text_fraction; print(text_fraction('文字'))"
+    script = "from nsa_lightning.data.splits import text_fraction; print(text_fraction('文字'))"
     printed = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True, text=True).stdout
     assert float(printed) == text_fraction("文字")

@@ -21,14 +21,17 @@ from hypothesis import strategies as st
 
 from nsa_lightning.data import prepare as module
 from nsa_lightning.data import workers
-from nsa_lightning.data.documents import SPLITS, split_of
-from nsa_lightning.data.prepare import Plan, make_plan, prepare
+from nsa_lightning.data.plan import Plan, make_plan
+from nsa_lightning.data.prepare import prepare
+from nsa_lightning.data.settings import TextSettings
 from nsa_lightning.data.shards import _ShardWriter
 from nsa_lightning.data.sources import Part, SourceFile
+from nsa_lightning.data.splits import SPLITS, split_of
 from nsa_lightning.data.token_store import TokenStore
 from nsa_lightning.data.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
 
 TRAINED = TokenizerConfig(vocab_size=300)
+FRACTIONS = {"val_fraction": 0.2, "test_fraction": 0.1}
 
 
 @pytest.fixture
@@ -37,8 +40,9 @@ def plan_of(corpus: Path, tokenizer: Tokenizer, tmp_path: Path) -> Callable[...,
     tokenizer.save(tmp_path / "given.json")
 
     def make(**settings: Any) -> Plan:
-        options = {"tokenizer": TokenizerConfig(path=str(tmp_path / "given.json")), "shard_size": 2000, **settings}
-        return make_plan([str(corpus)], **{"val_fraction": 0.2, "test_fraction": 0.1, **options})
+        own = {name: settings.pop(name) for name in ("seed", "shard_size") if name in settings}
+        text = {"tokenizer": TokenizerConfig(path=str(tmp_path / "given.json")), **FRACTIONS, **settings}
+        return make_plan(TextSettings(sources=[str(corpus)], **text), **{"shard_size": 2000, **own})
 
     return make
 
@@ -89,18 +93,19 @@ def test_a_corpus_elsewhere_gives_the_same_data(plan_of: Callable[..., Plan], co
     first = prepare(plan_of(), tmp_path / "set", num_workers=0)
     corpus.rename(tmp_path / "elsewhere")
     config = TokenizerConfig(path=str(tmp_path / "given.json"))
-    fractions = {"val_fraction": 0.2, "test_fraction": 0.1}
-    again = make_plan([str(tmp_path / "elsewhere")], config, shard_size=2000, **fractions)
+    text = TextSettings(sources=[str(tmp_path / "elsewhere")], tokenizer=config, **FRACTIONS)
+    again = make_plan(text, shard_size=2000)
     assert prepare(again, tmp_path / "again", num_workers=0).fingerprint == first.fingerprint
 
 
 @given(st.lists(st.integers(0, 300), min_size=1, max_size=30), st.integers(1, 200), st.integers(0, 3))
 def test_every_part_lies_in_one_shard_and_no_shard_is_overfull(sizes: list[int], shard_size: int, seed: int) -> None:
     plan = Plan(
-        settings={"shard_size": shard_size, "seed": seed},
+        text=TextSettings(),
         files=[SourceFile(f"/{i}.txt", size, "") for i, size in enumerate(sizes)],
         tokenizer=None,
-        vocab_size=300,
+        seed=seed,
+        shard_size=shard_size,
     )
     shards = plan.shards()
     assert sorted(part for shard in shards for part in shard) == sorted(
@@ -337,15 +342,27 @@ def test_a_worker_that_is_killed_is_told(
     plan_of: Callable[..., Plan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(workers, "SMALL", 0)
-    monkeypatch.setattr(workers, "_work", die)
-    with pytest.raises(
-        ValueError, match="a worker process ended with status -9; if memory is short, lower num_workers"
-    ):
+    monkeypatch.setattr(workers, "_make_shard", die)
+    with pytest.raises(ValueError, match="a worker process was killed; if memory is short, lower num_workers"):
         prepare(plan_of(), tmp_path / "set", num_workers=2)
 
 
-def die(pipe: Any, job: Any) -> None:
+def die(number: int, parts: Any) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_mistake_of_ours_in_a_worker_keeps_its_traceback(
+    plan_of: Callable[..., Plan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers, "SMALL", 0)
+    monkeypatch.setattr(workers, "_make_shard", stumble)
+    with pytest.raises(ZeroDivisionError) as failed:
+        prepare(plan_of(), tmp_path / "set", num_workers=2)
+    assert "in stumble" in str(failed.value.__cause__)
+
+
+def stumble(number: int, parts: Any) -> float:
+    return number / 0
 
 
 WORDS = ["def", "return", "import", "self", "été", "文字", "🙂", "0x7f"]
@@ -421,10 +438,8 @@ def test_urls_are_prepared_like_files(corpus: Path, plan_of: Callable[..., Plan]
     memory = fsspec.filesystem("memory")
     memory.put(str(corpus), "/corpus", recursive=True)
     try:
-        plan = make_plan(
-            ["memory://corpus"], TokenizerConfig(path=str(tmp_path / "given.json")), shard_size=2000, val_fraction=0.2,
-            test_fraction=0.1,
-        )  # fmt: skip
+        config = TokenizerConfig(path=str(tmp_path / "given.json"))
+        plan = make_plan(TextSettings(sources="memory://corpus", tokenizer=config, **FRACTIONS), shard_size=2000)
         local = prepare(plan_of(), tmp_path / "local", num_workers=0)
         assert prepare(plan, tmp_path / "remote", num_workers=0).fingerprint == local.fingerprint
     finally:

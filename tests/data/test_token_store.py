@@ -11,8 +11,9 @@ from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nsa_lightning.data.documents import SPLITS, Document, split_of
+from nsa_lightning.data.documents import Document
 from nsa_lightning.data.shards import merge_shards, read_shard, shard_path, write_shard
+from nsa_lightning.data.splits import SPLITS, split_of
 from nsa_lightning.data.token_store import MAX_OPEN, TokenStore
 from nsa_lightning.data.tokenizer import Tokenizer
 

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+from nsa_cli.memory_settings import step_settings
 from support.packings import cu_seqlens
 from support.training import make_trainer
 from torch.utils.data import DataLoader
 
 from nsa_lightning.data.batch import PackedBatch
 from nsa_lightning.memory.estimate import estimate_memory
-from nsa_lightning.memory.settings import step_settings
 from nsa_lightning.model.config import TransformerConfig
 from nsa_lightning.training.module import LanguageModel
 

@@ -7,6 +7,7 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.nn.functional as F
+from nsa_cli.memory_settings import step_settings
 from support.dense import write_source
 from support.packings import cu_seqlens
 from support.training import CONFIG as TINY
@@ -15,7 +16,7 @@ from nsa_lightning.checkpoint.directory import read_config
 from nsa_lightning.memory import meter as meters
 from nsa_lightning.memory.estimate import estimate_memory
 from nsa_lightning.memory.meter import PARAMETERS, MemoryMeter, Place
-from nsa_lightning.memory.settings import StepSettings, step_settings
+from nsa_lightning.memory.settings import StepSettings
 from nsa_lightning.memory.sharded import shard_shape
 from nsa_lightning.memory.simulated_gpu import DEVICE, _walk, simulated_gpu
 from nsa_lightning.memory.step import GRADIENTS, OPTIMIZER_STATE, SimulatedStep, allocate

@@ -19,7 +19,7 @@ from nsa_lightning.data.datamodule import PackedTextDataModule
 from nsa_lightning.data.tokenizer import TokenizerConfig
 from nsa_lightning.model.config import NSALayerConfig, TransformerConfig
 from nsa_lightning.training.callbacks import DocumentScores, LossGuard, TokenThroughput
-from nsa_lightning.training.checkpoints import RunCheckpointIO
+from nsa_lightning.training.checkpoint_io import RunCheckpointIO
 from nsa_lightning.training.compat import accumulates
 from nsa_lightning.training.distillation import Distillation
 from nsa_lightning.training.module import LanguageModel

@@ -10,10 +10,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from nsa_lightning.checkpoint.sharded import read_whole
 from nsa_lightning.model.attention.registry import is_new_part
 from nsa_lightning.model.config import TransformerConfig
 from nsa_lightning.model.transformer import Transformer
-from nsa_lightning.training.sharded_checkpoint import read_whole
 from nsa_lightning.training.sharding import shard_transformer
 
 FIRST, ALL = 3, 5  # steps before the checkpoint, and in all

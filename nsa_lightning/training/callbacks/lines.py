@@ -5,9 +5,9 @@ from pathlib import Path
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
+from nsa_lightning.checkpoint.run_files import directory_of_run
 from nsa_lightning.data.storage import whole_file, writable
 from nsa_lightning.paths import expand_path, relative
-from nsa_lightning.training.run_directory import directory_of_checkpoint
 from nsa_lightning.training.strategy import ranks_a_batch
 
 
@@ -42,5 +42,5 @@ def _directory(trainer: Trainer) -> Path:
         return Path(trainer.log_dir or "")
     if trainer.ckpt_path is not None:
         checkpoint = Path(trainer.ckpt_path)
-        return directory_of_checkpoint(checkpoint) / "predictions" / checkpoint.stem
+        return directory_of_run(checkpoint) / "predictions" / checkpoint.stem
     return Path(trainer.default_root_dir)

@@ -15,19 +15,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed.checkpoint.api import CheckpointException
 
-from nsa_lightning.training import checkpoints
-from nsa_lightning.training.checkpoints import (
-    RunCheckpointIO,
-    beside,
-    consolidate,
-    find_best,
-    find_last,
-    publish,
-    read_summary,
-    remove,
-    save_file,
-)
-from nsa_lightning.training.sharded_checkpoint import META, join, read_whole, split
+from nsa_lightning.checkpoint import atomic
+from nsa_lightning.checkpoint.atomic import beside, publish, remove, save_file
+from nsa_lightning.checkpoint.consolidate import consolidate
+from nsa_lightning.checkpoint.find import find_best, find_last
+from nsa_lightning.checkpoint.sharded import META, join, read_whole, split
+from nsa_lightning.checkpoint.summary import read_summary
+from nsa_lightning.training.checkpoint_io import RunCheckpointIO
 
 ORDERS = [["b", "a"], ["a"]]
 
@@ -192,7 +186,7 @@ def test_a_damaged_directory_is_passed_over_and_named_by_its_fault(tmp_path, dam
     with pytest.raises(ValueError, match=f"^checkpoint must be a checkpoint of nsa fit, got .*step2.ckpt.*{fault}"):
         read_summary(newer, "checkpoint")
     with pytest.raises(ValueError, match=f"^checkpoint must be .*step2.ckpt.*{fault}"):
-        consolidate(str(newer), str(tmp_path / "one.ckpt"))
+        consolidate(newer, tmp_path / "one.ckpt")
     with pytest.raises(ValueError, match=fault):
         RunCheckpointIO().load_checkpoint(newer)
     assert not (tmp_path / "one.ckpt").exists()
@@ -210,13 +204,13 @@ def test_damage_that_reading_alone_finds_is_named(tmp_path):
 
 def test_one_file_is_written_into_a_directory_that_is_made(tmp_path):
     save_sharded(1, tmp_path / "step1.ckpt")
-    consolidate(str(tmp_path / "step1.ckpt"), str(tmp_path / "new" / "one.ckpt"))
+    consolidate(tmp_path / "step1.ckpt", tmp_path / "new" / "one.ckpt")
     written = torch.load(tmp_path / "new" / "one.ckpt", weights_only=True)
     assert written.pop("run_files") == {}  # there is no run around it
     assert_equal(written, checkpoint(1))
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match=r"output must be a file that can be written, got .*file/one.ckpt"):
-        consolidate(str(tmp_path / "step1.ckpt"), str(tmp_path / "file" / "one.ckpt"))
+    with pytest.raises(ValueError, match=r"/file cannot be written: "):
+        consolidate(tmp_path / "step1.ckpt", tmp_path / "file" / "one.ckpt")
 
 
 @pytest.mark.parametrize("save", [save_one_file, save_sharded])
@@ -232,7 +226,7 @@ def test_two_runs_that_write_to_one_name_do_not_break_each_others_saves(tmp_path
         with monkeypatch.context() as patch:
             patch.setattr(os, "fsync", fsync)
             patch.setattr(os, "getpid", lambda: process + 1)
-            patch.setattr(checkpoints, "_is_running", lambda pid: pid in (process, process + 1))
+            patch.setattr(atomic, "_is_running", lambda pid: pid in (process, process + 1))
             other(2, path)
             assert read_summary(path)["global_step"] == 2
 
