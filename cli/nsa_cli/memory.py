@@ -63,9 +63,9 @@ class MemoryCommandLine(NSACommandLine):
         """The model and the data's settings, but no trainer."""
         self.config_init = self.parser.instantiate_classes(self.config)
 
-    def _run_subcommand(self, subcommand: str) -> None:
+    def run_command(self, command: str) -> None:
         """Print the estimate."""
-        settings: Namespace = self.config_init[subcommand]
+        settings: Namespace = self.config_init[command]
         data, module = settings.data, settings.model
         step = step_settings(settings.trainer, data.seq_len, data.batch_size, settings.world_size)
         with warnings.catch_warnings(action="ignore"):  # PyTorch's, of tensors without numbers

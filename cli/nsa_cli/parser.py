@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable, Sequence
 from types import UnionType
 from typing import Any, NoReturn, Union, get_args, get_origin
 
+from nsa_cli.compat import arguments, option_strings, set_type, subcommand_parsers, type_of
 from nsa_cli.errors import print_error
 from nsa_cli.lists import join_lists
 
@@ -28,8 +29,8 @@ class OneLineParser(argparse.ArgumentParser):
     def add_argument(self, *args: Any, **kwargs: Any) -> Any:
         """Add an argument whose number is an int where it can be one."""
         action = super().add_argument(*args, **kwargs)  # which has the type, as jsonargparse reads it
-        if hasattr(action, "_typehint"):
-            action._typehint = with_int_first(action._typehint)
+        if type_of(action) is not None:
+            set_type(action, with_int_first(type_of(action)))
         return action
 
     def parse_args(self, args: Sequence[str] | None = None, *more: Any, **kwargs: Any) -> Any:  # type: ignore[override]
@@ -49,17 +50,15 @@ class OneLineParser(argparse.ArgumentParser):
     def _parsers(self) -> Iterable["OneLineParser"]:
         """This one and those of its subcommands."""
         yield self
-        for action in self._actions:
-            if isinstance(action, argparse._SubParsersAction):
-                yield from dict.fromkeys(action.choices.values())
+        yield from subcommand_parsers(self)
 
     def _types(self) -> dict[str, Any]:
         """The types of settings by their flags."""
-        actions = [action for parser in self._parsers() for action in parser._actions]
-        return {flag: getattr(action, "_typehint", None) for action in actions for flag in action.option_strings}
+        actions = [action for parser in self._parsers() for action in arguments(parser)]
+        return {flag: type_of(action) for action in actions for flag in action.option_strings}
 
     def _options(self) -> list[str]:
-        return [option for parser in self._parsers() for option in parser._option_string_actions]
+        return [option for parser in self._parsers() for option in option_strings(parser)]
 
     def _suggestion(self, message: str) -> str:
         """`; did you mean …?` where the message is of a setting that does not exist and another is called alike."""

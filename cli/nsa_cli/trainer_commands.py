@@ -29,6 +29,7 @@ from nsa_kernels.errors import SettingError
 
 from nsa_cli.data_origin import with_one_origin
 from nsa_cli.errors import print_error, silence_threads, user_message
+from nsa_cli.lightning_compat import TrainerCommandLine
 from nsa_cli.parser import OneLineParser
 from nsa_cli.trainer_settings import check_seed, check_trainer_settings
 from nsa_lightning.checkpoint.find import find_best, find_last
@@ -93,7 +94,7 @@ class SaveRun(SaveConfigCallback):
             self.already_saved = True
 
 
-class NSACommandLine(LightningCLI):
+class NSACommandLine(TrainerCommandLine):
     """The trainer's commands with the toolkit's own arguments, links and checks."""
 
     @staticmethod
@@ -165,7 +166,7 @@ class NSACommandLine(LightningCLI):
             path = _find_checkpoint(word, directories, required=self.subcommand != "fit")
             self.config[self.subcommand].ckpt_path = self.config_init[self.subcommand].ckpt_path = path
 
-    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+    def make_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         """Leave out what the trainer's own switches turn off and what a measurement does not need; write our way."""
         if self.subcommand in _MEASUREMENTS:
             loggers = config["logger"] if isinstance(config["logger"], list) else [config["logger"]]
@@ -189,12 +190,9 @@ class NSACommandLine(LightningCLI):
         plugins = plugins if isinstance(plugins, list) else [plugins]
         if not _any_of(plugins, CheckpointIO):
             config["plugins"] = [*plugins, RunCheckpointIO()]
-        trainer = super()._instantiate_trainer(config, callbacks)
+        trainer = super().make_trainer(config, callbacks)
         check_processes(trainer)
         return trainer
-
-    def _parse_ckpt_path(self) -> None:
-        """Model settings come from the config and the flags, never from a checkpoint."""
 
 
 def _expand_paths(settings: Any) -> None:

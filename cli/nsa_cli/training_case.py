@@ -57,16 +57,16 @@ class CaseCommandLine(NSACommandLine):
         trainer.update(Namespace(_STEPS_ALONE))
         check_accelerator(trainer.accelerator)
 
-    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+    def make_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         """The config's trainer; of the callbacks the guard, which every step of a run has."""
-        settings: StepSettings = self._get(self.config_init, "step")
+        settings: StepSettings = self.config_init[self.subcommand].step
         guards = [callback for callback in callbacks if isinstance(callback, LossGuard)]
         changes = {"max_steps": settings.all_steps, "callbacks": [*guards, StepClock(settings)]}
         return Trainer(**config | changes)
 
-    def _run_subcommand(self, subcommand: str) -> None:
+    def run_command(self, command: str) -> None:
         """Measure; what fails ends at once, without a wait for the other ranks."""
-        settings: StepSettings = self._get(self.config_init, "step")
+        settings: StepSettings = self.config_init[self.subcommand].step
         data: Any = self.datamodule
         batches = settings.all_steps * self.trainer.accumulate_grad_batches
         vocab_size = self.model.transformer_config.vocab_size

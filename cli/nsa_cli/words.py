@@ -8,6 +8,7 @@ from collections.abc import Collection, Sequence
 from types import NoneType
 from typing import Any, Literal, NamedTuple, get_args
 
+from nsa_cli.compat import arguments, type_of
 from nsa_cli.lists import element_type
 
 Kind = Literal["text", "texts", "switch", "value"]
@@ -35,7 +36,7 @@ def read_words(words: Sequence[str], parser: ArgumentParser, verbatim: Collectio
         parser: of the command.
         verbatim: lists of texts of which `[a, b]` is one, too; of all others it is the list of a and b.
     """
-    options = {flag: action for action in parser._actions for flag in action.option_strings}
+    options = {flag: action for action in arguments(parser) for flag in action.option_strings}
     rest: list[str] = []
     texts: dict[str, Any] = {}
     lists: dict[str, list[str]] = {}
@@ -69,7 +70,7 @@ def read_words(words: Sequence[str], parser: ArgumentParser, verbatim: Collectio
 
 
 def _kind(action: Any) -> Kind:
-    hint = getattr(action, "_typehint", None)
+    hint = type_of(action)
     kinds = [kind for kind in get_args(hint) if kind is not NoneType] if NoneType in get_args(hint) else [hint]
     if kinds == [bool]:
         return "switch"

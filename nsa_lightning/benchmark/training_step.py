@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader, Dataset
 
 from nsa_lightning.benchmark.cases import DocumentMix, document_lengths
+from nsa_lightning.benchmark.compat import profiled_events
 from nsa_lightning.data.batch import IGNORE_INDEX, PackedBatch
 
 _PROFILED_STEPS = 2
@@ -149,12 +151,7 @@ def _wait(device: torch.device) -> None:
 
 def _kernels(profiled: profile) -> list[tuple[str, Interval]]:
     """Name, start and end of what ran on the GPU, in nanoseconds."""
-    events = profiled.profiler.kineto_results.events()  # type: ignore[union-attr]
-    return [
-        (event.name(), (event.start_ns(), event.start_ns() + event.duration_ns()))
-        for event in events
-        if event.device_type() == torch.autograd.DeviceType.CUDA
-    ]
+    return profiled_events(profiled, DeviceType.CUDA)
 
 
 def nccl_alone(kernels: Sequence[tuple[str, Interval]]) -> float | None:
