@@ -58,7 +58,7 @@ class Stages(NamedTuple):
     compressed_gradient: str  # of the keys and values of this branch
     selected_gradient: str
     sliding_gradient: str
-    decoding: str
+    decoding: str  # one new token, and what is appended for it
 
     @property
     def spelled(self) -> str:
@@ -173,15 +173,13 @@ def _choose(inputs: _Inputs) -> tuple[Plan, str]:
     if inputs.wanted and not reason:
         against = _reasons_against_hopper(inputs)
         rows = zip(Stages._fields, against, strict=True)
-        names = ("hopper" if stage in _ON_HOPPER and not reason else "triton" for stage, reason in rows)
+        names = ("hopper" if stage in _ON_HOPPER and not slower else "triton" for stage, slower in rows)
         return Plan("triton", Stages(*names), against), ""
     name = "reference" if inputs.backend == "reference" else "eager"
-    why = (
-        f"backend {name} was asked for"
-        if inputs.backend == name
-        else reason or f"there is no GPU, q is on {inputs.device_type}"
-    )
-    return Plan(name, _everywhere(name), _everywhere(why)), reason
+    why = f"there is no GPU, q is on {inputs.device_type}"
+    if reason or inputs.backend == name:
+        why = reason or f"backend {name} was asked for"
+    return Plan(name, _everywhere(name)._replace(decoding="eager"), _everywhere(why)), reason
 
 
 _chosen = functools.cache(_choose)
