@@ -154,13 +154,11 @@ def check_kernel_inputs(q: Tensor, k: Tensor, v: Tensor, scale: float | None) ->
     """The factor of the scores, once keys and values are known to be such as the kernels take beside q.
 
     Raises:
-        ValueError: a dtype, a head count, a head dimension or a scale that they do not take.
+        ValueError: a dtype, a head dimension or a scale that they do not take.
     """
     reason = _reason_against_tensors((q.dtype, k.dtype, v.dtype), (k.shape[-1], v.shape[-1]))
     if reason:
         raise SettingError(reason)
-    if q.shape[1] % k.shape[1]:
-        raise SettingError(f"the query heads must be a multiple of the KV heads, got {q.shape[1]} and {k.shape[1]}")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if not scale > 0:
         raise SettingError(f"scale must be positive, got {scale}")
