@@ -45,8 +45,8 @@ def bench_kernels(
 
     Everything is timed in one run: the operator (q, k, v, gates to output, compression and the choice of blocks
     included), its stages, and full causal attention through PyTorch's flash and cuDNN kernels; forward and backward.
-    Prints tables and writes results.json (after every case) and kernels.png to output_dir. Block sizes are the
-    defaults of NSAConfig.
+    Prints which kernel runs each stage of a shape, then tables, and writes results.json (after every case) and
+    kernels.png to output_dir. Block sizes are the defaults of NSAConfig.
 
     Args:
         shapes: A (64 query heads on 4 KV heads, D 128), B (32 on 8, D 128), paper (64 on 4, D 192 and 128 for values),
