@@ -58,7 +58,7 @@ class Stages(NamedTuple):
     compressed_gradient: str  # of the keys and values of this branch
     selected_gradient: str
     sliding_gradient: str
-    decoding: str
+    decoding: str  # one new token, and what is appended for it
 
     @property
     def spelled(self) -> str:
@@ -154,13 +154,11 @@ def check_kernel_inputs(q: Tensor, k: Tensor, v: Tensor, scale: float | None) ->
     """The factor of the scores, once keys and values are known to be such as the kernels take beside q.
 
     Raises:
-        ValueError: a dtype, a head count, a head dimension or a scale that they do not take.
+        ValueError: a dtype, a head dimension or a scale that they do not take.
     """
     reason = _reason_against_tensors((q.dtype, k.dtype, v.dtype), (k.shape[-1], v.shape[-1]))
     if reason:
         raise SettingError(reason)
-    if q.shape[1] % k.shape[1]:
-        raise SettingError(f"the query heads must be a multiple of the KV heads, got {q.shape[1]} and {k.shape[1]}")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if not scale > 0:
         raise SettingError(f"scale must be positive, got {scale}")
@@ -173,15 +171,13 @@ def _choose(inputs: _Inputs) -> tuple[Plan, str]:
     if inputs.wanted and not reason:
         against = _reasons_against_hopper(inputs)
         rows = zip(Stages._fields, against, strict=True)
-        names = ("hopper" if stage in _ON_HOPPER and not reason else "triton" for stage, reason in rows)
+        names = ("hopper" if stage in _ON_HOPPER and not slower else "triton" for stage, slower in rows)
         return Plan("triton", Stages(*names), against), ""
     name = "reference" if inputs.backend == "reference" else "eager"
-    why = (
-        f"backend {name} was asked for"
-        if inputs.backend == name
-        else reason or f"there is no GPU, q is on {inputs.device_type}"
-    )
-    return Plan(name, _everywhere(name), _everywhere(why)), reason
+    why = f"there is no GPU, q is on {inputs.device_type}"
+    if reason or inputs.backend == name:
+        why = reason or f"backend {name} was asked for"
+    return Plan(name, _everywhere(name)._replace(decoding="eager"), _everywhere(why)), reason
 
 
 _chosen = functools.cache(_choose)

@@ -26,7 +26,7 @@ def bench_kernels(settings: KernelSettings, report: Report, progress: Report) ->
 
     Args:
         settings: what is measured.
-        report: is told the device and the verdicts of the checks, before anything is timed.
+        report: is told the device, the plan of every shape and the verdicts of the checks, before anything is timed.
         progress: is told what is done next.
 
     Raises:

@@ -3,7 +3,7 @@
     o = Σ_parts exp(max_part - max) · o_part / Σ_parts exp(max_part - max) · sum_part
 
 A tile is the G query heads of one KV head: every key is read once for all of them. Full attention of a cache is this
-alone; NSA attends its summaries and its window so (`decode_triton.py`).
+alone; NSA attends its summaries and its window so (`step.py`).
 """
 
 import functools

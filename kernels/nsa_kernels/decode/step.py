@@ -1,7 +1,7 @@
 """Attention of one new token of each sequence to its cache: four launches, whatever the lengths.
 
     1. attend the summaries, divided over programs; keep what the importance of each block needs. Other programs append
-       the new token, where that is still to be done (`decode_summaries_triton.py`)
+       the new token, where that is still to be done (`summaries.py`)
     2. choose the blocks, and merge the compressed branch: small programs of few warps, which wait for each other least
     3. attend the window, divided over programs, while the blocks are chosen; then those, divided too
     4. merge them and the window, and sum the branches by their gates

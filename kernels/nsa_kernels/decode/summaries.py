@@ -1,8 +1,8 @@
 """The first launch of a step of decoding: what a new token is appended to, and its attention to the summaries.
 
 For one sequence and KV head some programs attend the summaries that are older than the token, a share each, and keep
-what the importance of each block needs (`decode_triton.py` says how). The others append the token, carry the summaries
-on (`summarise_triton.py`), and attend the one that it completes: a part of its own.
+what the importance of each block needs (`step.py` says how). The others append the token, carry the summaries
+on (`triton/summarise.py`), and attend the one that it completes: a part of its own.
 """
 
 from collections.abc import Sequence

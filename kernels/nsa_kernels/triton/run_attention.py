@@ -6,7 +6,8 @@
     ds[t, s] = p[t, s] · (do[t] · v[s] - delta[t]);   dq[t] = scale · sum(ds · k),   dk[s] = scale · sum(ds · q)
 
 where key s is seen by the queries seen_from[s] <= t < seen_to[s]. The compressed branch has a summary as a key, the
-sliding branch a token. A gate g is folded into `lse` and `delta` (see `gated_sum.py`): all branches then read one `do`.
+sliding branch a token. A gate g is folded into `lse` and `delta` (see `query_gradient.py`): all branches then read one
+`do`.
 
 Tiles at the edge of a run, where a mask is needed, may hold keys or queries of other documents. Infinity and NaN are
 taken out of them before a product, for 0 times those is NaN, and put where they are seen.
