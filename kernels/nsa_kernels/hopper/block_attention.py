@@ -27,7 +27,6 @@ from nsa_kernels.hopper.parts import (
     LOWEST,
     ROWS,
     KeyGradients,
-    Keys,
     KeyTile,
     add_queries_to_dkv,
     barriers,
@@ -45,7 +44,7 @@ from nsa_kernels.hopper.parts import (
     tile_rows,
     tiles,
 )
-from nsa_kernels.triton.arguments import heads_of
+from nsa_kernels.triton.arguments import Keys, heads_of
 from nsa_kernels.triton.block_attention import BlockGradients
 from nsa_kernels.triton.block_lists import MAX_TILE_QUERIES, Union, UnionTable, unite
 from nsa_kernels.triton.primitives import ceil_div

@@ -28,13 +28,6 @@ ROWS = gl.constexpr(64)
 thread_barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # named anew in triton 3.7
 
 
-class Keys(NamedTuple):
-    """What copies tiles of the keys and values of a branch."""
-
-    k: Any  # [S, H_KV * D_QK]
-    v: Any  # [S, H_KV * D_V]
-
-
 class KeyRing(NamedTuple):
     """Keys and values on their way through shared memory, [STAGES, keys, D], and where both sides of it meet."""
 

@@ -19,7 +19,6 @@ from nsa_kernels.hopper.parts import (
     LOWEST,
     ROWS,
     KeyRing,
-    Keys,
     barriers,
     cut,
     find_step,
@@ -33,27 +32,12 @@ from nsa_kernels.hopper.parts import (
     tiles,
 )
 from nsa_kernels.packing import BatchLayout
-from nsa_kernels.triton.arguments import heads_of
+from nsa_kernels.triton.arguments import Branches, Keys, Runs, heads_of
 from nsa_kernels.triton.block_lists import UnionTable, unite
 from nsa_kernels.triton.primitives import ceil_div
 from nsa_kernels.triton.query_gradient import Attended, QueryGradient
 
 # T packed tokens, S keys of a branch, H query heads, H_kv KV heads, G = H / H_kv (GROUP), D head dim.
-
-
-class Branches(NamedTuple):
-    """Something of each branch."""
-
-    compressed: Any
-    selected: Any
-    sliding: Any
-
-
-class Runs(NamedTuple):
-    """The run of keys that each token sees, [T]."""
-
-    first: Any
-    end: Any
 
 
 class Seen(NamedTuple):

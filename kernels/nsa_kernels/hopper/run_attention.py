@@ -25,7 +25,6 @@ from nsa_kernels.hopper.parts import (
     ROWS,
     Bounds,
     KeyRing,
-    Keys,
     KeyTile,
     add_queries_to_dkv,
     barriers,
@@ -47,7 +46,7 @@ from nsa_kernels.hopper.parts import (
     tiles,
 )
 from nsa_kernels.packing import KeyRuns
-from nsa_kernels.triton.arguments import heads_of
+from nsa_kernels.triton.arguments import Keys, heads_of
 from nsa_kernels.triton.primitives import ceil_div
 from nsa_kernels.triton.run_attention import OtherBranches, RunGradients
 

@@ -4,7 +4,7 @@ Constants of a launch travel in a NamedTuple for nothing. Pointers stay single a
 groups them at once: each tuple of pointers would cost the host about 1 us, a tenth of a launch.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -25,6 +25,36 @@ class Heads(NamedTuple):
     def H(self) -> int:  # noqa: N802
         """Query heads."""
         return self.H_KV * self.GROUP
+
+
+class Tile(NamedTuple):
+    """What a program holds at a time, constants of a kernel."""
+
+    QUERIES: int
+    ROWS: int  # a power of two that holds QUERIES * GROUP
+    KEYS: int
+
+
+class Keys(NamedTuple):
+    """Keys and values of a branch, or what copies tiles of them."""
+
+    k: Any
+    v: Any
+
+
+class Runs(NamedTuple):
+    """The run of keys that each token sees: pointers [T], or what was loaded from them."""
+
+    first: Any
+    end: Any
+
+
+class Branches(NamedTuple):
+    """Something of each branch."""
+
+    compressed: Any
+    selected: Any
+    sliding: Any
 
 
 def heads_of(q: Tensor, v: Tensor) -> Heads:
