@@ -87,25 +87,6 @@ class Planes(NamedTuple):
     J: Any
 
 
-class Geometry(NamedTuple):
-    """How summaries and selection blocks lie, constants of a kernel."""
-
-    COMPRESS_SIZE: int
-    STRIDE: int
-    BLOCK_SIZE: int
-    PLANES: int  # selection blocks that a summary counts for at most
-
-    @property
-    def R(self) -> int:  # noqa: N802
-        """Summaries that begin in a selection block."""
-        return self.BLOCK_SIZE // self.STRIDE
-
-    @property
-    def SPAN(self) -> int:  # noqa: N802
-        """Strides in a compression block."""
-        return self.COMPRESS_SIZE // self.STRIDE
-
-
 @triton.jit
 def load_queries(
     queries, sequence, kv_head, HEADS: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr

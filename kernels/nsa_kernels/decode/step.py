@@ -28,7 +28,6 @@ from torch import Tensor
 from nsa_kernels.decode.parts import (
     LONGEST_WINDOW,
     Cached,
-    Geometry,
     Launch,
     Parts,
     Queries,
@@ -43,7 +42,7 @@ from nsa_kernels.decode.parts import (
 )
 from nsa_kernels.decode.summaries import attend_summaries, older_summaries, reading_launch
 from nsa_kernels.geometry import NSAConfig, NSAOutput, filled_slots
-from nsa_kernels.triton.block_selection import FORCED, best_soon, plane_weight, reach_of
+from nsa_kernels.triton.block_selection import FORCED, Choice, Geometry, best_soon, plane_weight, reach_of
 from nsa_kernels.triton.early_start import await_launch_before, early_start, let_next_begin
 from nsa_kernels.triton.elementwise import whole_rows
 from nsa_kernels.triton.primitives import (
@@ -60,15 +59,6 @@ from nsa_kernels.triton.primitives import (
 
 # B sequences, S, W or C slots of a cache, H query heads, H_kv KV heads, G = H / H_kv (GROUP), D head dim, n slots of
 # chosen blocks, J selection blocks, P parts that a run of keys is divided in, R = l' / d, ROWS >= G rows of a tile.
-
-
-class Choice(NamedTuple):
-    """Which blocks are chosen, constants of a kernel."""
-
-    SLOTS: int
-    BLOCK_SLOTS: int
-    INIT: int  # of the first blocks, so many are always chosen
-    LOCAL: int  # and of the last
 
 
 class Ranking(NamedTuple):

@@ -15,7 +15,6 @@ from torch import Tensor
 from nsa_kernels.decode.append import append_head, new_pairs
 from nsa_kernels.decode.parts import (
     Cached,
-    Geometry,
     Launch,
     Parts,
     Planes,
@@ -28,6 +27,7 @@ from nsa_kernels.decode.parts import (
 )
 from nsa_kernels.geometry import CompressionWeights, NSAConfig
 from nsa_kernels.triton.arguments import Heads
+from nsa_kernels.triton.block_selection import Geometry
 from nsa_kernels.triton.early_start import await_launch_before, early_start, let_next_begin
 from nsa_kernels.triton.primitives import LOWEST, store_rows, wide
 from nsa_kernels.triton.summarise import (

@@ -149,8 +149,7 @@ def _find_walk(tile, kv_head, seen, HEADS: gl.constexpr):
 @gluon.jit
 def _load(keys, seen, memory, HALF: gl.constexpr, HEADS: gl.constexpr, BLOCK_SIZE: gl.constexpr, STAGES: gl.constexpr):
     """A loading warp: the keys and values that the tiles of its group see, branch by branch."""
-    ring = memory.ring
-    step = 0
+    ring, step = memory.ring, 0
     for lap in range(_count_laps(seen.num_tiles, HEADS.H_KV)):
         tile, kv_head = _find_tile(lap, seen.num_tiles, HALF)
         walk = _find_walk(tile, kv_head, seen, HEADS)
