@@ -229,6 +229,7 @@ def _start_step(i, S_LAYOUT: gl.constexpr, memory, STAGES: gl.constexpr):
 @gluon.jit
 def _end_step(i, total, p, dp, delta, dq, memory, STAGES: gl.constexpr):
     """Add ds · k to dq while q · k of the next step runs."""
+    s_layout: gl.constexpr = p.type.layout
     q, ring, stage = memory.q, memory.ring, i % STAGES
     ds = p * (warpgroup_mma_wait(0, deps=[dp]) - delta[:, None])
     mbarrier.arrive(ring.v_empty.index(stage), count=1)
@@ -236,7 +237,7 @@ def _end_step(i, total, p, dp, delta, dq, memory, STAGES: gl.constexpr):
     dq = warpgroup_mma(ds, ring.k.index(stage), dq, is_async=True)
     following = gl.minimum(i + 1, total - 1)
     mbarrier.wait(ring.k_full.index(following % STAGES), following // STAGES & 1)
-    none = gl.zeros([ROWS, ROWS], gl.float32, p.type.layout)
+    none = gl.zeros([ROWS, ROWS], gl.float32, s_layout)
     k = ring.k.index(following % STAGES).permute((1, 0))
     products = warpgroup_mma(q, k, none, use_acc=False, is_async=True)
     dq = warpgroup_mma_wait(1, deps=[dq])

@@ -1,7 +1,7 @@
-"""Softmax attention where each query sees one run of keys, written in Gluon for Hopper: see `run_attention.py`.
+"""Softmax attention where each query sees one run of keys, written in Gluon for Hopper: see `triton/run_attention.py`.
 
-A program walks the tiles of the other side in steps: first the edges of the run, where a mask is needed, then the inner
-tiles. The products of a step start before those of the step before have ended.
+A program walks the tiles of keys in steps: first the edges of the run, where a mask is needed, then the inner tiles.
+The products of a step start before those of the step before have ended.
 """
 
 from typing import Any, NamedTuple
