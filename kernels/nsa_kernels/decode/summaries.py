@@ -175,14 +175,16 @@ def attend_summaries(
     planes, row = plane_logs.shape[2::2]
     geometry = Geometry(config.compress_block_size, config.compress_stride, config.select_block_size, planes)
     old_parts = sizes.num_parts(J * geometry.R, reading, q.device)
-    queries, block_rotary, started, weights, summary_constants = Rotated(q), (None, None), (), (), None
+    queries, started, weights, summary_constants = Rotated(q), None, Sides(None, None), None
+    block_rotary: tuple[Tensor | None, Tensor | None] = (None, None)
     parts, programs, (tokens, rotates) = old_parts, old_parts, new_pairs(())
     if new is not None:
-        queries, block_rotary = Rotated(q, *(x.contiguous() for x in new.rotary)), new.block_rotary or block_rotary
-        block_rotary = tuple(x if x is None else x.contiguous() for x in block_rotary)
-        (tokens, rotates), started, weights = new_pairs([*new.branches, new.compressed]), new.started, new.weights
-        summary_constants = _summary_constants(weights, config, heads, queries.half if rotates[-1] else 0, block_rotary)
-        weights = weights_for_kernel(weights)
+        queries, started = Rotated(q, *(x.contiguous() for x in new.rotary)), new.started
+        (tokens, rotates), weights = new_pairs([*new.branches, new.compressed]), weights_for_kernel(new.weights)
+        if new.block_rotary is not None:
+            block_rotary = new.block_rotary[0].contiguous(), new.block_rotary[1].contiguous()
+        half = queries.half if rotates[-1] else 0
+        summary_constants = _summary_constants(new.weights, config, heads, half, block_rotary)
         parts, programs = old_parts + 1, old_parts + 2 * geometry.SPAN + len(new.branches)
     o, stats = sizes.parts(parts, q)
     _summaries_kernel[(programs, heads.H_KV, sizes.B)](
