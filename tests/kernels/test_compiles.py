@@ -40,11 +40,11 @@ KERNELS = {
     "triton.run_attention._sum_parts_kernel",
 }
 HOPPER_KERNELS = {
-    "hopper.block_gradients._dkv_kernel",
     "hopper.block_attention._forward_kernel",
+    "hopper.block_gradients._dkv_kernel",
     "hopper.query_gradient._dq_kernel",
-    "hopper.run_gradients._dkv_kernel",
     "hopper.run_attention._forward_kernel",
+    "hopper.run_gradients._dkv_kernel",
 }
 MOST_SPILLED = {  # bytes of a thread in heads of up to 128 dims, with triton 3.6 and 3.7; the others spill none
     80: {

@@ -183,7 +183,7 @@ def weights_for_kernel(weights: tuple[CompressionWeights, CompressionWeights] | 
     """The learned parts of the summaries of keys and values as a kernel takes them; None of the mean."""
     if weights is None:
         return Sides(None, None)
-    return Sides(*(CompressionWeights(*map(_contiguous, side)) for side in weights))
+    return Sides(*(CompressionWeights._make(map(_contiguous, side)) for side in weights))
 
 
 def summary_sizes(
