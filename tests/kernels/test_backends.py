@@ -14,7 +14,13 @@ from nsa_kernels.decode.attention import chunk_attention
 from torch._subclasses import FakeTensorMode
 
 triton = pytest.importorskip("triton")
-for name in ("run_attention", "block_attention", "query_gradient"):  # interpreted or not from their import on
+for name in (
+    "run_attention",
+    "run_gradients",
+    "block_attention",
+    "block_gradients",
+    "query_gradient",
+):  # interpreted or not from their import on
     pytest.importorskip(f"nsa_kernels.hopper.{name}")
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32

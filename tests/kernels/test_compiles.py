@@ -40,11 +40,11 @@ KERNELS = {
     "triton.run_attention._sum_parts_kernel",
 }
 HOPPER_KERNELS = {
-    "hopper.block_attention._dkv_kernel",
     "hopper.block_attention._forward_kernel",
+    "hopper.block_gradients._dkv_kernel",
     "hopper.query_gradient._dq_kernel",
-    "hopper.run_attention._dkv_kernel",
     "hopper.run_attention._forward_kernel",
+    "hopper.run_gradients._dkv_kernel",
 }
 MOST_SPILLED = {  # bytes of a thread in heads of up to 128 dims, with triton 3.6 and 3.7; the others spill none
     80: {
@@ -62,7 +62,7 @@ MOST_SPILLED = {  # bytes of a thread in heads of up to 128 dims, with triton 3.
     90: {
         "hopper.block_attention._forward_kernel": 8,
         "hopper.query_gradient._dq_kernel": 72,
-        "hopper.run_attention._dkv_kernel": 16,
+        "hopper.run_gradients._dkv_kernel": 16,
         "triton.block_attention._dkv_kernel": 56,
         "triton.query_gradient._dq_kernel": 16,
     },

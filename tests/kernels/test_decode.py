@@ -257,7 +257,7 @@ def test_a_tile_of_keys_is_a_power_of_two_that_fits_its_stage(dtype, monkeypatch
     decode_parts = pytest.importorskip("nsa_kernels.decode.parts", exc_type=ImportError)
     monkeypatch.setattr(decode_parts, "interpreted", lambda: False)
     for qk_dim, v_dim in itertools.product((16, 64, 80, 96, 128, 192, 256), repeat=2):
-        sizes = (torch.zeros(2, 4, qk_dim), torch.zeros(2, 64, 2, qk_dim), torch.zeros(2, 64, 2, v_dim))
+        sizes = torch.zeros(2, 4, qk_dim), torch.zeros(2, 64, 2, v_dim)
         keys = decode_parts.sizes_of(*(x.to(dtype) for x in sizes)).keys
         assert keys in (16, 32, 64)
         assert keys == 16 or keys * (qk_dim + v_dim) * dtype.itemsize <= decode_parts._STAGE_BYTES

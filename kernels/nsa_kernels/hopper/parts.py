@@ -28,6 +28,63 @@ ROWS = gl.constexpr(64)
 thread_barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # named anew in triton 3.7
 
 
+class KeyRing(NamedTuple):
+    """Keys and values on their way through shared memory, [STAGES, keys, D], and where both sides of it meet."""
+
+    k: Any
+    v: Any
+    k_full: Any
+    v_full: Any
+    k_empty: Any
+    v_empty: Any
+
+
+class KeyBlock(NamedTuple):
+    """Keys and values that stay in shared memory while queries pass, [keys, D]."""
+
+    k: Any
+    v: Any
+    full: Any
+
+
+class QueryRing(NamedTuple):
+    """Tiles of ROWS rows on their way through shared memory, [STAGES, ROWS, ...], and where both sides of it meet."""
+
+    q: Any
+    do: Any
+    lse: Any
+    delta: Any
+    token: Any
+    full: Any
+    empty: Any
+
+
+class KeyTile(NamedTuple):
+    """ROWS keys of a multiplying group, and the tokens from and up to which they are seen."""
+
+    k: Any
+    v: Any
+    seen_from: Any
+    seen_to: Any
+
+
+class KeyGradients(NamedTuple):
+    """Gradients of ROWS keys so far, and q · k of the next step."""
+
+    products: Any
+    dk: Any
+    dv: Any
+
+
+class Bounds(NamedTuple):
+    """Tokens [lo, hi) that some rows of a tile see, and [inner_lo, inner_hi) that all of them do."""
+
+    lo: Any
+    inner_lo: Any
+    inner_hi: Any
+    hi: Any
+
+
 class Steps(NamedTuple):
     """How a program walks its run: `edge_tiles` tiles of [lo, a) and [b, hi), then `inner_tiles` of [a, b), by head."""
 
@@ -40,34 +97,50 @@ class Steps(NamedTuple):
     total: Any  # one at least
 
 
-@gluon.jit
-def cut(lo, inner_lo, inner_hi, hi, HEADS: gl.constexpr, TILE: gl.constexpr):
-    """Cut [lo, hi) into steps; no mask is needed within [inner_lo, inner_hi)."""
-    hi = gl.maximum(hi, lo)
-    a = gl.minimum(lo + gl.cdiv(gl.maximum(inner_lo - lo, 0), TILE) * TILE, hi)
-    inner_tiles = gl.maximum(inner_hi - a, 0) // TILE
-    b = a + inner_tiles * TILE
-    edge_tiles = gl.cdiv(a - lo, TILE) + gl.cdiv(hi - b, TILE)
-    edge_tiles = gl.where(edge_tiles + inner_tiles == 0, 1, edge_tiles)
-    return Steps(lo, a, b, edge_tiles, inner_tiles, edge_tiles * HEADS, (edge_tiles + inner_tiles) * HEADS)
+class Step(NamedTuple):
+    """Where a step is."""
+
+    head: Any
+    start: Any  # its first row
+
+
+class TileRows(NamedTuple):
+    """The rows of a tile."""
+
+    token: Any
+    row: Any  # int64, of [T, H]
+    exists: Any
 
 
 @gluon.jit
 def load_bounds(first_ptr, end_ptr, first_token, last_token):
-    """lo, inner_lo, inner_hi and hi, as `cut` takes them, of tokens whose runs ascend."""
-    return (gl.load(first_ptr + first_token), gl.load(first_ptr + last_token),
-            gl.load(end_ptr + first_token), gl.load(end_ptr + last_token))  # fmt: skip
+    """What tokens see whose runs ascend."""
+    return Bounds(gl.load(first_ptr + first_token), gl.load(first_ptr + last_token),
+                  gl.load(end_ptr + first_token), gl.load(end_ptr + last_token))  # fmt: skip
 
 
 @gluon.jit
-def place_of(i, steps, TILE: gl.constexpr):
-    """Head and first row of a step. Inner tiles come last first, so that programs of one head read the same tiles."""
+def cut(bounds, NUM_HEADS: gl.constexpr, TILE: gl.constexpr):
+    """Cut the tokens within bounds into steps; no mask is needed at the inner ones."""
+    lo = bounds.lo
+    hi = gl.maximum(bounds.hi, lo)
+    a = gl.minimum(lo + gl.cdiv(gl.maximum(bounds.inner_lo - lo, 0), TILE) * TILE, hi)
+    inner_tiles = gl.maximum(bounds.inner_hi - a, 0) // TILE
+    b = a + inner_tiles * TILE
+    edge_tiles = gl.cdiv(a - lo, TILE) + gl.cdiv(hi - b, TILE)
+    edge_tiles = gl.where(edge_tiles + inner_tiles == 0, 1, edge_tiles)
+    return Steps(lo, a, b, edge_tiles, inner_tiles, edge_tiles * NUM_HEADS, (edge_tiles + inner_tiles) * NUM_HEADS)
+
+
+@gluon.jit
+def find_step(i, steps, TILE: gl.constexpr):
+    """Where a step is. Inner tiles come last first, so that programs of one head read the same tiles."""
     is_edge = i < steps.num_edges
     tiles = gl.maximum(gl.where(is_edge, steps.edge_tiles, steps.inner_tiles), 1)
     within = gl.where(is_edge, i, i - steps.num_edges)
     edge = steps.lo + within % tiles * TILE
     edge = gl.where(edge < steps.a, edge, edge + steps.b - steps.a)
-    return within // tiles, gl.where(is_edge, edge, steps.a + (tiles - 1 - within % tiles) * TILE)
+    return Step(within // tiles, gl.where(is_edge, edge, steps.a + (tiles - 1 - within % tiles) * TILE))
 
 
 @gluon.jit
@@ -80,18 +153,23 @@ def barriers(NUM: gl.constexpr, COUNT: gl.constexpr):
 
 
 @gluon.jit
-def ring(DTYPE: gl.constexpr, D_QK: gl.constexpr, D_V: gl.constexpr, STAGES: gl.constexpr):
-    """Shared memory for STAGES tiles of ROWS rows: q, do, lse, delta and the rows' tokens."""
+def dkv_memory(KEYS: gl.constexpr, READERS: gl.constexpr, DTYPE: gl.constexpr, HEADS: gl.constexpr,
+               STAGES: gl.constexpr):  # fmt: skip
+    """Shared memory for a block of KEYS keys, and for a ring of queries that READERS groups read."""
+    D_QK: gl.constexpr = HEADS.D_QK
+    D_V: gl.constexpr = HEADS.D_V
     q_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, D_QK], DTYPE)
     do_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, D_V], DTYPE)
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    return (
-        gl.allocate_shared_memory(DTYPE, [STAGES, ROWS, D_QK], q_layout),
-        gl.allocate_shared_memory(DTYPE, [STAGES, ROWS, D_V], do_layout),
-        gl.allocate_shared_memory(gl.float32, [STAGES, ROWS], flat),
-        gl.allocate_shared_memory(gl.float32, [STAGES, ROWS], flat),
-        gl.allocate_shared_memory(gl.int32, [STAGES, ROWS], flat),
-    )
+    k = gl.allocate_shared_memory(DTYPE, [KEYS, D_QK], gl.NVMMASharedLayout.get_default_for([KEYS, D_QK], DTYPE))
+    v = gl.allocate_shared_memory(DTYPE, [KEYS, D_V], gl.NVMMASharedLayout.get_default_for([KEYS, D_V], DTYPE))
+    q = gl.allocate_shared_memory(DTYPE, [STAGES, ROWS, D_QK], q_layout)
+    do = gl.allocate_shared_memory(DTYPE, [STAGES, ROWS, D_V], do_layout)
+    lse = gl.allocate_shared_memory(gl.float32, [STAGES, ROWS], flat)
+    delta = gl.allocate_shared_memory(gl.float32, [STAGES, ROWS], flat)
+    token = gl.allocate_shared_memory(gl.int32, [STAGES, ROWS], flat)
+    block = KeyBlock(k, v, barriers(1, 1))
+    return block, QueryRing(q, do, lse, delta, token, barriers(STAGES, 2), barriers(STAGES, READERS))
 
 
 @gluon.jit
@@ -112,18 +190,25 @@ def softmax_end(acc, row_max, row_sum):
 
 
 @gluon.jit
-def load_keys(
-    i, start, k_desc, v_desc, kv_head, k_smem, v_smem, k_full, v_full, k_empty, v_empty,
-    D_QK: gl.constexpr, D_V: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
+def load_keys(i, start, kv_head, keys, ring, HEADS: gl.constexpr, STAGES: gl.constexpr):
     """Load the keys and the values of step i."""
     stage, phase = i % STAGES, i // STAGES & 1
-    mbarrier.wait(k_empty.index(stage), phase ^ 1)
-    mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
-    tma.async_copy_global_to_shared(k_desc, [start, kv_head * D_QK], k_full.index(stage), k_smem.index(stage))
-    mbarrier.wait(v_empty.index(stage), phase ^ 1)
-    mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
-    tma.async_copy_global_to_shared(v_desc, [start, kv_head * D_V], v_full.index(stage), v_smem.index(stage))
+    mbarrier.wait(ring.k_empty.index(stage), phase ^ 1)
+    mbarrier.expect(ring.k_full.index(stage), keys.k.block_type.nbytes)
+    tma.async_copy_global_to_shared(
+        keys.k, [start, kv_head * HEADS.D_QK], ring.k_full.index(stage), ring.k.index(stage)
+    )
+    mbarrier.wait(ring.v_empty.index(stage), phase ^ 1)
+    mbarrier.expect(ring.v_full.index(stage), keys.v.block_type.nbytes)
+    tma.async_copy_global_to_shared(keys.v, [start, kv_head * HEADS.D_V], ring.v_full.index(stage), ring.v.index(stage))
+
+
+@gluon.jit
+def load_key_block(first_key, kv_head, keys, block, HEADS: gl.constexpr):
+    """Load a block of keys and its values."""
+    mbarrier.expect(block.full.index(0), keys.k.block_type.nbytes + keys.v.block_type.nbytes)
+    tma.async_copy_global_to_shared(keys.k, [first_key, kv_head * HEADS.D_QK], block.full.index(0), block.k)
+    tma.async_copy_global_to_shared(keys.v, [first_key, kv_head * HEADS.D_V], block.full.index(0), block.v)
 
 
 @gluon.jit
@@ -141,61 +226,61 @@ def rows_layout(D: int) -> gl.BlockedLayout:
 
 @gluon.jit
 def tile_rows(first_token, num_tokens, kv_head, H: gl.constexpr, GROUP: gl.constexpr, LAYOUT: gl.constexpr):
-    """Token, [T, H] row (int64) and existence of each row of a tile: ROWS / GROUP tokens, GROUP heads each."""
+    """The rows of a tile: ROWS / GROUP tokens, GROUP heads each; rows that do not exist repeat one that does."""
     r = gl.arange(0, ROWS, LAYOUT)
     token = first_token + r // GROUP
     exists = token < num_tokens
     token = gl.minimum(token, num_tokens - 1)
-    return token, token.to(gl.int64) * H + kv_head * GROUP + r % GROUP, exists
+    return TileRows(token, token.to(gl.int64) * H + kv_head * GROUP + r % GROUP, exists)
 
 
 @gluon.jit
-def start_dkv(k, shared, D_QK: gl.constexpr, D_V: gl.constexpr):
+def start_dkv(k, block, ring, HEADS: gl.constexpr):
     """q · k of the first step, and dk and dv of ROWS keys at zero."""
-    q_smem, kv_full, full = shared[2], shared[7], shared[8]
+    D_QK: gl.constexpr = HEADS.D_QK
+    D_V: gl.constexpr = HEADS.D_V
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
     none = gl.zeros([ROWS, ROWS], gl.float32, s_layout)
-    mbarrier.wait(kv_full.index(0), 0)
-    mbarrier.wait(full.index(0), 0)
-    products = warpgroup_mma(k, q_smem.index(0).permute((1, 0)), none, use_acc=False, is_async=True)
+    mbarrier.wait(block.full.index(0), 0)
+    mbarrier.wait(ring.full.index(0), 0)
+    products = warpgroup_mma(k, ring.q.index(0).permute((1, 0)), none, use_acc=False, is_async=True)
     dk = gl.zeros([ROWS, D_QK], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D_QK, 16]))
     dv = gl.zeros([ROWS, D_V], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D_V, 16]))
-    return warpgroup_mma_wait(0, deps=[products]), dk, dv
+    return KeyGradients(warpgroup_mma_wait(0, deps=[products]), dk, dv)
 
 
 @gluon.jit
 def add_queries_to_dkv(
-    state, begin, stop, total, k, v, shared, seen_from, seen_to, scale_log2,
+    grads, begin, stop, total, keys, ring, scale_log2,
     MASKED: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Steps [begin, stop) add to dk and dv; q · k of the next step runs beside ds · q of this one."""
-    products, dk, dv = state
-    _, _, q_smem, do_smem, lse_smem, delta_smem, token_smem, _, full, empty = shared
+    products, dk, dv = grads
     s_layout: gl.constexpr = products.type.layout
     column: gl.constexpr = gl.SliceLayout(0, s_layout)
     none = gl.zeros([ROWS, ROWS], gl.float32, s_layout)
     for i in range(begin, stop):
         stage = i % STAGES
-        dp = warpgroup_mma(v, do_smem.index(stage).permute((1, 0)), none, use_acc=False, is_async=True)
-        lse = lse_smem.index(stage).load(column)
+        dp = warpgroup_mma(keys.v, ring.do.index(stage).permute((1, 0)), none, use_acc=False, is_async=True)
+        lse = ring.lse.index(stage).load(column)
         p = gl.exp2(products * scale_log2 - lse[None, :])
         if MASKED:
-            token = token_smem.index(stage).load(column)
-            p = gl.where((token[None, :] >= seen_from[:, None]) & (token[None, :] < seen_to[:, None]), p, 0.0)
-        delta = delta_smem.index(stage).load(column)
-        rows = gl.convert_layout(p.to(k.dtype), gl.DotOperandLayout(0, dv.type.layout, 2))
-        dv = warpgroup_mma(rows, do_smem.index(stage), dv, is_async=True)
+            token = ring.token.index(stage).load(column)
+            p = gl.where((token[None, :] >= keys.seen_from[:, None]) & (token[None, :] < keys.seen_to[:, None]), p, 0.0)
+        delta = ring.delta.index(stage).load(column)
+        rows = gl.convert_layout(p.to(keys.k.dtype), gl.DotOperandLayout(0, dv.type.layout, 2))
+        dv = warpgroup_mma(rows, ring.do.index(stage), dv, is_async=True)
         ds = p * (warpgroup_mma_wait(1, deps=[dp]) - delta[None, :])
-        rows = gl.convert_layout(ds.to(k.dtype), gl.DotOperandLayout(0, dk.type.layout, 2))
-        dk = warpgroup_mma(rows, q_smem.index(stage), dk, is_async=True)
+        rows = gl.convert_layout(ds.to(keys.k.dtype), gl.DotOperandLayout(0, dk.type.layout, 2))
+        dk = warpgroup_mma(rows, ring.q.index(stage), dk, is_async=True)
         following = gl.minimum(i + 1, total - 1)
-        mbarrier.wait(full.index(following % STAGES), following // STAGES & 1)
-        q = q_smem.index(following % STAGES).permute((1, 0))
-        products = warpgroup_mma(k, q, none, use_acc=False, is_async=True)
+        mbarrier.wait(ring.full.index(following % STAGES), following // STAGES & 1)
+        q = ring.q.index(following % STAGES).permute((1, 0))
+        products = warpgroup_mma(keys.k, q, none, use_acc=False, is_async=True)
         dk, dv = warpgroup_mma_wait(1, deps=[dk, dv])
-        mbarrier.arrive(empty.index(stage), count=1)
+        mbarrier.arrive(ring.empty.index(stage), count=1)
         products = warpgroup_mma_wait(0, deps=[products])
-    return products, dk, dv
+    return KeyGradients(products, dk, dv)
 
 
 @gluon.jit

@@ -7,7 +7,7 @@ once, with one bit a query that says who chose the block; dk and dv come from th
 is added atomically: gradients are the same in every run.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -15,7 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa_kernels.geometry import filled_slots
-from nsa_kernels.triton.block_lists import MAX_TILE_QUERIES, InverseList, inverse_list, unite
+from nsa_kernels.triton.arguments import Keys, heads_of
+from nsa_kernels.triton.block_lists import MAX_TILE_QUERIES, InverseList, Union, UnionTable, inverse_list, unite
 from nsa_kernels.triton.primitives import (
     HIDDEN,
     LOG2_E,
@@ -34,37 +35,51 @@ from nsa_kernels.triton.primitives import (
     tile_rows,
     wide,
 )
+from nsa_kernels.triton.run_attention import Softmax
 from nsa_kernels.triton.tuning import FittedTile, fitted_tile
 
 # T packed tokens, H query heads, H_kv KV heads, G = H / H_kv (GROUP), D head dim, n slots a query, l' tokens a block
 
 
+class UnionPart(NamedTuple):
+    """KEYS tokens of a block, and who chose it."""
+
+    start: Any
+    mask: Any
+
+
+class TileQueries(NamedTuple):
+    """The queries of a tile, as tokens."""
+
+    token: Any  # [ROWS]
+    first: Any
+    last: Any
+
+
 @triton.jit
-def _union_part(start_ptr, mask_ptr, i, BLOCK_SIZE: tl.constexpr, KEYS: tl.constexpr):
-    """First token and mask of the i-th run of KEYS tokens of a union."""
+def _union_part(union, i, BLOCK_SIZE: tl.constexpr, KEYS: tl.constexpr):
+    """The i-th run of KEYS tokens of a union."""
     block = i // (BLOCK_SIZE // KEYS)
-    return tl.load(start_ptr + block) + i % (BLOCK_SIZE // KEYS) * KEYS, tl.load(mask_ptr + block)
+    return UnionPart(tl.load(union.start + block) + i % (BLOCK_SIZE // KEYS) * KEYS, tl.load(union.mask + block))
 
 
 @triton.jit
-def blocks_before(
-    start_ptr, size, first_key, document_start_ptr, first, last, SLOTS: tl.constexpr, BLOCK_SIZE: tl.constexpr
-):
+def blocks_before(union, first_key, document_start_ptr, tile, SLOTS: tl.constexpr, BLOCK_SIZE: tl.constexpr):
     """How many blocks of a union, its first, end no later than `first_key`: whoever chose one sees all of it.
 
-    None where the queries `first` and `last` are of two documents: infinity and NaN of one must not reach the other.
+    None where the queries of the tile are of two documents: infinity and NaN of one must not reach the other.
     """
-    size = tl.where(tl.load(document_start_ptr + first) == tl.load(document_start_ptr + last), size, 0)
+    start = tl.load(document_start_ptr + tile.first)
+    size = tl.where(start == tl.load(document_start_ptr + tile.last), union.size, 0)
     i = tl.arange(0, triton.next_power_of_2(SLOTS))
-    start = tl.load(start_ptr + i, mask=i < size, other=first_key + 1)
+    start = tl.load(union.start + i, mask=i < size, other=first_key + 1)
     return tl.sum((start + BLOCK_SIZE - 1 <= first_key).to(tl.int32), 0)
 
 
 @triton.jit
 def _add_blocks(
-    softmax, q, k_desc, v_desc, start_ptr, mask_ptr, begin, stop, key, query, kv_head, scale_log2,
-    BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_SIZE: tl.constexpr, KEYS: tl.constexpr, EDGE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    softmax, q, keys, union, begin, stop, key, query, kv_head, scale_log2,
+    HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr, KEYS: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Steps [begin, stop) of a union; the queries stand at `key`. Only at the EDGE has a block keys after one of them.
 
@@ -72,9 +87,9 @@ def _add_blocks(
     """
     row_max, row_sum, acc = softmax
     for i in tl.range(begin, stop):
-        start, mask = _union_part(start_ptr, mask_ptr, i, BLOCK_SIZE, KEYS)
-        k = load_block(k_desc, start, kv_head, KEYS, BLOCK_QK)
-        v = load_block(v_desc, start, kv_head, KEYS, BLOCK_V)
+        start, mask = _union_part(union, i, BLOCK_SIZE, KEYS)
+        k = load_block(keys.k, start, kv_head, KEYS, HEADS.BLOCK_QK)
+        v = load_block(keys.v, start, kv_head, KEYS, HEADS.BLOCK_V)
         chose = (mask >> query) & 1 != 0
         products = tl.dot(q, k.T, input_precision=PRECISION)
         if EDGE:
@@ -87,7 +102,14 @@ def _add_blocks(
         shrink = tl.exp2(row_max - new_max)
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
         row_max, row_sum = new_max, row_sum * shrink + tl.sum(p, 1)
-    return row_max, row_sum, acc
+    return Softmax(row_max, row_sum, acc)
+
+
+@triton.jit
+def find_union(tile, kv_head, table, H_KV: tl.constexpr):
+    """The union of a tile."""
+    row, size = (tile.to(tl.int64) * H_KV + kv_head) * table.slots, tl.load(table.size + tile * H_KV + kv_head)
+    return Union(table.start + row, table.mask + row, size)
 
 
 @triton.jit
@@ -100,67 +122,65 @@ def _forward_kernel(
     o_ptr,  # [T, H, D_V]
     lse_ptr,  # [T, H]
     num_tokens, past, scale_log2, U,
-    H_KV: tl.constexpr, GROUP: tl.constexpr, D_QK: tl.constexpr, D_V: tl.constexpr,
-    BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    KEYS: tl.constexpr, SLOTS: tl.constexpr, PRECISION: tl.constexpr,
+    HEADS: tl.constexpr, TILE: tl.constexpr, BLOCK_SIZE: tl.constexpr, SLOTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program attends the queries of one tile and one KV head to the union of their blocks.
 
     Query t is the token `past + t` of the keys.
     """
-    tile, kv_head = tl.program_id(0), tl.program_id(1)
-    token, head, exists = tile_rows(tile * QUERIES, num_tokens, GROUP, QUERIES, ROWS)
-    rows = row_addresses(token, kv_head * GROUP + head, H_KV * GROUP)
-    q = load_rows(q_ptr, rows, D_QK, BLOCK_QK)
-    row_max, row_sum = tl.full([ROWS], LOWEST, tl.float32), tl.zeros([ROWS], tl.float32)
+    QUERIES: tl.constexpr = TILE.QUERIES
+    ROWS: tl.constexpr = TILE.ROWS
+    KEYS: tl.constexpr = TILE.KEYS
+    BLOCK_V: tl.constexpr = HEADS.BLOCK_V
+    tile, kv_head, keys = tl.program_id(0), tl.program_id(1), Keys(k_desc, v_desc)
+    token, head, exists = tile_rows(tile * QUERIES, num_tokens, HEADS.GROUP, QUERIES, ROWS)
+    rows = row_addresses(token, kv_head * HEADS.GROUP + head, HEADS.H)
+    q = load_rows(q_ptr, rows, HEADS.D_QK, HEADS.BLOCK_QK)
     acc = tl.zeros([ROWS, BLOCK_V], tl.float32)
-    union, size = (tile.to(tl.int64) * H_KV + kv_head) * U, tl.load(size_ptr + tile * H_KV + kv_head)
-    start_ptr, mask_ptr = start_ptr + union, mask_ptr + union
+    softmax = Softmax(tl.full([ROWS], LOWEST, tl.float32), tl.zeros([ROWS], tl.float32), acc)
+    union = find_union(tile, kv_head, UnionTable(start_ptr, mask_ptr, size_ptr, U), HEADS.H_KV)
     key, query = past + token, token - tile * QUERIES
-    first, last = tile * QUERIES, tl.minimum(tile * QUERIES + QUERIES, num_tokens) - 1
-    whole = blocks_before(start_ptr, size, past + first, document_start_ptr, first, last, QUERIES * SLOTS, BLOCK_SIZE)
+    queries = TileQueries(token, tile * QUERIES, tl.minimum(tile * QUERIES + QUERIES, num_tokens) - 1)
+    whole = blocks_before(union, past + queries.first, document_start_ptr, queries, QUERIES * SLOTS, BLOCK_SIZE)
     whole *= BLOCK_SIZE // KEYS
-    softmax = _add_blocks((row_max, row_sum, acc), q, k_desc, v_desc, start_ptr, mask_ptr, 0, whole, key, query,
-                          kv_head, scale_log2, BLOCK_QK, BLOCK_V, BLOCK_SIZE, KEYS, False, PRECISION)  # fmt: skip
-    row_max, row_sum, acc = _add_blocks(
-        softmax, q, k_desc, v_desc, start_ptr, mask_ptr, whole, size * (BLOCK_SIZE // KEYS), key, query,
-        kv_head, scale_log2, BLOCK_QK, BLOCK_V, BLOCK_SIZE, KEYS, True, PRECISION)  # fmt: skip
-    o, lse = softmax_end(row_max, row_sum, acc)
-    store_rows(o_ptr, rows, exists, o, D_V, BLOCK_V)
+    softmax = _add_blocks(softmax, q, keys, union, 0, whole, key, query, kv_head, scale_log2,
+                          HEADS, BLOCK_SIZE, KEYS, False, PRECISION)  # fmt: skip
+    softmax = _add_blocks(softmax, q, keys, union, whole, union.size * (BLOCK_SIZE // KEYS), key, query, kv_head,
+                          scale_log2, HEADS, BLOCK_SIZE, KEYS, True, PRECISION)  # fmt: skip
+    o, lse = softmax_end(softmax.row_max, softmax.row_sum, softmax.acc)
+    store_rows(o_ptr, rows, exists, o, HEADS.D_V, BLOCK_V)
     tl.store(lse_ptr + rows, lse, mask=exists)
 
 
 @triton.jit
 def add_blocks_to_dq(
-    dq, q, do, lse, delta, k_desc, v_desc, document_start_ptr, start_ptr, mask_ptr, size, token, first_token,
-    last_token, kv_head, scale_log2,
-    BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_SIZE: tl.constexpr, KEYS: tl.constexpr, SLOTS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    dq, rows, keys, union, document_start_ptr, queries, kv_head, scale_log2,
+    HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr, KEYS: tl.constexpr, SLOTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add ds · k of the blocks of a tile's union to dq; SLOTS are those of all its queries."""
-    whole = blocks_before(start_ptr, size, first_token, document_start_ptr, first_token, last_token, SLOTS, BLOCK_SIZE)
-    whole, end = whole * (BLOCK_SIZE // KEYS), size * (BLOCK_SIZE // KEYS)
-    dq = _add_steps_to_dq(dq, q, do, lse, delta, k_desc, v_desc, start_ptr, mask_ptr, 0, whole, token, first_token,
-                          kv_head, scale_log2, BLOCK_QK, BLOCK_V, BLOCK_SIZE, KEYS, False, PRECISION)  # fmt: skip
-    return _add_steps_to_dq(dq, q, do, lse, delta, k_desc, v_desc, start_ptr, mask_ptr, whole, end, token, first_token,
-                            kv_head, scale_log2, BLOCK_QK, BLOCK_V, BLOCK_SIZE, KEYS, True, PRECISION)  # fmt: skip
+    whole = blocks_before(union, queries.first, document_start_ptr, queries, SLOTS, BLOCK_SIZE)
+    whole, end = whole * (BLOCK_SIZE // KEYS), union.size * (BLOCK_SIZE // KEYS)
+    dq = _add_steps_to_dq(dq, rows, keys, union, 0, whole, queries, kv_head, scale_log2,
+                          HEADS, BLOCK_SIZE, KEYS, False, PRECISION)  # fmt: skip
+    return _add_steps_to_dq(dq, rows, keys, union, whole, end, queries, kv_head, scale_log2,
+                            HEADS, BLOCK_SIZE, KEYS, True, PRECISION)  # fmt: skip
 
 
 @triton.jit
 def _add_steps_to_dq(
-    dq, q, do, lse, delta, k_desc, v_desc, start_ptr, mask_ptr, begin, stop, token, first_token, kv_head, scale_log2,
-    BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_SIZE: tl.constexpr, KEYS: tl.constexpr, EDGE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    dq, rows, keys, union, begin, stop, queries, kv_head, scale_log2,
+    HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr, KEYS: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Steps [begin, stop) of a union add ds · k to dq."""
+    token = queries.token
     for i in tl.range(begin, stop):
-        start, mask = _union_part(start_ptr, mask_ptr, i, BLOCK_SIZE, KEYS)
-        k = load_block(k_desc, start, kv_head, KEYS, BLOCK_QK)
-        v = load_block(v_desc, start, kv_head, KEYS, BLOCK_V)
-        last = tl.where((mask >> (token - first_token)) & 1 != 0, token, -1)
+        start, mask = _union_part(union, i, BLOCK_SIZE, KEYS)
+        k = load_block(keys.k, start, kv_head, KEYS, HEADS.BLOCK_QK)
+        v = load_block(keys.v, start, kv_head, KEYS, HEADS.BLOCK_V)
+        last = tl.where((mask >> (token - queries.first)) & 1 != 0, token, -1)
         s = start + tl.arange(0, KEYS)
-        p = tl.exp2(tl.dot(q, k.T, input_precision=PRECISION) * scale_log2 - lse[:, None])
-        ds = p * (tl.dot(do, v.T, input_precision=PRECISION) - delta[:, None])
+        p = tl.exp2(tl.dot(rows.q, k.T, input_precision=PRECISION) * scale_log2 - rows.lse[:, None])
+        ds = p * (tl.dot(rows.do, v.T, input_precision=PRECISION) - rows.delta[:, None])
         ds = tl.where(s[None, :] <= last[:, None], ds, 0.0)
         if EDGE:
             k, _ = finite_part(k)  # of a key that is seen ds itself is not finite
@@ -180,11 +200,17 @@ def _dkv_kernel(
     dk_ptr, dv_ptr,  # [T, H_KV, D]
     dk_part_ptr, dv_part_ptr,  # float32 [parts, BLOCK_SIZE, D]
     num_blocks, num_tokens, scale,
-    H_KV: tl.constexpr, GROUP: tl.constexpr, D_QK: tl.constexpr, D_V: tl.constexpr,
-    BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    KEYS: tl.constexpr, PRECISION: tl.constexpr,
+    HEADS: tl.constexpr, TILE: tl.constexpr, BLOCK_SIZE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program computes what one item's queries give to dk and dv of their block, or of a run of its tokens."""
+    H_KV: tl.constexpr = HEADS.H_KV
+    GROUP: tl.constexpr = HEADS.GROUP
+    D_QK: tl.constexpr = HEADS.D_QK
+    D_V: tl.constexpr = HEADS.D_V
+    BLOCK_QK: tl.constexpr = HEADS.BLOCK_QK
+    BLOCK_V: tl.constexpr = HEADS.BLOCK_V
+    QUERIES: tl.constexpr = TILE.QUERIES
+    KEYS: tl.constexpr = TILE.KEYS
     item = tl.program_id(0)
     row = tl.load(item_row_ptr + item)
     block_start = tl.load(block_start_ptr + tl.maximum(row, 0) % num_blocks)
@@ -197,13 +223,13 @@ def _dkv_kernel(
         keys = row_addresses(tl.minimum(s, num_tokens - 1), kv_head, H_KV)
         k, v = load_rows(k_ptr, keys, D_QK, BLOCK_QK), load_rows(v_ptr, keys, D_V, BLOCK_V)
         dk, dv = tl.zeros([KEYS, BLOCK_QK], tl.float32), tl.zeros([KEYS, BLOCK_V], tl.float32)
-        r = tl.arange(0, ROWS)
+        r = tl.arange(0, TILE.ROWS)
         head = kv_head * GROUP + r % GROUP
         for first in tl.range(begin, end, QUERIES):
             listed = first + r // GROUP
             exists = (listed < end) & (r < QUERIES * GROUP)
             token = tl.load(token_ptr + tl.minimum(listed, end - 1))  # of this document in rows that do not exist too
-            rows = row_addresses(token, head, H_KV * GROUP)
+            rows = row_addresses(token, head, HEADS.H)
             q, do = load_rows(q_ptr, rows, D_QK, BLOCK_QK), load_rows(do_ptr, rows, D_V, BLOCK_V)
             lse = tl.load(lse_ptr + rows, mask=exists, other=-HIDDEN) * LOG2_E  # p = 0 in rows that do not exist
             delta = tl.load(delta_ptr + rows)
@@ -267,15 +293,14 @@ def launch_block_attention(
     past: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`dispatch.block_attention` in Triton."""
-    (T, H, D_QK), (_, H_KV, D_V) = q.shape, v.shape
+    (T, H, _), (_, H_KV, D_V) = q.shape, v.shape
     o, lse = q.new_empty(T, H, D_V), q.new_empty(T, H, dtype=torch.float32)
     tile = union_tile("selected_forward", q, v, block_size)
     unions = unite(block_indices, document_start, block_size, tile.queries)
     _forward_kernel[(ceil_div(T, tile.queries), H_KV)](
         q, block_descriptor(k, tile.keys), block_descriptor(v, tile.keys), document_start, *unions, o, lse,
         T, past, scale * LOG2_E.value, unions.start.shape[-1],
-        H_KV, H // H_KV, D_QK, D_V, padded(D_QK), padded(D_V), tile.queries, tile.rows, block_size, tile.keys,
-        block_indices.shape[2], dot_precision(q.dtype), num_warps=tile.num_warps, num_stages=tile.num_stages,
+        heads_of(q, v), tile.sizes, block_size, block_indices.shape[2], dot_precision(q.dtype), **tile.options,
     )  # fmt: skip
     return o, lse
 
@@ -309,8 +334,7 @@ def launch_block_gradients(
         q, k, v, do, lse, delta,
         lists.token, lists.item_row, lists.item_begin, lists.item_end, lists.item_part, block_start, block_end,
         *gradients.whole, *gradients.parts, len(block_start), T, scale,
-        H_KV, H // H_KV, D_QK, D_V, padded(D_QK), padded(D_V), tile.queries, tile.rows, block_size, tile.keys,
-        dot_precision(q.dtype), num_warps=tile.num_warps, num_stages=tile.num_stages,
+        heads_of(q, v), tile.sizes, block_size, dot_precision(q.dtype), **tile.options,
     )  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """Who chose which block: the union of neighbouring queries' choices, and the queries of each block."""
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -23,6 +23,23 @@ class Unions(NamedTuple):
     start: Tensor  # int32 [tiles, H_kv, U], first token of the block, ascending
     mask: Tensor  # int32 [tiles, H_kv, U], bit i: the tile's query i chose the block
     size: Tensor  # int32 [tiles, H_kv]
+
+
+class UnionTable(NamedTuple):
+    """Unions as a kernel sees them."""
+
+    start: Any  # [tiles, H_KV, slots]
+    mask: Any  # [tiles, H_KV, slots]
+    size: Any  # [tiles, H_KV]
+    slots: Any
+
+
+class Union(NamedTuple):
+    """The blocks that the queries of one tile chose, as a kernel sees them."""
+
+    start: Any  # [slots]
+    mask: Any  # [slots]
+    size: Any
 
 
 @triton.jit

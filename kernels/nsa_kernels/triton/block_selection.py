@@ -10,6 +10,8 @@ one tile; what its last blocks give to the next tile's first is kept apart, as s
 queries at a time: their size is bounded, whatever the length.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from nsa_kernels.geometry import NSAConfig, filled_slots
 from nsa_kernels.packing import BatchLayout
+from nsa_kernels.triton.arguments import heads_of
 from nsa_kernels.triton.primitives import (
     LOG2_E,
     block_descriptor,
@@ -43,6 +46,34 @@ _CHUNK_BYTES = 2**27
 """Size of the importance of a chunk of queries."""
 
 
+class Geometry(NamedTuple):
+    """How summaries and selection blocks lie, constants of a kernel."""
+
+    COMPRESS_SIZE: int
+    STRIDE: int
+    BLOCK_SIZE: int
+    PLANES: int  # selection blocks that a summary counts for at most
+
+    @property
+    def R(self) -> int:  # noqa: N802
+        """Summaries that begin in a selection block."""
+        return self.BLOCK_SIZE // self.STRIDE
+
+    @property
+    def SPAN(self) -> int:  # noqa: N802
+        """Strides in a compression block."""
+        return self.COMPRESS_SIZE // self.STRIDE
+
+
+class Choice(NamedTuple):
+    """Which blocks are chosen, constants of a kernel."""
+
+    SLOTS: int
+    BLOCK_SLOTS: int
+    INIT: int  # of the first blocks, so many are always chosen
+    LOCAL: int  # and of the last
+
+
 @triton.jit
 def plane_weight(r, m, R: tl.constexpr, S: tl.constexpr):
     """w_m[r]: chunks of block j + m that compression block j * R + r covers, float32."""
@@ -58,15 +89,16 @@ def _importance_kernel(
     importance_ptr,  # float32 [H_KV, Q, J]
     spill_ptr,  # float32 [H_KV, Q, tiles of keys, REACH * (REACH + 1) / 2]
     first_query, end_query, J, scale_log2, unranked,
-    H_KV: tl.constexpr, GROUP: tl.constexpr, BLOCK_D: tl.constexpr,
-    R: tl.constexpr, S: tl.constexpr, REACH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    HEADS: tl.constexpr, GEOMETRY: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program scores a tile of queries against one block of compressed keys, all heads of a group summed.
 
     The first `unranked` queries of a document choose every block and are not ranked. A tile is no longer than that, so
     all the queries in it that are ranked belong to the document of its first.
     """
+    GROUP: tl.constexpr = HEADS.GROUP
+    R: tl.constexpr = GEOMETRY.R
+    REACH: tl.constexpr = GEOMETRY.PLANES - 1
     key_block, tile, kv_head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     tile_start = first_query + tile * QUERIES
     token = tile_start + tl.arange(0, QUERIES)
@@ -76,11 +108,11 @@ def _importance_kernel(
     ranked &= token - document_start >= unranked
     visible = tl.where(ranked, tl.load(end_ptr + token, mask=exists, other=0) - first, 0)
     if key_block * KEYS < tl.max(visible, 0):
-        k = load_block(k_desc, first + key_block * KEYS, kv_head, KEYS, BLOCK_D)
+        k = load_block(k_desc, first + key_block * KEYS, kv_head, KEYS, HEADS.BLOCK_QK)
         p = tl.zeros([QUERIES, KEYS], tl.float32)
-        rows = row_addresses(tl.minimum(token, end_query - 1), kv_head * GROUP, H_KV * GROUP)
+        rows = row_addresses(tl.minimum(token, end_query - 1), kv_head * GROUP, HEADS.H)
         for head in tl.range(0, GROUP):
-            q = load_block(q_desc, tile_start, kv_head * GROUP + head, QUERIES, BLOCK_D)
+            q = load_block(q_desc, tile_start, kv_head * GROUP + head, QUERIES, HEADS.BLOCK_QK)
             lse = tl.load(lse_ptr + rows + head) * LOG2_E
             p += tl.exp2(tl.dot(q, k.T, input_precision=PRECISION) * scale_log2 - lse[:, None])
         i = key_block * KEYS + tl.arange(0, KEYS)
@@ -91,7 +123,7 @@ def _importance_kernel(
         spill = (row * tl.num_programs(0) + key_block) * (REACH * (REACH + 1) // 2)
         importance = tl.zeros([QUERIES, BLOCKS], tl.float32)
         for m in tl.static_range(REACH + 1):
-            part = tl.sum(p * plane_weight(r, m, R, S)[None, None, :], 2)  # A_m
+            part = tl.sum(p * plane_weight(r, m, R, GEOMETRY.SPAN)[None, None, :], 2)  # A_m
             if m > 0:
                 out = spill_ptr + spill[:, None] + (m * (m - 1) // 2 + m - BLOCKS + block)[None, :]
                 tl.store(out, part, mask=exists[:, None] & (block >= BLOCKS - m)[None, :])
@@ -175,14 +207,16 @@ def _rank_kernel(
     best_bits_ptr, best_ptr,  # int32 [Q, H_KV, segments * SLOTS]
     indices_ptr,  # [T, H_KV, SLOTS]
     first_query, num_queries, J, tiles,
-    H_KV: tl.constexpr, SLOTS: tl.constexpr, BLOCK_SLOTS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    INIT: tl.constexpr, LOCAL: tl.constexpr, KEYS: tl.constexpr, TILE: tl.constexpr, REACH: tl.constexpr,
-    BLOCKS: tl.constexpr,
+    H_KV: tl.constexpr, GEOMETRY: tl.constexpr, CHOICE: tl.constexpr, KEYS: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """One program ranks a segment of the blocks of one query and KV head; where there is one segment it has chosen."""
+    SLOTS: tl.constexpr = CHOICE.SLOTS
+    BLOCK_SLOTS: tl.constexpr = CHOICE.BLOCK_SLOTS
+    REACH: tl.constexpr = GEOMETRY.PLANES - 1
+    TILE: tl.constexpr = KEYS // GEOMETRY.R  # blocks in a tile of keys
     query, kv_head, segment = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     token = first_query + query
-    own = (token - tl.load(document_start_ptr + token)) // BLOCK_SIZE
+    own = (token - tl.load(document_start_ptr + token)) // GEOMETRY.BLOCK_SIZE
     visible = tl.load(end_ptr + token) - tl.load(first_ptr + token)
     slot = tl.arange(0, BLOCK_SLOTS)
     row = wide(query) * H_KV + kv_head
@@ -197,7 +231,7 @@ def _rank_kernel(
             spilled = (within < m) & (tile > 0) & ((tile - 1) * KEYS < visible)
             spill = spill_ptr + (from_row * tiles + tile - 1) * (REACH * (REACH + 1) // 2) + m * (m - 1) // 2
             importance += tl.load(spill + within, mask=spilled, other=0.0)
-        forced = (j < INIT) | (j > own - LOCAL)
+        forced = (j < CHOICE.INIT) | (j > own - CHOICE.LOCAL)
         bits = tl.minimum(tl.maximum(importance.to(tl.int32, bitcast=True), 0), FORCED - 1)  # even of NaN
         bits = tl.where(j <= own, tl.where(forced, FORCED, bits), -1)
         chosen, place = best(bits, SLOTS)
@@ -233,23 +267,22 @@ def _merge_kernel(
 
 def _rank(
     importance: Tensor, spill: Tensor, document_start: Tensor, first: Tensor, end: Tensor, indices: Tensor, begin: int,
-    keys: int, sizes: list[int],
+    keys: int, geometry: Geometry, choice: Choice,
 ) -> None:  # fmt: skip
-    """Write the n best blocks of the queries from `begin` on, by what tiles of so many keys gave and spilled."""
-    l, d, size, n, num_init, num_local = sizes  # noqa: E741
-    (H_KV, Q, J), R = importance.shape, size // d
+    """Write the best blocks of the queries from `begin` on, by what tiles of so many keys gave and spilled."""
+    (H_KV, Q, J), n = importance.shape, choice.SLOTS
     blocks = _SEGMENT if J > _SMALL_SEGMENT else _SMALL_SEGMENT
     segments = ceil_div(J, blocks)
     shape = (Q, H_KV, segments * n if segments > 1 else 0)
     best_bits, best = torch.empty(shape, dtype=torch.int32, device=importance.device), indices.new_empty(shape)
     _rank_kernel[(Q, H_KV, segments)](
         importance, spill, document_start, first, end, best_bits, best, indices, begin, Q, J, spill.shape[2],
-        H_KV, n, padded(n), size, num_init, num_local, keys, keys // R, reach_of(l, d, size), blocks, num_warps=1,
+        H_KV, geometry, choice, keys, blocks, num_warps=1,
     )  # fmt: skip
     if segments > 1:
         _merge_kernel[(Q, H_KV)](
-            document_start, best_bits, best, indices, begin, segments * n, H_KV, n, size, padded(segments * n),
-            num_warps=1 if segments * n <= _SEGMENT else 4,
+            document_start, best_bits, best, indices, begin, segments * n,
+            H_KV, n, geometry.BLOCK_SIZE, padded(segments * n), num_warps=1 if segments * n <= _SEGMENT else 4,
         )  # fmt: skip
 
 
@@ -267,9 +300,10 @@ def _block_selection(
 
     With `past` tokens before the first query `document_start` is -past.
     """
-    l, d, size, n, *forced = sizes  # noqa: E741
-    (T, H, D), H_KV, R, S = q.shape, compressed_k.shape[1], size // d, l // d
+    l, d, size, n, num_init, num_local = sizes  # noqa: E741
+    (T, H, D), H_KV, R = q.shape, compressed_k.shape[1], size // d
     reach, slots = reach_of(l, d, size), filled_slots(n, size, past + T)
+    geometry, choice = Geometry(l, d, size, reach + 1), Choice(slots, padded(slots), num_init, num_local)
     indices = torch.empty(T, H_KV, slots, dtype=torch.int32, device=q.device)
     tile = fitted_tile("importance", q, D, H // H_KV)
     queries = min(tile.rows, power_of_two(slots * size + 1) // 2)
@@ -286,10 +320,9 @@ def _block_selection(
             _importance_kernel[(tiles, ceil_div(stop - begin, queries), H_KV)](
                 q_desc, k_desc, lse, document_start, first, end, importance, spill,
                 begin, stop, J, scale * LOG2_E.value, slots * size,
-                H_KV, H // H_KV, padded(D), R, S, reach, queries, keys,
-                dot_precision(q.dtype), num_warps=tile.num_warps, num_stages=tile.num_stages,
+                heads_of(q, compressed_k), geometry, queries, keys, dot_precision(q.dtype), **tile.options,
             )  # fmt: skip
-        _rank(importance, spill, document_start, first, end, indices, begin, keys, [l, d, size, slots, *forced])
+        _rank(importance, spill, document_start, first, end, indices, begin, keys, geometry, choice)
     return torch.nn.functional.pad(indices, (0, n - slots), value=-1) if slots < n else indices
 
 

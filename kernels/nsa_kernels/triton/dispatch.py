@@ -43,7 +43,7 @@ def run_gradients(
     """dk [S, H_kv, D_qk] and dv [S, H_kv, D_v]; the queries are divided where few keys keep few programs busy."""
     inputs, split = (q, k, v, do, lse, delta, runs, scale), stage == "compressed"
     if implementation == "hopper":
-        from nsa_kernels.hopper.run_attention import launch_run_gradients_on_hopper
+        from nsa_kernels.hopper.run_gradients import launch_run_gradients_on_hopper
 
         parts = launch_run_gradients_on_hopper(*inputs, split)
     else:
@@ -77,7 +77,7 @@ def block_gradients(
     out = room_for_gradients(q, k, v, block_indices, where.first_block, num_blocks, block_size)
     inputs = (q, k, v, do, lse, delta, out, *bounds, block_size, scale)
     if implementation == "hopper":
-        from nsa_kernels.hopper.block_attention import launch_block_gradients_on_hopper
+        from nsa_kernels.hopper.block_gradients import launch_block_gradients_on_hopper
 
         launch_block_gradients_on_hopper(*inputs)
     else:

@@ -16,7 +16,7 @@ Backward takes two passes, one over keys for dq and one over queries for dk and 
 gradients are the same in every run. Where keys are few, the second pass is cut in chunks of queries and summed.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa_kernels.packing import KeyRuns
+from nsa_kernels.triton.arguments import Keys, Runs, heads_of
 from nsa_kernels.triton.primitives import (
     HIDDEN,
     LOG2_E,
@@ -48,46 +49,105 @@ from nsa_kernels.triton.tuning import fitted_tile
 # T packed tokens, S keys, H query heads, H_kv KV heads, G = H / H_kv (GROUP), D head dim.
 
 
+class Span(NamedTuple):
+    """Steps of [lo, a) and [b, hi)."""
+
+    lo: Any
+    a: Any
+    b: Any
+    hi: Any
+
+
+class Softmax(NamedTuple):
+    """An unfinished softmax of the rows of a tile."""
+
+    row_max: Any  # [ROWS]
+    row_sum: Any  # [ROWS]
+    acc: Any  # [ROWS, BLOCK_V]
+
+
+class QueryRows(NamedTuple):
+    """The rows of a tile, and what backward knows of them."""
+
+    q: Any  # [ROWS, BLOCK_QK]
+    do: Any  # [ROWS, BLOCK_V]
+    lse: Any  # [ROWS], in units of log2
+    delta: Any  # [ROWS]
+
+
+class Queries(NamedTuple):
+    """All queries, and what backward knows of them."""
+
+    q: Any  # [T, H, D_QK]
+    do: Any  # [T, H, D_V]
+    lse: Any  # [T, H]
+    delta: Any  # [T, H]
+    num_tokens: Any
+
+
+class KeyRows(NamedTuple):
+    """A block of keys, and the tokens from and up to which they are seen."""
+
+    k: Any  # [KEYS, BLOCK_QK]
+    v: Any  # [KEYS, BLOCK_V]
+    seen_from: Any  # [KEYS]
+    seen_to: Any  # [KEYS]
+
+
+class KeyGradients(NamedTuple):
+    """Gradients of a block of keys so far."""
+
+    dk: Any  # [KEYS, BLOCK_QK]
+    dv: Any  # [KEYS, BLOCK_V]
+
+
 @triton.jit
-def _phases(lo, inner_lo, inner_hi, hi, STEP: tl.constexpr):
-    """Cut [lo, hi) into steps at a and b: [a, b) lies within [inner_lo, inner_hi), where no mask is needed."""
+def _cut(lo, inner_lo, inner_hi, hi, STEP: tl.constexpr):
+    """Cut [lo, hi) into the steps where a mask is needed, and those that lie within [inner_lo, inner_hi)."""
     a = tl.minimum(lo + tl.cdiv(tl.maximum(inner_lo - lo, 0), STEP) * STEP, hi)
-    return a, a + tl.maximum(inner_hi - a, 0) // STEP * STEP
+    b = a + tl.maximum(inner_hi - a, 0) // STEP * STEP
+    return Span(lo, a, b, hi), Span(a, b, b, b)
 
 
 @triton.jit
-def _num_steps(lo, a, b, hi, STEP: tl.constexpr):
-    """Steps in [lo, a) and [b, hi)."""
-    return tl.cdiv(a - lo, STEP) + tl.cdiv(hi - b, STEP)
+def _num_steps(span, STEP: tl.constexpr):
+    """Steps of a span."""
+    return tl.cdiv(span.a - span.lo, STEP) + tl.cdiv(span.hi - span.b, STEP)
 
 
 @triton.jit
-def _step_start(step, lo, a, b, STEP: tl.constexpr):
-    """Where a step of [lo, a) and [b, ...) begins."""
-    start = lo + step * STEP
-    return tl.where(start < a, start, start + b - a)
+def _step_start(step, span, STEP: tl.constexpr):
+    """Where a step of a span begins."""
+    start = span.lo + step * STEP
+    return tl.where(start < span.a, start, start + span.b - span.a)
+
+
+@triton.jit
+def _sees(start, runs, KEYS: tl.constexpr):
+    """Which rows see which of KEYS keys from `start` on."""
+    s = start + tl.arange(0, KEYS)
+    return (s[None, :] >= runs.first[:, None]) & (s[None, :] < runs.end[:, None])
 
 
 @triton.jit
 def _attend_run(
-    softmax, q, k_desc, v_desc, lo, a, b, hi, first, end, kv_head, scale_log2,
-    BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr, KEYS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    softmax, q, keys, span, runs, kv_head, scale_log2,
+    HEADS: tl.constexpr, KEYS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add the keys [lo, a) and [b, hi) to a running softmax."""
+    """Add the keys of a span to a running softmax."""
     row_max, row_sum, acc = softmax
-    for step in tl.range(0, _num_steps(lo, a, b, hi, KEYS)):
-        start = _step_start(step, lo, a, b, KEYS)
-        k = load_block(k_desc, start, kv_head, KEYS, BLOCK_QK)
-        v = load_block(v_desc, start, kv_head, KEYS, BLOCK_V)
+    for step in tl.range(0, _num_steps(span, KEYS)):
+        start = _step_start(step, span, KEYS)
+        k = load_block(keys.k, start, kv_head, KEYS, HEADS.BLOCK_QK)
+        v = load_block(keys.v, start, kv_head, KEYS, HEADS.BLOCK_V)
         scores = tl.dot(q, k.T, input_precision=PRECISION)
         if MASKED:
-            s = start + tl.arange(0, KEYS)
-            seen = (s[None, :] >= first[:, None]) & (s[None, :] < end[:, None])
+            seen = _sees(start, runs, KEYS)
             scores = tl.where(seen, scores, HIDDEN)
             v, spoilt = finite_part(v)
             acc = spoil(acc, seen, spoilt)
         row_max, row_sum, acc = softmax_step(scores, v, scale_log2, row_max, row_sum, acc, PRECISION)
-    return row_max, row_sum, acc
+    return Softmax(row_max, row_sum, acc)
 
 
 @triton.jit
@@ -100,27 +160,27 @@ def _forward_kernel(
     gates_ptr,  # [T, H, 3]; read if SUM
     compressed_ptr, selected_ptr, out_ptr,  # [T, H, D_V]; used if SUM
     num_tokens, scale_log2, SUM: tl.constexpr,
-    H_KV: tl.constexpr, GROUP: tl.constexpr, D_QK: tl.constexpr, D_V: tl.constexpr,
-    BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    HEADS: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program attends the queries of one tile and one KV head; the last tiles, which see most keys, go first.
 
     With SUM it also writes the gated sum of the two other branches and this one.
     """
+    D_V: tl.constexpr = HEADS.D_V
+    BLOCK_V: tl.constexpr = HEADS.BLOCK_V
+    ROWS: tl.constexpr = TILE.ROWS
     tile, kv_head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
-    token, head, exists = tile_rows(tile * QUERIES, num_tokens, GROUP, QUERIES, ROWS)
-    rows = row_addresses(token, kv_head * GROUP + head, H_KV * GROUP)
-    first, end = tl.load(first_ptr + token), tl.load(end_ptr + token)
-    lo, hi = tl.min(first, 0), tl.max(end, 0)
-    a, b = _phases(lo, tl.max(first, 0), tl.min(end, 0), hi, KEYS)
-    q = load_rows(q_ptr, rows, D_QK, BLOCK_QK)
-    softmax = (tl.full([ROWS], LOWEST, tl.float32), tl.zeros([ROWS], tl.float32), tl.zeros([ROWS, BLOCK_V], tl.float32))
-    softmax = _attend_run(softmax, q, k_desc, v_desc, a, b, b, b, first, end, kv_head, scale_log2,
-                          BLOCK_QK, BLOCK_V, KEYS, False, PRECISION)  # fmt: skip
-    softmax = _attend_run(softmax, q, k_desc, v_desc, lo, a, b, hi, first, end, kv_head, scale_log2,
-                          BLOCK_QK, BLOCK_V, KEYS, True, PRECISION)  # fmt: skip
-    o, lse = softmax_end(softmax[0], softmax[1], softmax[2])
+    token, head, exists = tile_rows(tile * TILE.QUERIES, num_tokens, HEADS.GROUP, TILE.QUERIES, ROWS)
+    rows = row_addresses(token, kv_head * HEADS.GROUP + head, HEADS.H)
+    keys, runs = Keys(k_desc, v_desc), Runs(tl.load(first_ptr + token), tl.load(end_ptr + token))
+    edges, inner = _cut(tl.min(runs.first, 0), tl.max(runs.first, 0), tl.min(runs.end, 0), tl.max(runs.end, 0),
+                        TILE.KEYS)  # fmt: skip
+    q = load_rows(q_ptr, rows, HEADS.D_QK, HEADS.BLOCK_QK)
+    acc = tl.zeros([ROWS, BLOCK_V], tl.float32)
+    softmax = Softmax(tl.full([ROWS], LOWEST, tl.float32), tl.zeros([ROWS], tl.float32), acc)
+    softmax = _attend_run(softmax, q, keys, inner, runs, kv_head, scale_log2, HEADS, TILE.KEYS, False, PRECISION)
+    softmax = _attend_run(softmax, q, keys, edges, runs, kv_head, scale_log2, HEADS, TILE.KEYS, True, PRECISION)
+    o, lse = softmax_end(softmax.row_max, softmax.row_sum, softmax.acc)
     store_rows(o_ptr, rows, exists, o, D_V, BLOCK_V)
     tl.store(lse_ptr + rows, lse, mask=exists)
     if SUM:
@@ -132,19 +192,18 @@ def _forward_kernel(
 
 @triton.jit
 def _add_keys_to_dq(
-    dq, q, do, lse, delta, k_desc, v_desc, lo, a, b, hi, first, end, kv_head, scale_log2,
-    BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr, KEYS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    dq, rows, keys, span, runs, kv_head, scale_log2,
+    HEADS: tl.constexpr, KEYS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add ds · k of the keys [lo, a) and [b, hi) to dq."""
-    for step in tl.range(0, _num_steps(lo, a, b, hi, KEYS)):
-        start = _step_start(step, lo, a, b, KEYS)
-        k = load_block(k_desc, start, kv_head, KEYS, BLOCK_QK)
-        v = load_block(v_desc, start, kv_head, KEYS, BLOCK_V)
-        p = tl.exp2(tl.dot(q, k.T, input_precision=PRECISION) * scale_log2 - lse[:, None])
-        ds = p * (tl.dot(do, v.T, input_precision=PRECISION) - delta[:, None])
+    """Add ds · k of the keys of a span to dq."""
+    for step in tl.range(0, _num_steps(span, KEYS)):
+        start = _step_start(step, span, KEYS)
+        k = load_block(keys.k, start, kv_head, KEYS, HEADS.BLOCK_QK)
+        v = load_block(keys.v, start, kv_head, KEYS, HEADS.BLOCK_V)
+        p = tl.exp2(tl.dot(rows.q, k.T, input_precision=PRECISION) * scale_log2 - rows.lse[:, None])
+        ds = p * (tl.dot(rows.do, v.T, input_precision=PRECISION) - rows.delta[:, None])
         if MASKED:
-            s = start + tl.arange(0, KEYS)
-            ds = tl.where((s[None, :] >= first[:, None]) & (s[None, :] < end[:, None]), ds, 0.0)
+            ds = tl.where(_sees(start, runs, KEYS), ds, 0.0)
             k, _ = finite_part(k)  # of a key that is seen ds itself is not finite
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
     return dq
@@ -152,49 +211,49 @@ def _add_keys_to_dq(
 
 @triton.jit
 def add_runs_to_dq(
-    dq, q, do, lse, delta, k_desc, v_desc, first_ptr, end_ptr, token, kv_head, scale_log2,
-    BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
+    dq, rows, keys, runs, token, kv_head, scale_log2,
+    HEADS: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add ds · k of the runs of keys that the queries of a tile see to dq."""
-    first, end = tl.load(first_ptr + token), tl.load(end_ptr + token)
-    lo, hi = tl.min(first, 0), tl.max(end, 0)
-    a, b = _phases(lo, tl.max(first, 0), tl.min(end, 0), hi, KEYS)
-    dq = _add_keys_to_dq(dq, q, do, lse, delta, k_desc, v_desc, a, b, b, b, first, end, kv_head, scale_log2,
-                         BLOCK_QK, BLOCK_V, KEYS, False, PRECISION)  # fmt: skip
-    return _add_keys_to_dq(dq, q, do, lse, delta, k_desc, v_desc, lo, a, b, hi, first, end, kv_head, scale_log2,
-                           BLOCK_QK, BLOCK_V, KEYS, True, PRECISION)  # fmt: skip
+    own = Runs(tl.load(runs.first + token), tl.load(runs.end + token))
+    edges, inner = _cut(tl.min(own.first, 0), tl.max(own.first, 0), tl.min(own.end, 0), tl.max(own.end, 0), KEYS)
+    dq = _add_keys_to_dq(dq, rows, keys, inner, own, kv_head, scale_log2, HEADS, KEYS, False, PRECISION)
+    return _add_keys_to_dq(dq, rows, keys, edges, own, kv_head, scale_log2, HEADS, KEYS, True, PRECISION)
 
 
 @triton.jit
 def _add_queries_to_dkv(
-    dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, lo, a, b, hi, seen_from, seen_to, num_tokens, kv_head,
-    scale_log2,
-    H_KV: tl.constexpr, GROUP: tl.constexpr, D_QK: tl.constexpr, D_V: tl.constexpr,
-    BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr, MASKED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    grads, keys, queries, span, kv_head, scale_log2,
+    HEADS: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add ds · q and p · do of the queries [lo, a) and [b, hi) to dk and dv."""
-    for step in tl.range(0, _num_steps(lo, a, b, hi, QUERIES)):
-        start = _step_start(step, lo, a, b, QUERIES)
-        token, head, exists = tile_rows(start, num_tokens, GROUP, QUERIES, ROWS)
-        rows = row_addresses(token, kv_head * GROUP + head, H_KV * GROUP)
-        q, do = load_rows(q_ptr, rows, D_QK, BLOCK_QK), load_rows(do_ptr, rows, D_V, BLOCK_V)
-        lse = tl.load(lse_ptr + rows, mask=exists, other=-HIDDEN) * LOG2_E  # p = 0 in rows that do not exist
-        p = tl.exp2(tl.dot(k, q.T, input_precision=PRECISION) * scale_log2 - lse[None, :])
-        minus_delta = tl.broadcast_to(-tl.load(delta_ptr + rows)[None, :], p.shape)  # as a start it spares registers
+    """Add ds · q and p · do of the queries of a span to dk and dv."""
+    GROUP: tl.constexpr = HEADS.GROUP
+    QUERIES: tl.constexpr = TILE.QUERIES
+    dk, dv = grads
+    for step in tl.range(0, _num_steps(span, QUERIES)):
+        start = _step_start(step, span, QUERIES)
+        token, head, exists = tile_rows(start, queries.num_tokens, GROUP, QUERIES, TILE.ROWS)
+        rows = row_addresses(token, kv_head * GROUP + head, HEADS.H)
+        q = load_rows(queries.q, rows, HEADS.D_QK, HEADS.BLOCK_QK)
+        do = load_rows(queries.do, rows, HEADS.D_V, HEADS.BLOCK_V)
+        lse = tl.load(queries.lse + rows, mask=exists, other=-HIDDEN) * LOG2_E  # p = 0 in rows that do not exist
+        p = tl.exp2(tl.dot(keys.k, q.T, input_precision=PRECISION) * scale_log2 - lse[None, :])
+        minus_delta = tl.broadcast_to(
+            -tl.load(queries.delta + rows)[None, :], p.shape
+        )  # as a start it spares registers
         if MASKED:
-            sees = (token[None, :] >= seen_from[:, None]) & (token[None, :] < seen_to[:, None])
+            sees = (token[None, :] >= keys.seen_from[:, None]) & (token[None, :] < keys.seen_to[:, None])
             p = tl.where(sees, p, 0.0)
-            ds = tl.where(sees, p * tl.dot(v, do.T, minus_delta, input_precision=PRECISION), 0.0)
+            ds = tl.where(sees, p * tl.dot(keys.v, do.T, minus_delta, input_precision=PRECISION), 0.0)
             do, spoilt = finite_part(do)
             dv = spoil(dv, sees, spoilt)
             q, _ = finite_part(q)  # of a query that sees the key ds itself is not finite
             dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
         else:
             dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
-            ds = p * tl.dot(v, do.T, minus_delta, input_precision=PRECISION)
+            ds = p * tl.dot(keys.v, do.T, minus_delta, input_precision=PRECISION)
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
-    return dk, dv
+    return KeyGradients(dk, dv)
 
 
 @triton.jit
@@ -206,11 +265,13 @@ def _dkv_kernel(
     seen_from_ptr, seen_to_ptr,  # [S]
     dk_ptr, dv_ptr,  # [chunks, S, H_KV, D]
     num_tokens, num_keys, chunk, scale,
-    H_KV: tl.constexpr, GROUP: tl.constexpr, D_QK: tl.constexpr, D_V: tl.constexpr,
-    BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    HEADS: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program computes what one chunk of queries gives to dk and dv of one block of keys."""
+    H_KV: tl.constexpr = HEADS.H_KV
+    BLOCK_QK: tl.constexpr = HEADS.BLOCK_QK
+    BLOCK_V: tl.constexpr = HEADS.BLOCK_V
+    KEYS: tl.constexpr = TILE.KEYS
     first_key, kv_head, chunk_id = tl.program_id(0) * KEYS, tl.program_id(1), tl.program_id(2)
     s = first_key + tl.arange(0, KEYS)
     exists = s < num_keys
@@ -219,21 +280,19 @@ def _dkv_kernel(
     lo = tl.maximum(tl.min(seen_from, 0), chunk_id * chunk)
     hi = tl.minimum(tl.max(seen_to, 0), (chunk_id + 1) * chunk)
     if (lo < hi) | (tl.num_programs(2) == 1):
-        a, b = _phases(lo, tl.max(seen_from, 0), tl.minimum(tl.min(seen_to, 0), hi), tl.maximum(hi, lo), QUERIES)
-        keys = row_addresses(tl.minimum(s, num_keys - 1), kv_head, H_KV)
-        k, v = load_rows(k_ptr, keys, D_QK, BLOCK_QK), load_rows(v_ptr, keys, D_V, BLOCK_V)
-        dk, dv = tl.zeros([KEYS, BLOCK_QK], tl.float32), tl.zeros([KEYS, BLOCK_V], tl.float32)
+        edges, inner = _cut(lo, tl.max(seen_from, 0), tl.minimum(tl.min(seen_to, 0), hi), tl.maximum(hi, lo),
+                            TILE.QUERIES)  # fmt: skip
+        rows = row_addresses(tl.minimum(s, num_keys - 1), kv_head, H_KV)
+        k, v = load_rows(k_ptr, rows, HEADS.D_QK, BLOCK_QK), load_rows(v_ptr, rows, HEADS.D_V, BLOCK_V)
+        grads = KeyGradients(tl.zeros([KEYS, BLOCK_QK], tl.float32), tl.zeros([KEYS, BLOCK_V], tl.float32))
         scale_log2 = scale * LOG2_E
-        edge_to = tl.minimum(seen_to, hi)
-        dk, dv = _add_queries_to_dkv(
-            dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, a, b, b, b, seen_from, edge_to, num_tokens, kv_head,
-            scale_log2, H_KV, GROUP, D_QK, D_V, BLOCK_QK, BLOCK_V, QUERIES, ROWS, False, PRECISION)  # fmt: skip
-        dk, dv = _add_queries_to_dkv(
-            dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, lo, a, b, hi, seen_from, edge_to, num_tokens, kv_head,
-            scale_log2, H_KV, GROUP, D_QK, D_V, BLOCK_QK, BLOCK_V, QUERIES, ROWS, True, PRECISION)  # fmt: skip
+        keys = KeyRows(k, v, seen_from, tl.minimum(seen_to, hi))
+        queries = Queries(q_ptr, do_ptr, lse_ptr, delta_ptr, num_tokens)
+        grads = _add_queries_to_dkv(grads, keys, queries, inner, kv_head, scale_log2, HEADS, TILE, False, PRECISION)
+        grads = _add_queries_to_dkv(grads, keys, queries, edges, kv_head, scale_log2, HEADS, TILE, True, PRECISION)
         out = (chunk_id.to(tl.int64) * num_keys + s) * H_KV + kv_head
-        store_rows(dk_ptr, out, exists, dk * scale, D_QK, BLOCK_QK)
-        store_rows(dv_ptr, out, exists, dv, D_V, BLOCK_V)
+        store_rows(dk_ptr, out, exists, grads.dk * scale, HEADS.D_QK, BLOCK_QK)
+        store_rows(dv_ptr, out, exists, grads.dv, HEADS.D_V, BLOCK_V)
 
 
 @triton.jit
@@ -286,8 +345,7 @@ def launch_run_attention(
     _forward_kernel[(ceil_div(T, tile.queries), H_KV)](
         q, block_descriptor(k, tile.keys), block_descriptor(v, tile.keys), runs.first, runs.end, o, lse,
         *(others or (None,) * 4), T, scale * LOG2_E.value, others is not None,
-        H_KV, H // H_KV, D_QK, D_V, padded(D_QK), padded(D_V), tile.queries, tile.rows, tile.keys,
-        dot_precision(q.dtype), num_warps=tile.num_warps, num_stages=tile.num_stages,
+        heads_of(q, v), tile.sizes, dot_precision(q.dtype), **tile.options,
     )  # fmt: skip
     return o, lse
 
@@ -307,8 +365,7 @@ def launch_run_gradients(
     dk, dv = (x.new_empty(num_chunks, *x.shape, dtype=dtype) for x in (k, v))
     _dkv_kernel[(key_blocks, H_KV, num_chunks)](
         q, k, v, do, lse, delta, runs.seen_from, runs.seen_to, dk, dv, T, S, chunk, scale,
-        H_KV, H // H_KV, D_QK, D_V, padded(D_QK), padded(D_V), tile.queries, tile.rows, tile.keys,
-        dot_precision(q.dtype), num_warps=tile.num_warps, num_stages=tile.num_stages,
+        heads_of(q, v), tile.sizes, dot_precision(q.dtype), **tile.options,
     )  # fmt: skip
     return RunGradients(dk, dv, chunk)
 

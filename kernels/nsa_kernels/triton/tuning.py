@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from nsa_kernels.triton.arguments import Tile
 from nsa_kernels.triton.primitives import interpreted, padded
 
 
@@ -31,6 +32,16 @@ class FittedTile(NamedTuple):
     keys: int
     num_warps: int
     num_stages: int
+
+    @property
+    def sizes(self) -> Tile:
+        """What a kernel takes of it."""
+        return Tile(self.queries, self.rows, self.keys)
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What a launch takes by name."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
 _HOPPER = {
