@@ -41,15 +41,15 @@ class NSALayerConfig(NSAConfig):
     compress_rope: Literal["after", "before", "none"] = "after"
     """Rotate the key summary at its block's centre, rotate the keys before they are summarised, or neither."""
 
-    kv_sharing: Literal["separate", "shared"] = "separate"
-    """Own key and value projections for every branch (the paper), or one pair for all."""
+    kv_sharing: Literal["separate", "shared"] = "shared"
+    """One pair of key and value projections for all branches, or own ones for every branch (the paper)."""
 
     gate_hidden_size: int | None = None
     """Hidden units of the gate MLP; a single linear map if not given."""
 
-    branch_start: Literal["equal", "independent"] = "independent"
+    branch_start: Literal["equal", "independent"] = "equal"
     """First weights of the branches' own key and value projections: those of the selected branch, or numbers of their
-    own. Without effect with kv_sharing: shared."""
+    own, with which a model learns to copy from its context much later. Without effect with kv_sharing: shared."""
 
     gate_start: float = 0.5
     """Gate that the biases of a new layer give every branch, above 0 and below 1; `nsa convert` has its own rule."""

@@ -26,7 +26,13 @@ from nsa_lightning.model.rope import RopeConfig
 from nsa_lightning.training.module import LanguageModel
 
 NSA = NSALayerConfig(
-    compress_block_size=4, compress_stride=2, select_block_size=8, num_selected_blocks=4, window_size=6
+    kv_sharing="separate",
+    branch_start="independent",
+    compress_block_size=4,
+    compress_stride=2,
+    select_block_size=8,
+    num_selected_blocks=4,
+    window_size=6,
 )
 GEOMETRY = ("compress_block_size", "compress_stride", "select_block_size", "num_selected_blocks", "window_size")
 FLAGS = [f"--nsa.{name}={getattr(NSA, name)}" for name in GEOMETRY]

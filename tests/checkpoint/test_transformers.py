@@ -27,7 +27,13 @@ from nsa_lightning.checkpoint import hugging_face_model  # noqa: E402 (imports t
 from nsa_lightning.checkpoint.hugging_face_model import NSACache  # noqa: E402
 
 NSA = NSALayerConfig(
-    compress_block_size=4, compress_stride=2, select_block_size=8, num_selected_blocks=4, window_size=6
+    kv_sharing="separate",
+    branch_start="independent",
+    compress_block_size=4,
+    compress_stride=2,
+    select_block_size=8,
+    num_selected_blocks=4,
+    window_size=6,
 )
 DENSE_LAYERS = {"mistral_sliding": ["sliding"], "mistral_default": ["sliding"], "qwen2_mixed": ["full", "sliding"]}
 """Attention of sources with a window; the others' is full."""

@@ -9,7 +9,9 @@ from nsa_lightning.model.config import NSALayerConfig
 
 pytestmark = pytest.mark.gpu
 
-NSA = NSALayerConfig(select_block_size=32, num_selected_blocks=8, window_size=64)
+NSA = NSALayerConfig(
+    kv_sharing="separate", branch_start="independent", select_block_size=32, num_selected_blocks=8, window_size=64
+)
 CONFIG = TransformerConfig(
     vocab_size=512, hidden_size=128, num_layers=3, num_heads=8, num_kv_heads=2, head_dim=64, intermediate_size=256,
     attention=["nsa", "full", "sliding"], sliding_window=64, nsa=NSA,

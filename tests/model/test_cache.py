@@ -16,7 +16,13 @@ from nsa_lightning.model.config import NSALayerConfig
 from nsa_lightning.model.rope import RopeConfig
 
 NSA = NSALayerConfig(
-    compress_block_size=4, compress_stride=2, select_block_size=8, num_selected_blocks=4, window_size=6
+    kv_sharing="separate",
+    branch_start="independent",
+    compress_block_size=4,
+    compress_stride=2,
+    select_block_size=8,
+    num_selected_blocks=4,
+    window_size=6,
 )
 CONFIG = TransformerConfig(
     vocab_size=50, hidden_size=24, num_layers=3, num_heads=4, num_kv_heads=2, intermediate_size=40, sliding_window=5,

@@ -8,7 +8,13 @@ from nsa_lightning.model.config import ATTENTION_KINDS, NSALayerConfig
 from nsa_lightning.model.flops import training_flops
 
 NSA = NSALayerConfig(
-    compress_block_size=8, compress_stride=4, select_block_size=8, num_selected_blocks=4, window_size=6
+    kv_sharing="separate",
+    branch_start="independent",
+    compress_block_size=8,
+    compress_stride=4,
+    select_block_size=8,
+    num_selected_blocks=4,
+    window_size=6,
 )
 CONFIG = TransformerConfig(
     vocab_size=100,

@@ -16,7 +16,13 @@ from nsa_lightning.model.config import NSALayerConfig
 
 LENGTHS = [24, 13]
 NSA = NSALayerConfig(
-    compress_block_size=8, compress_stride=4, select_block_size=8, num_selected_blocks=4, window_size=16
+    kv_sharing="separate",
+    branch_start="independent",
+    compress_block_size=8,
+    compress_stride=4,
+    select_block_size=8,
+    num_selected_blocks=4,
+    window_size=16,
 )
 SIZES = {
     "vocab_size": 50,

@@ -28,7 +28,13 @@ from nsa_lightning.training.step import StepCallback
 from nsa_lightning.training.strategy import FSDP2Strategy
 
 NSA = NSALayerConfig(
-    compress_block_size=8, compress_stride=4, select_block_size=8, num_selected_blocks=4, window_size=16
+    kv_sharing="separate",
+    branch_start="independent",
+    compress_block_size=8,
+    compress_stride=4,
+    select_block_size=8,
+    num_selected_blocks=4,
+    window_size=16,
 )
 CONFIG = TransformerConfig(
     vocab_size=300, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=1, intermediate_size=48, nsa=NSA
