@@ -5,7 +5,9 @@ BIN := $(VENV)/bin
 CONSTRAINTS := constraints.txt
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help demo test test-fast test-gpu bench check format tensorboard clean
+ARMS := full nsa nsa_paper third_dense sliding
+
+.PHONY: help demo study test test-fast test-gpu bench check format tensorboard clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -35,6 +37,16 @@ check: $(VENV)/.installed-dev  ## formatting, lint, strict types, import contrac
 format: $(VENV)/.installed-dev  ## format and apply the safe lint fixes
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+study: $(VENV)/.installed  ## a small copy of the from-scratch study on a CPU: docs/quality.md has the full one
+	test -e runs/study-cpu/set/manifest.json || $(BIN)/nsa prepare --sources '["{stdlib}/**/*.py"]' \
+		--exclude '["**/site-packages/**", "**/test/**", "**/tests/**"]' --tokenizer.vocab_size 4096 \
+		--val_fraction 0.03 --test_fraction 0 --output_dir runs/study-cpu/set
+	for arm in $(ARMS); do \
+		$(BIN)/nsa fit --config configs/study/base.yaml --config configs/study/$$arm.yaml --config configs/study/cpu.yaml \
+			--data.prepared runs/study-cpu/set --trainer.logger.init_args.save_dir runs/study-cpu || exit; \
+	done
+	$(BIN)/nsa bench study --runs_dir runs/study-cpu
 
 tensorboard: $(VENV)/.installed  ## open the runs on localhost
 	$(BIN)/tensorboard --logdir runs

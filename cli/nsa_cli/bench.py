@@ -111,7 +111,7 @@ def training(**settings: Any) -> int:
     return 1
 
 
-def study(runs_dir: str = "runs/study", output_dir: str | None = None) -> int:
+def study(runs_dir: str = "runs/study", output_dir: str | None = None, by_time: bool = True) -> int:
     """Lay runs on the same data side by side: losses, loss by position, copying, at equal tokens and at equal time.
 
     Reads what `nsa fit` logged to TensorBoard. Every directory in `runs_dir` is a run, its newest version counts.
@@ -120,11 +120,12 @@ def study(runs_dir: str = "runs/study", output_dir: str | None = None) -> int:
     Args:
         runs_dir: directory with a directory of `nsa fit` for each run, as trainer.logger's save_dir.
         output_dir: where results are written; `runs_dir` if not given.
+        by_time: compare at equal time too; false for runs that shared a device, whose times say nothing.
 
     Returns:
         The exit status, 0.
     """
-    return _tell("study", bench_study(runs_dir, output_dir))
+    return _tell("study", bench_study(runs_dir, output_dir, by_time))
 
 
 _BENCHMARKS: dict[str, Callable[..., int]] = {

@@ -2,6 +2,7 @@
 
 import bisect
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ _COPIED = 0.5
 
 _POSITIONS = "val/loss_by_position/"
 _COPYING = "val/copying/"
+_SEED = re.compile(r"[-_]s?\d+$")
+"""What the names of runs that differ in their seed alone end with, such as `-0` or `-s0`."""
 _COLOURS = ("#0b6e4f", "#5b5f97", "#c8553d", "#d69f3a", "#3a86a8", "#8d5a97", "#555555")
 
 
@@ -67,7 +70,7 @@ class StudyRun:
         }  # fmt: skip
 
 
-def bench_study(runs_dir: str, output_dir: str | None) -> Outcome:
+def bench_study(runs_dir: str, output_dir: str | None, by_time: bool = True) -> Outcome:
     """Lay the runs of a study side by side; writes study.json and study.png. Arguments as `nsa bench study` has them.
 
     Raises:
@@ -81,8 +84,8 @@ def bench_study(runs_dir: str, output_dir: str | None) -> Outcome:
     target = root if output_dir is None else Path(output_dir).expanduser()
     target.mkdir(parents=True, exist_ok=True)
     write_results(target / "study.json", {"runs_dir": runs_dir}, {}, [], runs)
-    write_whole(target / "study.png", lambda part: draw_study(runs, part))
-    return Outcome(study_table(runs), (target / "study.json", target / "study.png"))
+    write_whole(target / "study.png", lambda part: draw_study(runs, part, by_time))
+    return Outcome(study_table(runs, by_time), (target / "study.json", target / "study.png"))
 
 
 def read_run(directory: Path) -> StudyRun | None:
@@ -127,22 +130,29 @@ def at(curve: Curve, x: float) -> float | None:
     return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
 
 
-def study_table(runs: Sequence[StudyRun]) -> str:
-    """A row a run: losses after as many tokens and after as much time as all runs have, by position, and copying."""
+def study_table(runs: Sequence[StudyRun], by_time: bool = True) -> str:
+    """A row a run: losses after as many tokens and after as much time as all runs have, by position, and copying.
+
+    Args:
+        runs: the rows.
+        by_time: with hours, and losses at equal time.
+    """
     from nsa_lightning.benchmark.report import number, text_table
 
     tokens = min(run.tokens(-1) for run in runs)
     hours = min(run.hours[-1] for run in runs)
     positions = sorted({start for run in runs for start in run.starts(_POSITIONS)})
     lengths = sorted({length for run in runs for length in run.starts(_COPYING)})
-    header = ["run", "M tokens", "hours", "val/loss", f"at {tokens:.0f} M", f"at {hours:.2f} h"]
+    header = ["run", "M tokens", *(["hours"] if by_time else []), "val/loss", f"at {tokens:.0f} M"]
+    header += [f"at {hours:.2f} h"] if by_time else []
     header += [f"from {start}" for start in positions] + [f"copies {length} after M" for length in lengths]
     rows = []
     for run in runs:
         losses = run.values["val/loss"]
         by_tokens: Curve = [(run.tokens(index), loss) for index, loss in enumerate(losses)]
-        row = [run.name, number(run.tokens(-1)), number(run.hours[-1]), _nats(losses[-1])]
-        row += [_nats(at(by_tokens, tokens)), _nats(at(list(zip(run.hours, losses, strict=True)), hours))]
+        row = [run.name, number(run.tokens(-1)), *([number(run.hours[-1])] if by_time else []), _nats(losses[-1])]
+        row += [_nats(at(by_tokens, tokens))]
+        row += [_nats(at(list(zip(run.hours, losses, strict=True)), hours))] if by_time else []
         row += [_nats(run.last(f"{_POSITIONS}{start}")) for start in positions]
         row += [number(run.copied_after(length)) if f"{_COPYING}{length}" in run.values else "-" for length in lengths]
         rows.append(row)
@@ -153,39 +163,66 @@ def _nats(loss: float | None) -> str:
     return "-" if loss is None else f"{loss:.3f}"
 
 
-def draw_study(runs: Sequence[StudyRun], path: Path) -> None:
-    """Loss against tokens and against time, loss by position, and copying of the longest pieces against tokens.
+def draw_study(runs: Sequence[StudyRun], path: Path, by_time: bool = True) -> None:
+    """Loss against tokens and against time, loss by position, and copying against tokens.
+
+    Copying is that of the longest pieces that some run copied, or of the shortest where none did.
 
     Args:
-        runs: what is drawn, each in a colour of its own.
+        runs: what is drawn; those whose names differ in a seed's number alone share a colour.
         path: the PNG to write.
+        by_time: with the panel of losses against time.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 8), dpi=110, layout="constrained")
+    figure = Figure(figsize=(12, 8) if by_time else (15, 4.5), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
-    by_tokens, by_time, by_position, copying = figure.subplots(2, 2).flat
-    lengths = sorted({length for run in runs for length in run.starts(_COPYING)})
-    for run, colour in zip(runs, _COLOURS * len(runs), strict=False):
-        style = {"color": colour, "label": run.name, "marker": "o", "ms": 3}
+    panels = list(figure.subplots(2, 2).flat) if by_time else list(figure.subplots(1, 3))
+    by_tokens, by_position, copying = panels[0], panels[-2], panels[-1]
+    length = _length_to_draw(runs)
+    arms = list(dict.fromkeys(_SEED.sub("", run.name) for run in runs))
+    for run in runs:
+        arm = _SEED.sub("", run.name)
+        seeds = [other.name for other in runs if _SEED.sub("", other.name) == arm]
+        dashes = ("-", "--", ":", "-.")[seeds.index(run.name) % 4]
+        style = {
+            "color": _COLOURS[arms.index(arm) % len(_COLOURS)],
+            "ls": dashes,
+            "label": run.name,
+            "marker": "o",
+            "ms": 3,
+        }
         tokens, losses = [run.tokens(index) for index in range(len(run.steps))], run.values["val/loss"]
         by_tokens.plot(tokens, losses, **style)
-        by_time.plot(run.hours, losses, **style)
+        if by_time:
+            panels[1].plot(run.hours, losses, **style)
         starts = run.starts(_POSITIONS)
         by_position.plot(range(len(starts)), [run.values[f"{_POSITIONS}{start}"][-1] for start in starts], **style)
         by_position.set_xticks(range(len(starts)), [str(start) for start in starts])
-        if lengths and f"{_COPYING}{lengths[-1]}" in run.values:
-            copying.plot(tokens, run.values[f"{_COPYING}{lengths[-1]}"], **style)
-    for panel, title, label in (
-        (by_tokens, "validation loss", "million tokens"),
-        (by_time, "validation loss", "hours"),
-        (by_position, "validation loss by position, at the end", "position in the document, from"),
-        (copying, f"random tokens repeated from {lengths[-1]} back" if lengths else "copying", "million tokens"),
-    ):
+        if f"{_COPYING}{length}" in run.values:
+            copying.plot(tokens, run.values[f"{_COPYING}{length}"], **style)
+    titles = [
+        ("validation loss", "million tokens"),
+        *([("validation loss", "hours")] if by_time else []),
+        ("validation loss by position, at the end", "position in the document, from"),
+        (f"random tokens repeated from {length} back" if length else "copying", "million tokens"),
+    ]
+    for panel, (title, label) in zip(panels, titles, strict=True):
         panel.set_title(title, fontsize=10)
         panel.set_xlabel(label)
         panel.set_ylabel("nats a token")
         panel.grid(alpha=0.3)
     by_tokens.legend(fontsize=8)
     figure.savefig(path, format="png")
+
+
+def _length_to_draw(runs: Sequence[StudyRun]) -> int | None:
+    """The longest pieces that some run copied, or the shortest; None where copying was not logged."""
+    lengths = sorted({length for run in runs for length in run.starts(_COPYING)})
+    copied = [
+        length
+        for length in lengths
+        if any(f"{_COPYING}{length}" in run.values and run.copied_after(length) is not None for run in runs)
+    ]
+    return (copied or lengths[:1] or [None])[-1]

@@ -19,7 +19,8 @@ pytestmark = pytest.mark.gpu
 LENGTHS = [1, 700, 33, 290]
 CONFIG = TransformerConfig(
     vocab_size=512, hidden_size=128, num_layers=2, num_heads=8, num_kv_heads=2, head_dim=64, intermediate_size=256,
-    nsa=NSALayerConfig(kv_sharing="separate", branch_start="independent", select_block_size=32, num_selected_blocks=8, window_size=64),
+    nsa=NSALayerConfig(kv_sharing="separate", branch_start="independent",
+                       select_block_size=32, num_selected_blocks=8, window_size=64),
 )  # fmt: skip
 
 

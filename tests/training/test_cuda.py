@@ -10,7 +10,8 @@ pytestmark = [pytest.mark.gpu, pytest.mark.timeout(1200)]  # kernels are compile
 MODEL = {
     "hidden_size": 128, "num_layers": 3, "attention": ["nsa", "full", "sliding"], "sliding_window": 100,
     "num_heads": 8, "num_kv_heads": 2, "head_dim": 64,
-    "nsa": {"kv_sharing": "separate", "compress_block_size": 32, "compress_stride": 16, "select_block_size": 32, "window_size": 64},
+    "nsa": {"kv_sharing": "separate", "branch_start": "independent",
+            "compress_block_size": 32, "compress_stride": 16, "select_block_size": 32, "window_size": 64},
 }  # fmt: skip
 SEQUENCES = {"model": {"transformer": MODEL}, "data": {"seq_len": 1024, "batch_size": 2}}
 DOCUMENTS = {"model": {"transformer": MODEL}, "lengths": [700, 1, 1200, 147]}  # ranks part in the middle of the third
