@@ -180,7 +180,8 @@ class InfLLM(SparseMethod):
 
     def _turned(self, x: Tensor, by: Tensor) -> Tensor:
         """Rotate heads on by some positions, x [M, H, D], by int64 [M]."""
-        angles = by[:, None].to(torch.float32) * self._frequencies.to(x.device)
+        self._frequencies = self._frequencies.to(x.device)
+        angles = by[:, None].to(torch.float32) * self._frequencies
         return apply_rotary(x, angles.cos(), angles.sin())
 
     def _more_bytes(self, length: int, item: int) -> int:

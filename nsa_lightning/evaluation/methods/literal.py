@@ -170,8 +170,9 @@ def _h2o(text: Text, phases: str) -> tuple[Tensor, Tensor]:
         if sparse and (not prompt or t % every == 0):
             for sums in kept:
                 _drop(sums, t, settings.budget - every, settings)
+        for sums in kept:
+            sums[t] = 0.0
         for head in range(heads):
-            kept[head][t] = 0.0
             tokens = sorted(kept[head]) if sparse else list(range(t + 1))
             read[t, head, tokens] = 1
             out[t, head], probabilities = _attend(text, t, head, tokens)
