@@ -36,7 +36,7 @@ def make_method(name: str, settings: MethodSettings, config: TransformerConfig, 
         name: one of METHODS.
         settings: of the method.
         config: of the model.
-        measure: count what the method leaves of attention, which takes dense scores of every query.
+        measure: count what the method leaves of attention, which takes dense scores of some queries.
 
     Raises:
         ValueError: there is no such method, or its settings do not fit it or the model.

@@ -10,7 +10,7 @@ import torch
 from nsa_kernels.errors import SettingError
 from torch import Tensor
 
-from nsa_lightning.evaluation.methods.counts import Counts
+from nsa_lightning.evaluation.methods.counts import MEASURED_EVERY, Counts, sampled
 from nsa_lightning.evaluation.methods.rows import RowState, Saved
 from nsa_lightning.evaluation.methods.scores import chunk_scores, pieces, step_scores
 from nsa_lightning.evaluation.methods.settings import MethodSettings, Phases
@@ -27,7 +27,7 @@ class SparseMethod(ABC):
     Args:
         settings: of the method.
         config: of the model.
-        measure: count what the method leaves of attention, which takes dense scores of every query.
+        measure: count what the method leaves of attention, which takes dense scores of some queries.
 
     Raises:
         ValueError: the settings do not fit the method or the model.
@@ -158,10 +158,8 @@ class SparseMethod(ABC):
             out.append(self._step(layer, rows, query[None], k[None, :end], v[None, :end], at))
         return torch.cat(out)
 
-    def _count_chunk(
-        self, q: Tensor, k: Tensor, start: int, tokens: Tensor, keep: Tensor, products: Tensor | float
-    ) -> None:
-        """Measure queries of one sequence.
+    def _count_chunk(self, q: Tensor, k: Tensor, start: int, tokens: Tensor, keep: Tensor, products: float) -> None:
+        """Measure queries of a prompt.
 
         Args:
             q: [N, H, D].
@@ -174,14 +172,16 @@ class SparseMethod(ABC):
         if self._counts is None:
             return
         heads = 1 if tokens.ndim == 1 else len(tokens)
+        chosen = sampled(start)
+        positions = torch.arange(start, start + len(q), device=q.device)[chosen]
+        q, keep = q[chosen], keep[..., chosen, :].expand(heads, -1, -1)
         places = tokens.masked_fill(tokens < 0, len(k)).view(heads, 1, -1)
         for first, stop in pieces(0, len(q), q.shape[1] * len(k), q.device):
             read = torch.zeros(heads, stop - first, len(k) + 1, dtype=torch.bool, device=q.device)
-            read.scatter_(-1, places.expand(-1, stop - first, -1), keep[..., first:stop, :].expand(heads, -1, -1))
+            read.scatter_(-1, places.expand(-1, stop - first, -1), keep[:, first:stop])
             read = read[..., :-1].repeat_interleave(q.shape[1] // heads, dim=0)
-            positions = torch.arange(start + first, start + stop, device=q.device)
-            part = products[first:stop] if isinstance(products, Tensor) else products
-            self._counts.add(chunk_scores(q[first:stop], k), read, positions, part)
+            scores = chunk_scores(q[first:stop], k)
+            self._counts.add(scores, read, positions[first:stop], products, MEASURED_EVERY)
 
     def _count_step(self, q: Tensor, k: Tensor, tokens: Tensor, positions: Tensor, products: Tensor | float) -> None:
         """Measure a query of each sequence, tokens [B, X, n] with -1 for none."""

@@ -40,7 +40,7 @@ class _ByScores(SparseMethod):
             scores = chunk_scores(queries, keys[:stop])
             keep = self._keep(scores, positions)
             if self._counts is not None:
-                self._counts.add(scores, keep, positions, self._products(positions))
+                self._counts.add_prompt(scores, keep, first, self._products(positions))
             out.append(chunk_read(queries, keys[:stop], values[:stop], keep, scores).out)
         return torch.cat(out)
 

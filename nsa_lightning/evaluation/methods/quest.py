@@ -62,7 +62,7 @@ class Quest(SparseMethod):
             scores = chunk_scores(queries, keys[:stop])
             out.append(chunk_read(queries, keys[:stop], values[:stop], keep, scores).out)
             if self._counts is not None:
-                self._counts.add(scores, keep, positions, self._products(positions))
+                self._counts.add_prompt(scores, keep, first, self._products(positions))
         return torch.cat(out)
 
     def _watch(self, layer: int, row: int, start: int, q: Tensor, k: Tensor) -> None:

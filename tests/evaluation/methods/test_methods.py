@@ -5,7 +5,7 @@ import torch
 from nsa_kernels.errors import SettingError
 from nsa_kernels.rotary import apply_rotary
 
-from nsa_lightning.evaluation.methods import METHODS, MethodSettings, make_method
+from nsa_lightning.evaluation.methods import METHODS, MethodSettings, base, counts, make_method
 from nsa_lightning.evaluation.methods.literal import literal
 from nsa_lightning.model import TransformerConfig
 from nsa_lightning.model.rope import RopeConfig, RotaryEmbedding
@@ -147,7 +147,9 @@ def test_a_row_begins_anew(variant):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_counts_are_those_of_the_definition(variant):
+def test_counts_are_those_of_the_definition(variant, monkeypatch):
+    for module in (counts, base):
+        monkeypatch.setattr(module, "MEASURED_EVERY", 1)
     (sequence,) = texts(80)
     method = made(variant, phases="both", measure=True)
     attended(method, [sequence], [55])
@@ -165,6 +167,23 @@ def test_counts_are_those_of_the_definition(variant):
     assert counted["mass"] == pytest.approx((dense * read).sum(-1).mean().item(), rel=1e-5)
     assert counted["tokens_read"] == pytest.approx(read.sum(-1).double().mean().item(), rel=1e-6)
     assert counted["recall"] == pytest.approx(((best & read).sum() / best.sum()).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["exact_top", "quest", "infllm", "h2o", "sliding"])
+def test_one_query_of_several_of_a_prompt_stands_for_them(name, monkeypatch):
+    for module in (counts, base):
+        monkeypatch.setattr(module, "MEASURED_EVERY", 4)
+    (sequence,) = texts(80)
+    method = made(name, phases="both", measure=True)
+    attended(method, [sequence], [80], chunk=18)
+    counted = method.statistics()
+    _, read = expected(name, sequence, 80, "both", query_block=6)
+    assert counted["tokens_read"] == pytest.approx(read[::4].sum(-1).double().mean().item(), rel=1e-6)
+    q, k, v = sequence
+    attended(method, [(q[:62], k[:62], v[:62])], [60])  # two tokens behind a prompt count as themselves
+    mean = (4 * read[:60:4].sum(-1).double().mean(1).sum() + read[60:62].sum(-1).double().mean(1).sum()) / 62
+    if name not in {"h2o", "infllm"}:  # their tokens behind a prompt follow from where it ends
+        assert method.statistics()["tokens_read"] == pytest.approx(mean.item(), rel=1e-6)
 
 
 def test_the_oracles_keep_the_most_probability():
