@@ -7,9 +7,11 @@ from nsa_lightning.generation.cuda_graphs import capture
 from nsa_lightning.model.attention.base import CachedAttention
 from nsa_lightning.model.attention.dense import ExactAttention
 from nsa_lightning.model.cached import Cache, decode, prefill
+from nsa_lightning.generation.rewind import CacheMark
+from nsa_lightning.model.loss import token_cross_entropy
 from nsa_lightning.model.transformer import Transformer
 
-# B sequences, L tokens of a prompt, V tokens in the vocabulary.
+# B sequences, L tokens of a prompt, A tokens of an answer, V tokens in the vocabulary.
 
 
 class Decoder:
@@ -45,6 +47,42 @@ class Decoder:
         self._idle.discard(row)
         self.cache.reset(row)
         return self._logits(prefill(self.model, prompt.to(self._tokens.device), self.cache, row))
+
+    @torch.inference_mode()
+    def score(self, row: int, logits: Tensor, answer: Tensor) -> Tensor:
+        """How likely an answer is behind a row's prompt; the row is left as it was.
+
+        Args:
+            row: a row that `begin` has filled, and no step since.
+            logits: what `begin` returned, [V].
+            answer: int64 [A], A at least 1.
+
+        Returns:
+            Log-probability of each of its tokens in nats, float32 [A] on the CPU.
+
+        Raises:
+            ValueError: the cache has no room for all but the last of them.
+        """
+        answer = answer.to(self._tokens.device)
+        every = logits[None]
+        if len(answer) > 1:
+            self.cache.check_room(row, len(answer) - 1)
+            mark = CacheMark(self.cache, row, len(answer) - 1)
+            try:
+                hidden = prefill(self.model, answer[:-1], self.cache, row, every=True)
+            finally:
+                mark.restore()
+            every = torch.cat([every, self._logits(hidden)])  # [A, V]
+        return every.float().log_softmax(-1).gather(1, answer[:, None])[:, 0].cpu()
+
+    @torch.inference_mode()
+    def log_probabilities(self, row: int, tokens: Tensor) -> Tensor:
+        """Give a row to a text, int64 [L]; the log-probability of each token but its first, nats, float32 [L - 1]."""
+        self._idle.discard(row)
+        self.cache.reset(row)
+        tokens = tokens.to(self._tokens.device)
+        hidden = prefill(self.model, tokens, self.cache, row, every=True)
+        return -token_cross_entropy(hidden[:-1], self.model.output_embedding, tokens[1:], ignore_index=-1).cpu()
 
     @torch.inference_mode()
     def step(self, tokens: list[int]) -> Tensor:

@@ -1,0 +1,121 @@
+"""`nsa evaluate`: what a model can do, under its own layers and under sparse methods."""
+
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from nsa_kernels.errors import SettingError
+
+from nsa_cli.function_command import run_function
+from nsa_lightning.checkpoint.convert import RopeChange
+from nsa_lightning.evaluation.figures import draw_all
+from nsa_lightning.evaluation.method import open_methods
+from nsa_lightning.evaluation.needle import NeedleConfig
+from nsa_lightning.evaluation.prompt_form import PromptForm
+from nsa_lightning.evaluation.results import SUMMARY, ResultFile
+from nsa_lightning.evaluation.runner import Evaluation, RunConfig
+from nsa_lightning.evaluation.summary import Summary
+from nsa_lightning.evaluation.tables import tables
+from nsa_lightning.evaluation.tasks import TaskSettings, check_names, open_tasks, split_names
+from nsa_lightning.generation.device import DtypeName, choose_dtype, use_device
+from nsa_lightning.generation.language_model import open_language_model
+
+_PATHS = ("model", "tokenizer", "output_dir", "table")
+
+
+def evaluate_model(
+    model: str | None = None,
+    tasks: list[str] = ["needle"],  # noqa: B006 (not changed)
+    lengths: list[int] = [4096],  # noqa: B006
+    methods: list[str] = [],  # noqa: B006
+    needle: NeedleConfig = NeedleConfig(),  # noqa: B008 (frozen)
+    chat: bool = False,
+    tokenizer: str | None = None,
+    output_dir: str = "runs/evaluate",
+    overwrite: bool = False,
+    table: list[str] = [],  # noqa: B006
+    batch_size: int = 8,
+    device: str = "auto",
+    dtype: DtypeName = "auto",
+    cuda_graphs: bool = True,
+    measure: bool = True,
+    rope: RopeChange = RopeChange(),  # noqa: B008 (frozen)
+) -> int:
+    """Measure what a model can do, and what sparse attention methods leave of it.
+
+    Results are kept case by case in output_dir (cases.jsonl): the same command goes on where it was interrupted, and
+    results of other settings are never mixed with it. At the end stand a table, summary.json and pictures.
+
+    Args:
+        model: as of nsa generate: a checkpoint of nsa fit or its run, a directory of nsa convert or nsa export, or a
+            dense Hugging Face directory.
+        tasks: needle.
+        lengths: tokens of prompt and answer together, for tasks that are made at any length.
+        methods: how the model attends, one after another; its own layers if not given.
+        needle: the needle task.
+        chat: put each question as a user's message into the tokenizer's chat template.
+        tokenizer: tokenizer.json or its directory; left out, the one that belongs to the model.
+        output_dir: where results are kept.
+        overwrite: begin anew instead of going on with the results in output_dir.
+        table: summary.json files of finished runs, or their directories, to lay side by side; nothing is measured.
+        batch_size: cases that are answered at once, fewer where their caches do not fit the memory.
+        device: auto (a GPU if there is one), cpu, cuda or cuda:1.
+        dtype: of weights and cache; auto is bfloat16 on a GPU and float32 on a CPU.
+        cuda_graphs: replay steps of decoding as CUDA graphs; on a GPU only.
+        measure: count the attention mass that a sparse method keeps and the blocks that it recalls, which takes time.
+        rope: rotary embedding beyond the context that the model is made for.
+
+    Returns:
+        0.
+
+    Raises:
+        ValueError: a setting is out of range, a file is missing, or the model cannot be read.
+    """
+    if table:
+        print(tables(_read_summaries(table)))
+        return 0
+    if model is None:
+        raise SettingError("model must be given, or table to lay finished runs side by side, got neither")
+    config = RunConfig(batch_size=batch_size, cuda_graphs=cuda_graphs, measure=measure)
+    names = split_names(tasks)
+    check_names(names)
+    _check_lengths(lengths)
+    place = use_device(device)
+    opened = open_language_model(Path(model), Path(tokenizer) if tokenizer is not None else None, rope)
+    form = PromptForm(opened.tokenizer, opened.directory if chat else None)
+    chosen = open_tasks(names, TaskSettings(lengths=lengths, needle=needle), form)
+    ways = open_methods(split_names(methods), opened.config)
+    directory = Path(output_dir)
+    evaluation = Evaluation(opened, Path(model), chosen, ways, place, choose_dtype(dtype, place), config)
+    evaluation.check()
+    if overwrite and directory.exists():
+        shutil.rmtree(directory)
+    results = ResultFile(directory)
+    if opened.trained.remark is not None:
+        print(f"nsa evaluate: note: {opened.trained.remark}", file=sys.stderr)
+    evaluation.run(results)
+    summary = evaluation.summary(results)
+    summary.write(directory / SUMMARY)
+    pictures = draw_all(summary, directory)
+    print(tables({directory.name: summary}))
+    print(f"\nwritten: {', '.join(str(path) for path in (directory / SUMMARY, *pictures))}")
+    return 0
+
+
+def _check_lengths(lengths: Sequence[int]) -> None:
+    if not lengths or min(lengths) < 1:
+        raise SettingError(f"lengths must be one or more numbers of at least 1, got {list(lengths)}")
+
+
+def _read_summaries(places: Sequence[str]) -> dict[str, Summary]:
+    """Summaries by the names of their runs, which are those of their directories."""
+    paths = [Path(place) / SUMMARY if Path(place).is_dir() else Path(place) for place in places]
+    names = [path.parent.name if path.name == SUMMARY else path.stem for path in paths]
+    twice = {name for name in names if names.count(name) > 1}
+    return {str(path) if name in twice else name: Summary.read(path) for name, path in zip(names, paths, strict=True)}
+
+
+def run() -> int:
+    """Run the command of `sys.argv`; returns the exit status, 2 for a mistake in the settings."""
+    return run_function("evaluate", evaluate_model, sys.argv[2:] or ["--help"], paths=_PATHS)
