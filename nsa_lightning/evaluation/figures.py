@@ -24,7 +24,7 @@ def draw_all(summary: Summary, directory: Path) -> list[Path]:
     if any(row.length is not None for row in summary.rows):
         paths.append(directory / "quality_by_length.png")
         _save(paths[-1], _quality_by_length(summary))
-    if any(cost.decode_tokens_per_second for cost in summary.costs if cost.length is not None):
+    if any(cost.decode_rate for cost in summary.costs if cost.length is not None):
         paths.append(directory / "quality_by_cost.png")
         _save(paths[-1], _quality_by_cost(summary))
     return paths
@@ -66,46 +66,51 @@ def as_pixels(figure: Any) -> NDArray[np.uint8]:
 
 
 def _quality_by_length(summary: Summary) -> Any:
-    """A panel for each task and kind of score, a line for each method."""
+    """A row of panels for each task, one for each kind of score that it has; in them a line for each method."""
     rows = [row for row in summary.rows if row.length is not None]
-    shown = [
-        (task, kind)
+    tasks = {
+        task: [kind for kind in _PANELS if any(row.task == task and kind in row.scores for row in rows)]
         for task in dict.fromkeys(row.task for row in rows)
-        for kind in _PANELS
-        if any(row.task == task and kind in row.scores for row in rows)
-    ]
-    columns = min(len(shown), 3)
-    lines = -(-len(shown) // columns)
-    figure = _figure(4.4 * columns + 0.6, 3.3 * lines + 0.4)
-    panels = figure.subplots(lines, columns, squeeze=False).flat
-    for panel, (task, kind) in zip(panels, shown, strict=False):
+    }
+    columns = max(map(len, tasks.values()))
+    figure = _figure(4.6 * columns + 0.6, 2.9 * len(tasks) + 0.4)
+    grid = figure.subplots(len(tasks), columns, squeeze=False)
+    for (task, kinds), line in zip(tasks.items(), grid, strict=True):
         lengths = sorted({row.length for row in rows if row.task == task and row.length is not None})
-        for method, colour in zip(summary.methods, _COLOURS * len(summary.methods), strict=False):
-            points = [(length, summary.mean(method, task, kind, length)) for length in lengths]
-            known = [(length, mean) for length, mean in points if mean is not None]
-            if known:
-                panel.plot(*zip(*known, strict=True), color=colour, marker="o", ms=4, label=method)
-        panel.set_title(task if kind != "log_probability" else f"{task}: log-probability of the answer", fontsize=10)
-        panel.set_xscale("log", base=2)
-        panel.set_xticks(lengths, [_short(length) for length in lengths])
-        panel.minorticks_off()
-        panel.set_xlabel("tokens")
-        panel.set_ylabel(_PANELS[kind])
-        if kind == "score":
-            panel.set_ylim(-0.04, 1.04)
-        panel.grid(alpha=0.3)
-    for panel in list(panels):
-        panel.set_axis_off()
-    figure.axes[0].legend(fontsize=8)
+        for kind, panel in zip(kinds, line, strict=False):
+            _draw_lines(panel, summary, task, kind, lengths)
+        for panel in line[len(kinds) :]:
+            panel.set_axis_off()
+    grid[0, 0].legend(fontsize=8)
     return figure
+
+
+def _draw_lines(panel: Any, summary: Summary, task: str, kind: str, lengths: Sequence[int]) -> None:
+    """One kind of score of one task by length."""
+    for method, colour in zip(summary.methods, _COLOURS * len(summary.methods), strict=False):
+        points = [(length, summary.mean(method, task, kind, length)) for length in lengths]
+        known = [(length, mean) for length, mean in points if mean is not None]
+        if known:
+            panel.plot(*zip(*known, strict=True), color=colour, marker="o", ms=4, label=method)
+    panel.set_title(task if kind != "log_probability" else f"{task}: log-probability of the answer", fontsize=10)
+    panel.set_xscale("log", base=2)
+    panel.set_xticks(lengths, [_short(length) for length in lengths])
+    panel.minorticks_off()
+    panel.set_xlabel("tokens")
+    panel.set_ylabel(_PANELS[kind])
+    if kind == "score":
+        panel.set_ylim(-0.04, 1.04)
+    panel.grid(alpha=0.3)
 
 
 def _quality_by_cost(summary: Summary) -> Any:
     """The mean score of each method and length, by the time of a decoded token and by the memory of the cache."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
     figure = _figure(9.6, 4.0)
-    costs = [cost for cost in summary.costs if cost.length is not None and cost.decode_tokens_per_second]
+    costs = [cost for cost in summary.costs if cost.length is not None and cost.decode_rate]
     ways = (
-        ("decoding, ms a token of a sequence", lambda cost: 1e3 / cost.decode_tokens_per_second),
+        ("decoding, ms a token of a sequence", lambda cost: 1e3 / cost.decode_rate),
         ("cache of a sequence, MB", lambda cost: cost.cache_bytes / 1e6),
     )
     for panel, (label, place) in zip(figure.subplots(1, 2, sharey=True), ways, strict=True):
@@ -127,6 +132,9 @@ def _quality_by_cost(summary: Summary) -> Any:
                         _short(length), (at, score), xytext=(4, 4), textcoords="offset points", fontsize=7, color=colour
                     )
         panel.set_xscale("log")
+        panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        panel.xaxis.set_minor_locator(NullLocator())
         panel.set_xlabel(label)
         panel.grid(alpha=0.3)
     figure.axes[0].set_ylabel("mean score over tasks")

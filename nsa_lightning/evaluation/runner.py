@@ -120,7 +120,8 @@ class Evaluation:
         found = [each for each in results.cases.values() if each.key in keys and each.case in names[each.task]]
         order = {key: index for index, key in enumerate(keys)}
         found.sort(key=lambda each: (order[each.key], each.length or 0))
-        costs = [each for each in results.costs if each.key in keys]
+        lengths = {task: {case.length for case in cases} for task, cases in self._planned.items()}
+        costs = [each for each in results.costs if each.key in keys and each.length in lengths[each.task]]
         return Summary(
             model=str(self._model_settings["model"]),
             settings=self._model_settings | {"run": asdict(self._config), "device": _device_name(self._device)},

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +31,25 @@ class CostRow:
     method: str
     task: str
     length: int | None
-    prefill_tokens_per_second: float | None
-    decode_tokens_per_second: float | None
+    cases: int
+    prefill_tokens: int
+    prefill_seconds: float
+    decode_tokens: int
+    decode_seconds: float
     cache_bytes: int
     """Of the longest sequence."""
     statistics: dict[str, float]
+    """Means of what the method counted."""
+
+    @property
+    def prefill_rate(self) -> float | None:
+        """Tokens of prompts a second; None where none was timed."""
+        return self.prefill_tokens / self.prefill_seconds if self.prefill_seconds > 0 else None
+
+    @property
+    def decode_rate(self) -> float | None:
+        """Tokens of answers a second, over all sequences of a batch; None where none was timed."""
+        return self.decode_tokens / self.decode_seconds if self.decode_seconds > 0 else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,32 +109,28 @@ def case_rows(results: Iterable[CaseResult]) -> list[Row]:
 
 def cost_rows(results: Iterable[CostResult]) -> list[CostRow]:
     """Costs by method, task and length, over all runs that took part."""
-    groups: dict[tuple[str, str, int | None], list[CostResult]] = {}
+    groups: dict[tuple[str, str, int | None], list[CostRow]] = {}
     for result in results:
-        groups.setdefault((result.method, result.task, result.length), []).append(result)
-    return [
-        CostRow(
-            method=method,
-            task=task,
-            length=length,
-            prefill_tokens_per_second=_rate([(each.prefill_tokens, each.prefill_seconds) for each in found]),
-            decode_tokens_per_second=_rate([(each.decode_tokens, each.decode_seconds) for each in found]),
-            cache_bytes=max(each.cache_bytes for each in found),
-            statistics=_weighted([(each.cases, each.statistics) for each in found]),
-        )
-        for (method, task, length), found in groups.items()
-    ]
+        own = {name: value for name, value in vars(result).items() if name != "key"}
+        groups.setdefault((result.method, result.task, result.length), []).append(CostRow(**own))
+    return [together(found) for found in groups.values()]
+
+
+def together(costs: Sequence[CostRow]) -> CostRow:
+    """The costs of one method as one: tokens and seconds add up, what was counted is averaged over the cases."""
+    sums = ("cases", "prefill_tokens", "prefill_seconds", "decode_tokens", "decode_seconds")
+    return replace(
+        costs[0],
+        cache_bytes=max(each.cache_bytes for each in costs),
+        statistics=_weighted([(each.cases, each.statistics) for each in costs]),
+        **{name: sum(getattr(each, name) for each in costs) for name in sums},
+    )
 
 
 def _means(results: Sequence[CaseResult]) -> dict[str, float]:
     names = dict.fromkeys(name for result in results for name in result.scores)
     found = {name: [result.scores[name] for result in results if name in result.scores] for name in names}
     return {name: sum(values) / len(values) for name, values in found.items()}
-
-
-def _rate(parts: Sequence[tuple[int, float]]) -> float | None:
-    seconds = sum(part for _, part in parts)
-    return sum(tokens for tokens, _ in parts) / seconds if seconds > 0 else None
 
 
 def _weighted(parts: Sequence[tuple[int, Mapping[str, float]]]) -> dict[str, float]:

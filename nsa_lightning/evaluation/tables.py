@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from nsa_lightning.evaluation import paper
 from nsa_lightning.evaluation.paper import PaperTable
-from nsa_lightning.evaluation.summary import CostRow, Summary
+from nsa_lightning.evaluation.summary import CostRow, Summary, together
 from nsa_lightning.text_table import number, text_table
 
 _SCORES = {
@@ -80,31 +80,29 @@ def _others(lines: Sequence[_Line]) -> Iterator[str]:
 
 
 def _costs(lines: Sequence[_Line]) -> str:
-    """Speed, memory and what a sparse method left out."""
-    measured = list(
-        dict.fromkeys(name for _, summary, _ in lines for cost in summary.costs for name in cost.statistics)
-    )
-    rows = [
-        _cost_cells(f"{_name(line, lines)} {cost.task}", cost, measured)
-        for line in lines
-        for cost in line[1].costs
-        if cost.method == line[2]
-    ]
-    if not rows:
+    """Speed, memory and what a sparse method left out, by length, over all tasks."""
+    groups: dict[tuple[str, int | None], list[CostRow]] = {}
+    for line in lines:
+        for cost in line[1].costs:
+            if cost.method == line[2]:
+                groups.setdefault((_name(line, lines), cost.length), []).append(cost)
+    if not groups:
         return ""
-    header = ["cost", "length", "prefill tokens/s", "decode tokens/s", "cache MB", *measured]
-    return text_table(header, rows)
-
-
-def _cost_cells(name: str, cost: CostRow, measured: Sequence[str]) -> list[str]:
-    return [
-        name,
-        "-" if cost.length is None else _short(cost.length),
-        number(cost.prefill_tokens_per_second),
-        number(cost.decode_tokens_per_second),
-        number(cost.cache_bytes / 1e6),
-        *(_cell(cost.statistics.get(statistic)) for statistic in measured),
+    rows = {place: together(costs) for place, costs in sorted(groups.items(), key=lambda item: item[0][1] or 0)}
+    measured = list(dict.fromkeys(name for cost in rows.values() for name in cost.statistics))
+    header = ["", "tokens", "prefill tokens/s", "decode tokens/s", "cache MB", *measured]
+    cells = [
+        [
+            name,
+            "-" if length is None else _short(length),
+            number(cost.prefill_rate),
+            number(cost.decode_rate),
+            number(cost.cache_bytes / 1e6),
+            *(_cell(cost.statistics.get(statistic)) for statistic in measured),
+        ]
+        for (name, length), cost in rows.items()
     ]
+    return f"Cost\n\n{text_table(header, cells)}"
 
 
 def _settings(lines: Sequence[_Line]) -> str:
