@@ -10,10 +10,13 @@ from nsa_kernels.errors import SettingError
 from nsa_cli.function_command import run_function
 from nsa_lightning.checkpoint.convert import RopeChange
 from nsa_lightning.evaluation.figures import draw_all
+from nsa_lightning.evaluation.longbench import LongBenchConfig
 from nsa_lightning.evaluation.method import open_methods
 from nsa_lightning.evaluation.needle import NeedleConfig
 from nsa_lightning.evaluation.prompt_form import PromptForm
+from nsa_lightning.evaluation.reasoning import ReasoningConfig
 from nsa_lightning.evaluation.results import SUMMARY, ResultFile
+from nsa_lightning.evaluation.ruler import RulerConfig
 from nsa_lightning.evaluation.runner import Evaluation, RunConfig
 from nsa_lightning.evaluation.summary import Summary
 from nsa_lightning.evaluation.tables import tables
@@ -21,7 +24,7 @@ from nsa_lightning.evaluation.tasks import TaskSettings, check_names, open_tasks
 from nsa_lightning.generation.device import DtypeName, choose_dtype, use_device
 from nsa_lightning.generation.language_model import open_language_model
 
-_PATHS = ("model", "tokenizer", "output_dir", "table")
+_PATHS = ("model", "tokenizer", "output_dir", "table", "texts", "documents", "longbench_dir", "problems")
 
 
 def evaluate_model(
@@ -30,6 +33,14 @@ def evaluate_model(
     lengths: list[int] = [4096],  # noqa: B006
     methods: list[str] = [],  # noqa: B006
     needle: NeedleConfig = NeedleConfig(),  # noqa: B008 (frozen)
+    ruler: RulerConfig = RulerConfig(),  # noqa: B008 (frozen)
+    texts: list[str] = [],  # noqa: B006
+    text_samples: int = 4,
+    documents: str | None = None,
+    longbench_dir: str | None = None,
+    longbench: LongBenchConfig = LongBenchConfig(),  # noqa: B008 (frozen)
+    problems: str | None = None,
+    reasoning: ReasoningConfig = ReasoningConfig(),  # noqa: B008 (frozen)
     chat: bool = False,
     tokenizer: str | None = None,
     output_dir: str = "runs/evaluate",
@@ -50,10 +61,20 @@ def evaluate_model(
     Args:
         model: as of nsa generate: a checkpoint of nsa fit or its run, a directory of nsa convert or nsa export, or a
             dense Hugging Face directory.
-        tasks: needle.
+        tasks: needle; ruler (variable tracking, common words, frequent words); positions (loss by position in texts);
+            questions (on documents); longbench; reasoning.
         lengths: tokens of prompt and answer together, for tasks that are made at any length.
         methods: how the model attends, one after another; its own layers if not given.
         needle: the needle task.
+        ruler: the other tasks of RULER.
+        texts: of the task positions: a directory of nsa prepare, whose validation documents are read, or text, code and
+            jsonl files, directories and globs.
+        text_samples: documents of the task positions, each of the longest of lengths.
+        documents: of the task questions: a .jsonl file with question, answers and perhaps context in each line.
+        longbench_dir: of the task longbench: a directory of its published .jsonl files, or its data.zip.
+        longbench: the longbench task.
+        problems: of the task reasoning: a .jsonl file with problem and answer in each line.
+        reasoning: the reasoning task.
         chat: put each question as a user's message into the tokenizer's chat template.
         tokenizer: tokenizer.json or its directory; left out, the one that belongs to the model.
         output_dir: where results are kept.
@@ -84,7 +105,20 @@ def evaluate_model(
     place = use_device(device)
     opened = open_language_model(Path(model), Path(tokenizer) if tokenizer is not None else None, rope)
     form = PromptForm(opened.tokenizer, opened.directory if chat else None)
-    chosen = open_tasks(names, TaskSettings(lengths=lengths, needle=needle), form)
+    settings = TaskSettings(
+        lengths=lengths,
+        max_seq_len=opened.max_seq_len,
+        needle=needle,
+        ruler=ruler,
+        longbench=longbench,
+        reasoning=reasoning,
+        longbench_dir=longbench_dir,
+        problems=problems,
+        documents=documents,
+        texts=texts,
+        text_samples=text_samples,
+    )
+    chosen = open_tasks(names, settings, form)
     ways = open_methods(split_names(methods), opened.config)
     directory = Path(output_dir)
     evaluation = Evaluation(opened, Path(model), chosen, ways, place, choose_dtype(dtype, place), config)

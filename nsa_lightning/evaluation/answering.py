@@ -3,21 +3,26 @@
 import time
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 from nsa_kernels.errors import SettingError
+from nsa_kernels.packing import document_positions
 from torch import Tensor
 
 from nsa_lightning.data.tokenizer import Tokenizer
 from nsa_lightning.evaluation.case import GREEDY, Answer, Case
 from nsa_lightning.evaluation.method import Method
-from nsa_lightning.generation.decoder import Decoder
+from nsa_lightning.generation.decoder import Decoder, Scored, score_logits
 from nsa_lightning.generation.device import free_memory
 from nsa_lightning.generation.generate import Generation, Speed, StopConfig
 from nsa_lightning.generation.sampling import Sampler, SamplingConfig
 from nsa_lightning.model.cached import Cache
 from nsa_lightning.model.transformer import Transformer
+
+PACKED_TOKENS = 16384
+"""Tokens of texts that are scored in one pass; a longer text goes alone."""
 
 _SPARE = 0.6
 """The share of the free memory that a batch of caches may take; the rest is for what is computed with them."""
@@ -85,18 +90,54 @@ class Answerer:
         Raises:
             ValueError: the cache of a single case does not fit the memory.
         """
-        groups: dict[int, list[int]] = {}
+        groups: dict[int | None, list[int]] = {}
         for number, case in enumerate(cases):
-            groups.setdefault(case.max_new_tokens, []).append(number)
+            packed = self._method.packs and not case.max_new_tokens and not case.whole
+            groups.setdefault(None if packed else case.max_new_tokens, []).append(number)
         for limit, numbers in groups.items():
             chosen = [cases[number] for number in numbers]
-            decoder = self._decoder(chosen, limit)
-            if limit == 0:
-                found = self._scored(decoder, chosen)
+            if limit is None:
+                found = self._packed(chosen)
+            elif limit == 0:
+                found = self._scored(self._decoder(chosen, limit), chosen)
             else:
-                found = self._generated(decoder, chosen, replace(stop, max_new_tokens=limit), sampling)
+                found = self._generated(
+                    self._decoder(chosen, limit), chosen, replace(stop, max_new_tokens=limit), sampling
+                )
             for given in found:
                 yield Given(numbers[given.number], given.answer)
+
+    def _packed(self, cases: Sequence[Case]) -> Iterator[Given]:
+        """The likelihoods alone, of many texts in one pass; those that differ in their last token share a text."""
+        texts: dict[tuple[int, ...], list[int]] = {}
+        for number, case in enumerate(cases):
+            texts.setdefault((*case.prompt, *case.expected[:-1]), []).append(number)
+        for batch in _batches(sorted(texts, key=len), PACKED_TOKENS):
+            start = time.perf_counter()
+            scored = [
+                Given(number, _scored_answer(score_logits(logits, torch.tensor(cases[number].expected))))
+                for text, hidden in zip(batch, self._hidden(batch), strict=True)
+                for number in texts[text]
+                for logits in [self._logits_before(hidden, cases[number])]
+            ]
+            tokens = sum(map(len, batch))
+            speed = Speed(prefill_tokens=tokens, prefill_seconds=time.perf_counter() - start)
+            self.cost = self.cost.add(speed, len(scored), 0)
+            yield from scored
+
+    @torch.inference_mode()
+    def _hidden(self, texts: Sequence[Sequence[int]]) -> Sequence[Tensor]:
+        """Final hidden states of each text, [L, hidden_size]."""
+        device, lengths = self._model.output_embedding.device, [len(text) for text in texts]
+        tokens = torch.tensor([token for text in texts for token in text], device=device)
+        offsets = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+        positions = document_positions(offsets, len(tokens))
+        return self._model(tokens, positions, offsets, max(lengths)).hidden.split(lengths)
+
+    @torch.inference_mode()
+    def _logits_before(self, hidden: Tensor, case: Case) -> Tensor:
+        """Logits in front of each expected token, on the CPU."""
+        return (hidden[len(case.prompt) - 1 :] @ self._model.output_embedding.T).cpu()
 
     def _decoder(self, cases: Sequence[Case], limit: int) -> Decoder:
         """Room for as many of the cases as the memory takes."""
@@ -116,23 +157,23 @@ class Answerer:
         for number, case in enumerate(cases):
             start, prompt = time.perf_counter(), torch.tensor(case.prompt)
             if case.whole:
-                log_probs = decoder.log_probabilities(0, prompt)
+                answer = Answer("", 0, None, decoder.log_probabilities(0, prompt).tolist())
             else:
-                log_probs = self._score(decoder, 0, decoder.begin(0, prompt), case)
+                answer = _scored_answer(self._score(decoder, 0, decoder.begin(0, prompt), case))
             decoder.end(0)
             speed = Speed(prefill_tokens=len(prompt), prefill_seconds=time.perf_counter() - start)
             self._count(speed, 1, decoder)
-            yield Given(number, Answer("", 0, None, log_probs.tolist()))
+            yield Given(number, answer)
 
     def _generated(
         self, decoder: Decoder, cases: Sequence[Case], stop: StopConfig, sampling: SamplingConfig
     ) -> Iterator[Given]:
         """Answers, and the likelihoods of those that are expected."""
-        log_probs: dict[int, list[float]] = {}
+        scored: dict[int, Answer] = {}
 
         def begun(number: int, row: int, logits: Tensor) -> None:
             if cases[number].expected:
-                log_probs[number] = self._score(decoder, row, logits, cases[number]).tolist()
+                scored[number] = _scored_answer(self._score(decoder, row, logits, cases[number]))
 
         config, device = self._model.config, self._model.output_embedding.device
         sampler = Sampler(sampling, decoder.batch_size, config.vocab_size, device)
@@ -142,7 +183,8 @@ class Answerer:
             number = piece.prompt
             texts[number] += piece.text
             if piece.finish is not None:
-                yield Given(number, Answer(texts[number], len(piece.tokens), piece.finish, log_probs.get(number, ())))
+                known = scored.get(number, Answer("", 0, None))
+                yield Given(number, known._replace(text=texts[number], tokens=len(piece.tokens), finish=piece.finish))
         self._count(loop.speed, len(cases), decoder)
 
     def _count(self, speed: Speed, cases: int, decoder: Decoder) -> None:
@@ -151,10 +193,26 @@ class Answerer:
         cache_bytes = self._method.cache_bytes(self._model.config, decoder.cache.capacity, dtype)
         self.cost = self.cost.add(speed, cases, cache_bytes)
 
-    def _score(self, decoder: Decoder, row: int, logits: Tensor, case: Case) -> Tensor:
-        """Log-probability of each expected token, nats; the row is left as it was."""
+    def _score(self, decoder: Decoder, row: int, logits: Tensor, case: Case) -> Scored:
+        """How likely the expected tokens are; the row is left as it was."""
         saved = self._method.save(row)
         with self._method.answering():
             found = decoder.score(row, logits, torch.tensor(case.expected))
         self._method.restore(row, saved)
         return found
+
+
+def _scored_answer(scored: Scored) -> Answer:
+    return Answer("", 0, None, scored.log_probs.tolist(), bool(scored.likeliest.all()))
+
+
+def _batches(texts: Sequence[tuple[int, ...]], tokens: int) -> Iterator[list[tuple[int, ...]]]:
+    """Texts in their order, together up to so many tokens, one at least."""
+    batch: list[tuple[int, ...]] = []
+    for text in texts:
+        if batch and sum(map(len, batch)) + len(text) > tokens:
+            yield batch
+            batch = []
+        batch.append(text)
+    if batch:
+        yield batch

@@ -52,6 +52,7 @@ class Answer(NamedTuple):
     tokens: int  # of the text
     finish: Finish | None  # None where no answer was asked for
     log_probs: Sequence[float] = ()  # of each expected token in nats, or of each token of a whole prompt but the first
+    likeliest: bool = False  # whether every expected token was the likeliest
 
 
 class Task(Protocol):

@@ -19,6 +19,8 @@ class Method(Protocol):
     """Everything that changes a result, as JSON."""
     cuda_graphs: bool
     """Whether a step of decoding may be captured in a CUDA graph."""
+    packs: bool
+    """Whether the model's `forward` attends by the method, too, so that texts can be scored end to end."""
 
     def check(self, config: TransformerConfig) -> None:
         """Refuse a model that the method does not fit, before its weights are read."""
@@ -52,7 +54,7 @@ class Method(Protocol):
 class OwnLayers:
     """The layers that the model has, named by their kinds: `full`, `nsa`, `full+nsa`."""
 
-    cuda_graphs = True
+    cuda_graphs = packs = True
     settings: Mapping[str, Any] = {}
 
     def __init__(self, config: TransformerConfig) -> None:

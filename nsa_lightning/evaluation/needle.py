@@ -179,7 +179,7 @@ class NeedleTask:
         """Of the answer, which is given to the model."""
         one = len(needles.values) == 1
         kinds = self._config.values if one else _PLURAL[self._config.values]
-        lead = "" if self._form.name == "chat" else "\n"
+        lead = "" if self._form.is_chat else "\n"
         verb = "is" if one else "are"
         return f"{lead}The special magic {kinds} for {_listed(needles.keys)} mentioned in the provided text {verb}"
 

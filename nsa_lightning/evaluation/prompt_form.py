@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from nsa_kernels.errors import SettingError
+
 from nsa_lightning.data.tokenizer import Tokenizer
 from nsa_lightning.generation.chat import ChatTemplate
 
@@ -26,11 +28,20 @@ class PromptForm:
         """`chat` or `completion`."""
         return "completion" if self._template is None else "chat"
 
+    @property
+    def is_chat(self) -> bool:
+        """Whether questions are messages."""
+        return self._template is not None
+
     def prompt(self, question: str, beginning: str = "") -> list[int]:
         """Tokens of a question and of the beginning of its answer, which is given to the model."""
         if self._template is not None:
             return self.tokenizer.encode_prompt(self._template.render(question) + beginning, start=False)
         return self.text(question + beginning)
+
+    def plain(self) -> "PromptForm":
+        """The same for texts to be continued."""
+        return PromptForm(self.tokenizer)
 
     def text(self, text: str) -> list[int]:
         """Tokens of the beginning of a document; names of special tokens in it are text."""
@@ -44,13 +55,26 @@ class PromptForm:
             return prompt, together[len(prompt) :]
         return prompt, self.tokenizer.encode_prompt(answer, start=False)
 
-    def longest(self, question: str, tokens: int, beginning: str = "") -> list[int]:
-        """`prompt`, from whose middle tokens are taken away until `tokens` are left of the question.
+    def longest(self, question: str, limit: int, beginning: str = "") -> list[int]:
+        """`prompt` of at most so many tokens: what is too much is taken from the middle of the question.
 
         Both ends of a long text matter more than its middle: instructions stand there (LongBench, arXiv:2308.14508).
+
+        Raises:
+            ValueError: not even an empty question has so few tokens.
         """
-        found = self.tokenizer.encode_prompt(question, start=False)
-        if len(found) > tokens:
-            half = tokens // 2
-            question = self.tokenizer.decode(found[:half]) + self.tokenizer.decode(found[len(found) - half :])
-        return self.prompt(question, beginning)
+        prompt = self.prompt(question, beginning)
+        if len(prompt) <= limit:
+            return prompt
+        tokens = self.tokenizer.encode_prompt(question, start=False)
+        kept = limit
+        while kept > 0:
+            half = kept // 2
+            ends = self.tokenizer.decode(tokens[:half]) + self.tokenizer.decode(tokens[len(tokens) - half :])
+            prompt = self.prompt(ends, beginning)
+            if len(prompt) <= limit:
+                return prompt
+            kept -= max(len(prompt) - limit, 2)
+        raise SettingError(
+            f"max_length must leave room for a question and its answer, got {limit} tokens for the prompt"
+        )

@@ -13,12 +13,13 @@ _SCORES = {
     "loss": "loss, nats a token",
 }
 """What is shown by length, with its heading."""
+_POSITION = "loss/"
 
 
 def tables(runs: Mapping[str, Summary]) -> str:
     """All that the runs have measured, by their names."""
     lines = [(name, summary, method) for name, summary in runs.items() for method in summary.methods]
-    found = [*_by_length(lines), *_fixed_columns(lines), *_others(lines)]
+    found = [*_by_length(lines), *_by_position(lines), *_fixed_columns(lines), *_others(lines)]
     return "\n\n".join([*found, _costs(lines), _settings(lines)]).strip()
 
 
@@ -47,6 +48,21 @@ def _by_length(lines: Sequence[_Line]) -> Iterator[str]:
                 ]
                 note = f"\n{paper.NEEDLE}" if task == "needle_single" and score == "score" else ""
                 yield f"{task}: {heading}\n\n{text_table(['', *map(_short, lengths)], cells)}{note}"
+
+
+def _by_position(lines: Sequence[_Line]) -> Iterator[str]:
+    """The loss from each position on."""
+    scores = {name for _, summary, _ in lines for row in summary.rows for name in row.scores}
+    starts = sorted(int(name.removeprefix(_POSITION)) for name in scores if name.startswith(_POSITION))
+    if starts:
+        cells = [
+            (
+                _name(line, lines),
+                *(_cell(line[1].mean(line[2], "positions", f"{_POSITION}{start}")) for start in starts),
+            )
+            for line in lines
+        ]
+        yield f"positions: loss from each position on, nats a token\n\n{text_table(['', *map(_short, starts)], cells)}"
 
 
 def _fixed_columns(lines: Sequence[_Line]) -> Iterator[str]:
@@ -120,4 +136,4 @@ def _cell(value: float | None) -> str:
 
 
 def _short(length: int) -> str:
-    return f"{length // 1024}K" if length % 1024 == 0 else str(length)
+    return f"{length // 1024}K" if length and length % 1024 == 0 else str(length)

@@ -1,5 +1,7 @@
 """A model and the cache of a batch of sequences: prompts go in, logits of the next token of each sequence come out."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,13 @@ from nsa_lightning.model.loss import token_cross_entropy
 from nsa_lightning.model.transformer import Transformer
 
 # B sequences, L tokens of a prompt, A tokens of an answer, V tokens in the vocabulary.
+
+
+class Scored(NamedTuple):
+    """How likely tokens were, on the CPU."""
+
+    log_probs: Tensor  # of each in nats, float32 [A]
+    likeliest: Tensor  # whether no other token was more likely, bool [A]
 
 
 class Decoder:
@@ -49,16 +58,13 @@ class Decoder:
         return self._logits(prefill(self.model, prompt.to(self._tokens.device), self.cache, row))
 
     @torch.inference_mode()
-    def score(self, row: int, logits: Tensor, answer: Tensor) -> Tensor:
+    def score(self, row: int, logits: Tensor, answer: Tensor) -> "Scored":
         """How likely an answer is behind a row's prompt; the row is left as it was.
 
         Args:
             row: a row that `begin` has filled, and no step since.
             logits: what `begin` returned, [V].
             answer: int64 [A], A at least 1.
-
-        Returns:
-            Log-probability of each of its tokens in nats, float32 [A] on the CPU.
 
         Raises:
             ValueError: the cache has no room for all but the last of them.
@@ -73,7 +79,7 @@ class Decoder:
             finally:
                 mark.restore()
             every = torch.cat([every, self._logits(hidden)])  # [A, V]
-        return every.float().log_softmax(-1).gather(1, answer[:, None])[:, 0].cpu()
+        return score_logits(every, answer)
 
     @torch.inference_mode()
     def log_probabilities(self, row: int, tokens: Tensor) -> Tensor:
@@ -111,3 +117,9 @@ class Decoder:
     def _forget(self) -> None:
         for row in range(self.batch_size):
             self.cache.reset(row)
+
+
+def score_logits(logits: Tensor, tokens: Tensor) -> Scored:
+    """How likely tokens, int64 [A], are by the logits in front of each, [A, V]."""
+    found = logits.float().log_softmax(-1)
+    return Scored(found.gather(1, tokens[:, None])[:, 0].cpu(), (found.argmax(-1) == tokens).cpu())

@@ -80,7 +80,7 @@ def test_scoring_leaves_the_cache_as_it_was(model):
     logits = decoder.begin(1, torch.tensor(tokens_of(45)))
     before = [x.clone() for x in decoder.cache._tensors()]
     lengths = list(decoder.cache.host_lengths), decoder.cache.lengths.tolist()
-    decoder.score(1, logits, torch.tensor(tokens_of(40, 3)))
+    assert len(decoder.score(1, logits, torch.tensor(tokens_of(40, 3))).log_probs) == 40
     assert (decoder.cache.host_lengths, decoder.cache.lengths.tolist()) == lengths
     assert all(map(torch.equal, before, decoder.cache._tensors()))
 
