@@ -10,6 +10,7 @@ from nsa_kernels.errors import SettingError
 from nsa_cli.function_command import run_function
 from nsa_lightning.checkpoint.convert import RopeChange
 from nsa_lightning.evaluation.figures import draw_all
+from nsa_lightning.evaluation.lm_eval_tasks import LmEvalConfig
 from nsa_lightning.evaluation.longbench import LongBenchConfig
 from nsa_lightning.evaluation.method import open_methods
 from nsa_lightning.evaluation.needle import NeedleConfig
@@ -20,7 +21,7 @@ from nsa_lightning.evaluation.ruler import RulerConfig
 from nsa_lightning.evaluation.runner import Evaluation, RunConfig
 from nsa_lightning.evaluation.summary import Summary
 from nsa_lightning.evaluation.tables import tables
-from nsa_lightning.evaluation.tasks import TaskSettings, check_names, open_tasks, split_names
+from nsa_lightning.evaluation.tasks import TaskSettings, check_names, open_suites, open_tasks, split_names
 from nsa_lightning.generation.device import DtypeName, choose_dtype, use_device
 from nsa_lightning.generation.language_model import open_language_model
 
@@ -41,6 +42,7 @@ def evaluate_model(
     longbench: LongBenchConfig = LongBenchConfig(),  # noqa: B008 (frozen)
     problems: str | None = None,
     reasoning: ReasoningConfig = ReasoningConfig(),  # noqa: B008 (frozen)
+    lm_eval: LmEvalConfig = LmEvalConfig(),  # noqa: B008 (frozen)
     chat: bool = False,
     tokenizer: str | None = None,
     output_dir: str = "runs/evaluate",
@@ -62,7 +64,8 @@ def evaluate_model(
         model: as of nsa generate: a checkpoint of nsa fit or its run, a directory of nsa convert or nsa export, or a
             dense Hugging Face directory.
         tasks: needle; ruler (variable tracking, common words, frequent words); positions (loss by position in texts);
-            questions (on documents); longbench; reasoning.
+            questions (on documents); longbench; reasoning; and lm_eval:TASK for tasks of lm-evaluation-harness, such
+            as lm_eval:paper_general for those of the paper.
         lengths: tokens of prompt and answer together, for tasks that are made at any length.
         methods: how the model attends, one after another; its own layers if not given.
         needle: the needle task.
@@ -75,6 +78,7 @@ def evaluate_model(
         longbench: the longbench task.
         problems: of the task reasoning: a .jsonl file with problem and answer in each line.
         reasoning: the reasoning task.
+        lm_eval: tasks of lm-evaluation-harness.
         chat: put each question as a user's message into the tokenizer's chat template.
         tokenizer: tokenizer.json or its directory; left out, the one that belongs to the model.
         output_dir: where results are kept.
@@ -112,6 +116,7 @@ def evaluate_model(
         ruler=ruler,
         longbench=longbench,
         reasoning=reasoning,
+        lm_eval=lm_eval,
         longbench_dir=longbench_dir,
         problems=problems,
         documents=documents,
@@ -119,9 +124,10 @@ def evaluate_model(
         text_samples=text_samples,
     )
     chosen = open_tasks(names, settings, form)
+    suites = open_suites(names, settings, form)
     ways = open_methods(split_names(methods), opened.config)
     directory = Path(output_dir)
-    evaluation = Evaluation(opened, Path(model), chosen, ways, place, choose_dtype(dtype, place), config)
+    evaluation = Evaluation(opened, Path(model), chosen, ways, place, choose_dtype(dtype, place), config, suites)
     evaluation.check()
     if overwrite and directory.exists():
         shutil.rmtree(directory)

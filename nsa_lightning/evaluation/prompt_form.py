@@ -39,6 +39,11 @@ class PromptForm:
             return self.tokenizer.encode_prompt(self._template.render(question) + beginning, start=False)
         return self.text(question + beginning)
 
+    def conversation(self, question: str) -> str:
+        """The text of a conversation up to where the answer begins, in the model's chat template."""
+        assert self._template is not None
+        return self._template.render(question)
+
     def plain(self) -> "PromptForm":
         """The same for texts to be continued."""
         return PromptForm(self.tokenizer)

@@ -13,9 +13,13 @@ from nsa_lightning.evaluation.answering import Answerer
 from nsa_lightning.evaluation.case import Answer, Case, PlannedCase, Task
 from nsa_lightning.evaluation.method import Method
 from nsa_lightning.evaluation.results import CaseResult, CostResult, ResultFile, fingerprint
+from nsa_lightning.evaluation.suite import REQUESTS, KeptAnswers, Suite
 from nsa_lightning.evaluation.summary import Summary, case_rows, cost_rows
 from nsa_lightning.generation.language_model import LanguageModel
 from nsa_lightning.model.transformer import Transformer
+
+MEAN = "mean"
+"""The name of a suite's result of a task, which is over all of its cases."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +53,7 @@ class Evaluation:
         path: where it is.
         tasks: what is asked.
         methods: how the model attends, one after another.
+        suites: tasks that bring their own questions.
         device: of the model.
         dtype: of its weights and cache.
         config: how cases are run.
@@ -63,8 +68,9 @@ class Evaluation:
         device: torch.device,
         dtype: torch.dtype,
         config: RunConfig = RunConfig(),
+        suites: Sequence[Suite] = (),
     ) -> None:
-        self._opened, self._tasks, self._methods = opened, tasks, methods
+        self._opened, self._tasks, self._methods, self._suites = opened, tasks, methods, suites
         self._device, self._dtype, self._config = device, dtype, config
         self._planned = {task.name: task.cases() for task in tasks}
         self._model_settings = model_settings(opened, path, dtype)
@@ -100,7 +106,7 @@ class Evaluation:
         }
         total = sum(len(self._planned[task.name]) for task in self._tasks) * len(self._methods)
         missing = sum(map(len, todo.values()))
-        if not missing:
+        if not missing and not any(self._missing(method, results) for method in self._methods):
             return
         model = self._opened.load(self._device, self._dtype)
         with tqdm(total=total, initial=total - missing, desc="evaluate", unit="case", disable=None) as bar:
@@ -112,11 +118,45 @@ class Evaluation:
                             for result in self._answered(model, method, task, group):
                                 results.add(result)
                                 bar.update(isinstance(result, CaseResult))
+                    self._run_suites(model, method, results)
+
+    def _missing(self, method: Method, results: ResultFile) -> list[tuple[Suite, list[str]]]:
+        """Of each suite the tasks that have no result yet, if there are some."""
+        found = [
+            (suite, [task for task in suite.tasks if (self._suite_key(method, suite, task), MEAN) not in results.cases])
+            for suite in self._suites
+        ]
+        return [(suite, tasks) for suite, tasks in found if tasks]
+
+    def _run_suites(self, model: Transformer, method: Method, results: ResultFile) -> None:
+        for suite, tasks in self._missing(method, results):
+            answerer = self._answerer(model, method)
+            ask = KeptAnswers(answerer, results, self._fingerprint(method, [REQUESTS]), method.name)
+            for found in suite.run(tasks, ask):
+                result = CaseResult(
+                    key=self._suite_key(method, suite, found.task),
+                    method=method.name,
+                    task=found.task,
+                    case=MEAN,
+                    length=None,
+                    depth=None,
+                    tokens=0,
+                    scores=found.scores,
+                    details={"cases": found.cases},
+                )
+                results.add(result)
 
     def summary(self, results: ResultFile) -> Summary:
         """Means of the results of these settings."""
-        keys = {self._key(method, task): (method, task) for method in self._methods for task in self._tasks}
+        keys = [self._key(method, task) for method in self._methods for task in self._tasks]
+        keys += [
+            self._suite_key(method, suite, task)
+            for method in self._methods
+            for suite in self._suites
+            for task in suite.tasks
+        ]
         names = {task: {case.name for case in cases} for task, cases in self._planned.items()}
+        names |= {task: {MEAN} for suite in self._suites for task in suite.tasks}
         found = [each for each in results.cases.values() if each.key in keys and each.case in names[each.task]]
         order = {key: index for index, key in enumerate(keys)}
         found.sort(key=lambda each: (order[each.key], each.length or 0))
@@ -134,14 +174,7 @@ class Evaluation:
         self, model: Transformer, method: Method, task: Task, group: Sequence[PlannedCase]
     ) -> Iterator[CaseResult | CostResult]:
         """Build and answer some cases; their results as they come, and their cost at the end."""
-        answerer = Answerer(
-            model,
-            self._opened.tokenizer,
-            self._opened.end_tokens,
-            method,
-            self._config.batch_size,
-            self._config.cuda_graphs,
-        )
+        answerer = self._answerer(model, method)
         key, cases = self._key(method, task), [planned.build() for planned in group]
         for number, answer in answerer.answers(cases, task.stop, task.sampling):
             yield _result(key, method, task, group[number], cases[number], answer)
@@ -154,21 +187,30 @@ class Evaluation:
             **asdict(answerer.cost),
         )
 
+    def _answerer(self, model: Transformer, method: Method) -> Answerer:
+        opened, config = self._opened, self._config
+        return Answerer(model, opened.tokenizer, opened.end_tokens, method, config.batch_size, config.cuda_graphs)
+
     def _key(self, method: Method, task: Task) -> str:
+        return self._fingerprint(method, [task.name, dict(task.settings)])
+
+    def _suite_key(self, method: Method, suite: Suite, task: str) -> str:
+        return self._fingerprint(method, [task, dict(suite.settings(task))])
+
+    def _fingerprint(self, method: Method, task: list[Any]) -> str:
+        """Of the model, a method and what is asked."""
         return fingerprint(
-            {
-                "model": self._model_settings,
-                "method": [method.name, dict(method.settings)],
-                "task": [task.name, dict(task.settings)],
-            }
+            {"model": self._model_settings, "method": [method.name, dict(method.settings)], "task": task}
         )
 
 
 def model_settings(opened: LanguageModel, path: Path, dtype: torch.dtype) -> dict[str, Any]:
     """What sets a model apart from others: its files, its config and the type of its numbers."""
     return {
-        "model": str(path),
-        "files": {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in _weight_files(path)},
+        "model": str(path.resolve()),
+        "files": {
+            str(file.relative_to(path)): [file.stat().st_size, file.stat().st_mtime_ns] for file in _weight_files(path)
+        },
         "config": asdict(opened.config),
         "tokenizer": opened.tokenizer.fingerprint,
         "dtype": str(dtype).removeprefix("torch."),

@@ -7,6 +7,7 @@ from pathlib import Path
 from nsa_kernels.errors import SettingError
 
 from nsa_lightning.evaluation.case import Task
+from nsa_lightning.evaluation.lm_eval_tasks import PREFIX, LmEvalConfig, LmEvalSuite
 from nsa_lightning.evaluation.longbench import LongBenchConfig, longbench_tasks
 from nsa_lightning.evaluation.needle import NeedleConfig, NeedleTask
 from nsa_lightning.evaluation.positions import PositionTask
@@ -14,6 +15,7 @@ from nsa_lightning.evaluation.prompt_form import PromptForm
 from nsa_lightning.evaluation.question_answering import QuestionTask
 from nsa_lightning.evaluation.reasoning import ReasoningConfig, ReasoningTask
 from nsa_lightning.evaluation.ruler import RulerConfig, RulerTask
+from nsa_lightning.evaluation.suite import Suite
 
 _RULER = ("variables", "common_words", "frequent_words")
 
@@ -30,6 +32,7 @@ class TaskSettings:
     ruler: RulerConfig = field(default_factory=RulerConfig)
     longbench: LongBenchConfig = field(default_factory=LongBenchConfig)
     reasoning: ReasoningConfig = field(default_factory=ReasoningConfig)
+    lm_eval: LmEvalConfig = field(default_factory=LmEvalConfig)
     longbench_dir: str | None = None
     """Of `longbench`."""
     problems: str | None = None
@@ -43,8 +46,16 @@ class TaskSettings:
 
 
 def split_names(words: Sequence[str]) -> list[str]:
-    """Names of tasks as they were typed, apart or with commas between them."""
-    return list(dict.fromkeys(name.strip() for word in words for name in word.split(",") if name.strip()))
+    """Names of tasks as they were typed, apart or with commas between them.
+
+    In one word all names behind `lm_eval:` are tasks of that library: `needle,lm_eval:mmlu,gsm8k`.
+    """
+    names: list[str] = []
+    for word in words:
+        own, mark, theirs = word.partition(PREFIX)
+        names += [name.strip() for name in own.split(",")]
+        names += [f"{PREFIX}{name.strip()}" for name in theirs.split(",")] if mark else []
+    return list(dict.fromkeys(name for name in names if name))
 
 
 def check_names(names: Sequence[str]) -> None:
@@ -53,11 +64,12 @@ def check_names(names: Sequence[str]) -> None:
     Raises:
         ValueError: says which there are.
     """
+    known = f"{', '.join(_MAKERS)} and {PREFIX}TASK"
     for name in names:
-        if name not in _MAKERS:
-            raise SettingError(f"tasks must be of {', '.join(_MAKERS)}, got {name}")
+        if name not in _MAKERS and (not name.startswith(PREFIX) or name == PREFIX):
+            raise SettingError(f"tasks must be of {known}, got {name}")
     if not names:
-        raise SettingError(f"tasks must name one or more of {', '.join(_MAKERS)}, got none")
+        raise SettingError(f"tasks must name one or more of {known}, got none")
 
 
 def open_tasks(names: Sequence[str], settings: TaskSettings, form: PromptForm) -> list[Task]:
@@ -67,7 +79,17 @@ def open_tasks(names: Sequence[str], settings: TaskSettings, form: PromptForm) -
         ValueError: a file that a task needs is missing or broken.
     """
     check_names(names)
-    return [task for name in names for task in _MAKERS[name](settings, form)]
+    return [task for name in names if name in _MAKERS for task in _MAKERS[name](settings, form)]
+
+
+def open_suites(names: Sequence[str], settings: TaskSettings, form: PromptForm) -> list[Suite]:
+    """The tasks of libraries among those names.
+
+    Raises:
+        ValueError: a library is not installed, or has no such task.
+    """
+    chosen = [name.removeprefix(PREFIX) for name in names if name.startswith(PREFIX)]
+    return [LmEvalSuite(chosen, settings.lm_eval, settings.max_seq_len, form)] if chosen else []
 
 
 def _needles(settings: TaskSettings, form: PromptForm) -> Sequence[Task]:
