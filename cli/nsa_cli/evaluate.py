@@ -102,7 +102,7 @@ def evaluate_model(
         return 0
     if model is None:
         raise SettingError("model must be given, or table to lay finished runs side by side, got neither")
-    config = RunConfig(batch_size=batch_size, cuda_graphs=cuda_graphs, measure=measure)
+    config = RunConfig(batch_size=batch_size, cuda_graphs=cuda_graphs)
     names = split_names(tasks)
     check_names(names)
     _check_lengths(lengths)

@@ -57,7 +57,7 @@ class Answerer:
     """A model under one method.
 
     Args:
-        model: with its weights; the method is attached to it.
+        model: with its weights.
         tokenizer: of the model.
         end_tokens: tokens that end an answer.
         method: how the model attends.
@@ -150,7 +150,8 @@ class Answerer:
                 f"lengths must fit the memory of {weight.device}: a cache of {capacity} tokens takes {one / 1e9:.2f} GB"
             )
         rows = min(self._batch_size if limit else 1, len(cases), fitting)
-        return Decoder(self._model, rows, capacity, self._cuda_graphs and limit > 0)
+        self._method.begin()
+        return Decoder(self._model, rows, capacity, self._cuda_graphs and limit > 0, self._method)
 
     def _scored(self, decoder: Decoder, cases: Sequence[Case]) -> Iterator[Given]:
         """The likelihoods alone."""

@@ -1,18 +1,23 @@
-"""How a model attends while it is evaluated: by its own layers, or by a sparse method in the place of dense ones."""
+"""How a model attends while it is evaluated: by its own layers, or by a sparse method in place of full attention."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
 from nsa_kernels.errors import SettingError
+from torch import Tensor
 
+from nsa_lightning.model.attention.base import CachedAttention
+from nsa_lightning.model.attention.dense import ExactAttention
 from nsa_lightning.model.cached import Cache
-from nsa_lightning.model.transformer import Transformer, TransformerConfig
+from nsa_lightning.model.config import TransformerConfig
+
+_EXACT = ExactAttention()
 
 
-class Method(Protocol):
-    """A way to attend to the tokens of a cache."""
+class Method(CachedAttention, Protocol):
+    """How `full` layers attend to a cache, with what is told of it."""
 
     name: str
     settings: Mapping[str, Any]
@@ -22,12 +27,8 @@ class Method(Protocol):
     packs: bool
     """Whether the model's `forward` attends by the method, too, so that texts can be scored end to end."""
 
-    def check(self, config: TransformerConfig) -> None:
-        """Refuse a model that the method does not fit, before its weights are read."""
-        ...
-
-    def attach(self, model: Transformer, measure: bool) -> AbstractContextManager[None]:
-        """Attend by this method inside; with `measure` also count what it leaves out."""
+    def begin(self) -> None:
+        """Forget all rows: another cache is used from here on."""
         ...
 
     def answering(self) -> AbstractContextManager[None]:
@@ -60,13 +61,16 @@ class OwnLayers:
     def __init__(self, config: TransformerConfig) -> None:
         self.name = "+".join(dict.fromkeys(config.layer_attention))
 
-    def check(self, config: TransformerConfig) -> None:
-        """Every model has layers."""
+    def prefill(self, layer: int, row: int, start: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """As `CachedAttention.prefill`: to all tokens."""
+        return _EXACT.prefill(layer, row, start, q, k, v)
 
-    @contextmanager
-    def attach(self, model: Transformer, measure: bool) -> Iterator[None]:
-        """They are attached."""
-        yield
+    def decode(self, layer: int, q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
+        """As `CachedAttention.decode`: to all tokens."""
+        return _EXACT.decode(layer, q, k, v, positions)
+
+    def begin(self) -> None:
+        """The cache is all they keep."""
 
     def answering(self) -> AbstractContextManager[None]:
         """A chunk gives what its tokens would, one after another."""
@@ -88,10 +92,10 @@ class OwnLayers:
 
 
 def open_methods(names: Sequence[str], config: TransformerConfig) -> list[Method]:
-    """The methods of those names; none for the model's own layers.
+    """The methods of those names; the model's own layers if there are none.
 
     Raises:
-        ValueError: there is no method of a name, or the model has no such layers.
+        ValueError: there is no method of a name, or the model has no layers that it fits.
     """
     own = OwnLayers(config)
     found: list[Method] = []

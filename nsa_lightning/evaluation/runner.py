@@ -36,9 +36,6 @@ class RunConfig:
     cuda_graphs: bool = True
     """Replay steps of decoding as CUDA graphs; on a GPU only."""
 
-    measure: bool = True
-    """Count the attention mass that a sparse method keeps and the blocks that it recalls."""
-
     def __post_init__(self) -> None:
         check_types(self)
         if self.batch_size < 1:
@@ -79,7 +76,7 @@ class Evaluation:
         """Refuse what cannot be run, before weights are read.
 
         Raises:
-            ValueError: a length is beyond the model's context or too short for its task, or a method does not fit.
+            ValueError: a length is beyond the model's context, or too short for its task.
         """
         longest = max((case.length or 0 for cases in self._planned.values() for case in cases), default=0)
         if longest > self._opened.max_seq_len:
@@ -87,8 +84,6 @@ class Evaluation:
                 f"lengths must be within the {self._opened.max_seq_len} tokens that the model is made for "
                 f"(--rope.scaling and --rope.factor extend them), got {longest}"
             )
-        for method in self._methods:
-            method.check(self._opened.config)
         for cases in self._planned.values():
             if cases and cases[0].length is not None:
                 min(cases, key=lambda case: case.length or 0).build()  # the shortest, which may have no room
@@ -111,14 +106,13 @@ class Evaluation:
         model = self._opened.load(self._device, self._dtype)
         with tqdm(total=total, initial=total - missing, desc="evaluate", unit="case", disable=None) as bar:
             for method in self._methods:
-                with method.attach(model, self._config.measure):
-                    for task in self._tasks:
-                        for group in _groups(todo[method.name, task.name]):
-                            bar.set_postfix_str(f"{method.name} {task.name} {group[0].length or ''}".strip())
-                            for result in self._answered(model, method, task, group):
-                                results.add(result)
-                                bar.update(isinstance(result, CaseResult))
-                    self._run_suites(model, method, results)
+                for task in self._tasks:
+                    for group in _groups(todo[method.name, task.name]):
+                        bar.set_postfix_str(f"{method.name} {task.name} {group[0].length or ''}".strip())
+                        for result in self._answered(model, method, task, group):
+                            results.add(result)
+                            bar.update(isinstance(result, CaseResult))
+                self._run_suites(model, method, results)
 
     def _missing(self, method: Method, results: ResultFile) -> list[tuple[Suite, list[str]]]:
         """Of each suite the tasks that have no result yet, if there are some."""

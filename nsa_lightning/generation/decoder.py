@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from nsa_lightning.generation.cuda_graphs import capture
+from nsa_lightning.generation.rewind import CacheMark
 from nsa_lightning.model.attention.base import CachedAttention
 from nsa_lightning.model.attention.dense import ExactAttention
 from nsa_lightning.model.cached import Cache, decode, prefill
-from nsa_lightning.generation.rewind import CacheMark
 from nsa_lightning.model.loss import token_cross_entropy
 from nsa_lightning.model.transformer import Transformer
 

@@ -74,15 +74,21 @@ def test_an_answer_does_not_depend_on_what_was_scored_before(model):
     assert (cost.cases, cost.prefill_tokens, cost.decode_tokens) == (3, 112, 24)
 
 
-def test_scoring_leaves_the_cache_as_it_was(model):
-    decoder = Decoder(model, 2, 96, cuda_graphs=False)
-    decoder.begin(0, torch.tensor(tokens_of(30)))
-    logits = decoder.begin(1, torch.tensor(tokens_of(45)))
-    before = [x.clone() for x in decoder.cache._tensors()]
-    lengths = list(decoder.cache.host_lengths), decoder.cache.lengths.tolist()
-    assert len(decoder.score(1, logits, torch.tensor(tokens_of(40, 3))).log_probs) == 40
-    assert (decoder.cache.host_lengths, decoder.cache.lengths.tolist()) == lengths
-    assert all(map(torch.equal, before, decoder.cache._tensors()))
+@pytest.mark.parametrize("length", [3, 45, 64])
+@pytest.mark.parametrize("size", [2, 7, 26])
+def test_scoring_leaves_a_row_as_it_was(model, length, size):
+    logits = []
+    for scores in (False, True):
+        decoder = Decoder(model, 2, 96, cuda_graphs=False)
+        first = decoder.begin(0, torch.tensor(tokens_of(30)))
+        second = decoder.begin(1, torch.tensor(tokens_of(length)))
+        if scores:
+            for row, before in ((0, first), (1, second)):
+                assert len(decoder.score(row, before, torch.tensor(tokens_of(size, 3))).log_probs) == size
+        assert decoder.cache.host_lengths == decoder.cache.lengths.tolist() == [30, length]
+        logits.append([decoder.step([token, token]).clone() for token in tokens_of(18, 4)])
+    for plain, scored in zip(*logits, strict=True):
+        assert torch.equal(plain, scored)
 
 
 def test_an_answer_that_has_no_room_is_refused(model):

@@ -15,7 +15,7 @@ from nsa_lightning.evaluation.answering import Answerer
 from nsa_lightning.evaluation.method import OwnLayers
 from nsa_lightning.evaluation.needle import NeedleConfig, NeedleTask
 from nsa_lightning.evaluation.prompt_form import PromptForm
-from nsa_lightning.model.attention import NSALayerConfig
+from nsa_lightning.model.attention.nsa import NSALayerConfig
 from nsa_lightning.model.loss import summed_cross_entropy
 from nsa_lightning.model.transformer import Transformer, TransformerConfig
 
