@@ -12,6 +12,7 @@ from nsa_lightning.checkpoint.convert import RopeChange
 from nsa_lightning.evaluation.figures import draw_all
 from nsa_lightning.evaluation.lm_eval_tasks import LmEvalConfig
 from nsa_lightning.evaluation.longbench import LongBenchConfig
+from nsa_lightning.evaluation.maps import check_layers, text_of_maps
 from nsa_lightning.evaluation.method import open_methods
 from nsa_lightning.evaluation.needle import NeedleConfig
 from nsa_lightning.evaluation.prompt_form import PromptForm
@@ -30,7 +31,7 @@ _PATHS = ("model", "tokenizer", "output_dir", "table", "texts", "documents", "lo
 
 def evaluate_model(
     model: str | None = None,
-    tasks: list[str] = ["needle"],  # noqa: B006 (not changed)
+    tasks: list[str] = [],  # noqa: B006 (not changed)
     lengths: list[int] = [4096],  # noqa: B006
     methods: list[str] = [],  # noqa: B006
     needle: NeedleConfig = NeedleConfig(),  # noqa: B008 (frozen)
@@ -43,6 +44,7 @@ def evaluate_model(
     problems: str | None = None,
     reasoning: ReasoningConfig = ReasoningConfig(),  # noqa: B008 (frozen)
     lm_eval: LmEvalConfig = LmEvalConfig(),  # noqa: B008 (frozen)
+    maps: str | None = None,
     chat: bool = False,
     tokenizer: str | None = None,
     output_dir: str = "runs/evaluate",
@@ -63,9 +65,9 @@ def evaluate_model(
     Args:
         model: as of nsa generate: a checkpoint of nsa fit or its run, a directory of nsa convert or nsa export, or a
             dense Hugging Face directory.
-        tasks: needle; ruler (variable tracking, common words, frequent words); positions (loss by position in texts);
-            questions (on documents); longbench; reasoning; and lm_eval:TASK for tasks of lm-evaluation-harness, such
-            as lm_eval:paper_general for those of the paper.
+        tasks: needle, which is taken if neither tasks nor maps are given; ruler (variable tracking, common words,
+            frequent words); positions (loss by position in texts); questions (on documents); longbench; reasoning; and
+            lm_eval:TASK for tasks of lm-evaluation-harness, such as lm_eval:paper_general for those of the paper.
         lengths: tokens of prompt and answer together, for tasks that are made at any length.
         methods: how the model attends, one after another; its own layers if not given.
         needle: the needle task.
@@ -79,6 +81,8 @@ def evaluate_model(
         problems: of the task reasoning: a .jsonl file with problem and answer in each line.
         reasoning: the reasoning task.
         lm_eval: tasks of lm-evaluation-harness.
+        maps: a text file of whose beginning, the longest of lengths, a picture is drawn: which blocks each query of
+            every NSA layer selects; `needle` for a made text with a needle in its middle.
         chat: put each question as a user's message into the tokenizer's chat template.
         tokenizer: tokenizer.json or its directory; left out, the one that belongs to the model.
         output_dir: where results are kept.
@@ -103,7 +107,7 @@ def evaluate_model(
     if model is None:
         raise SettingError("model must be given, or table to lay finished runs side by side, got neither")
     config = RunConfig(batch_size=batch_size, cuda_graphs=cuda_graphs)
-    names = split_names(tasks)
+    names = split_names(tasks) or ([] if maps is not None else ["needle"])
     check_names(names)
     _check_lengths(lengths)
     place = use_device(device)
@@ -129,6 +133,10 @@ def evaluate_model(
     directory = Path(output_dir)
     evaluation = Evaluation(opened, Path(model), chosen, ways, place, choose_dtype(dtype, place), config, suites)
     evaluation.check()
+    shown = None
+    if maps is not None:
+        check_layers(opened.config)
+        shown = text_of_maps(None if maps == "needle" else maps, max(lengths), form)
     if overwrite and directory.exists():
         shutil.rmtree(directory)
     results = ResultFile(directory)
@@ -138,6 +146,9 @@ def evaluate_model(
     summary = evaluation.summary(results)
     summary.write(directory / SUMMARY)
     pictures = draw_all(summary, directory)
+    if shown is not None:
+        pictures.append(directory / "selection.png")
+        evaluation.draw_maps(shown, pictures[-1])
     print(tables({directory.name: summary}))
     print(f"\nwritten: {', '.join(str(path) for path in (directory / SUMMARY, *pictures))}")
     return 0

@@ -20,13 +20,13 @@ def draw_all(summary: Summary, directory: Path) -> list[Path]:
     for task in dict.fromkeys(row.task for row in summary.rows if row.depth is not None):
         rows = [row for row in summary.rows if row.task == task]
         paths.append(directory / f"{task}.png")
-        _save(paths[-1], heat_map(rows, f"{task}: share of the values found"))
+        save_figure(paths[-1], heat_map(rows, f"{task}: share of the values found"))
     if any(row.length is not None for row in summary.rows):
         paths.append(directory / "quality_by_length.png")
-        _save(paths[-1], _quality_by_length(summary))
+        save_figure(paths[-1], _quality_by_length(summary))
     if any(cost.decode_rate for cost in summary.costs if cost.length is not None):
         paths.append(directory / "quality_by_cost.png")
-        _save(paths[-1], _quality_by_cost(summary))
+        save_figure(paths[-1], _quality_by_cost(summary))
     return paths
 
 
@@ -37,7 +37,7 @@ def heat_map(rows: Sequence[Row], title: str) -> Any:
     depths = sorted({row.depth for row in rows if row.depth is not None})
     kinds = [kind for kind in ("score", "log_probability") if any(kind in row.scores for row in rows)]
     width, height = 1.6 + 0.62 * len(lengths), 1.3 + 0.45 * len(depths)
-    figure = _figure(width * len(methods) + 1.4, height * len(kinds) + 0.5)
+    figure = new_figure(width * len(methods) + 1.4, height * len(kinds) + 0.5)
     panels = figure.subplots(len(kinds), len(methods), squeeze=False)
     for kind, line in zip(kinds, panels, strict=True):
         tables = [_table([row for row in rows if row.method == method], kind, lengths, depths) for method in methods]
@@ -73,7 +73,7 @@ def _quality_by_length(summary: Summary) -> Any:
         for task in dict.fromkeys(row.task for row in rows)
     }
     columns = max(map(len, tasks.values()))
-    figure = _figure(4.6 * columns + 0.6, 2.9 * len(tasks) + 0.4)
+    figure = new_figure(4.6 * columns + 0.6, 2.9 * len(tasks) + 0.4)
     grid = figure.subplots(len(tasks), columns, squeeze=False)
     for (task, kinds), line in zip(tasks.items(), grid, strict=True):
         lengths = sorted({row.length for row in rows if row.task == task and row.length is not None})
@@ -107,7 +107,7 @@ def _quality_by_cost(summary: Summary) -> Any:
     """The mean score of each method and length, by the time of a decoded token and by the memory of the cache."""
     from matplotlib.ticker import LogLocator, NullLocator
 
-    figure = _figure(9.6, 4.0)
+    figure = new_figure(9.6, 4.0)
     costs = [cost for cost in summary.costs if cost.length is not None and cost.decode_rate]
     ways = (
         ("decoding, ms a token of a sequence", lambda cost: 1e3 / cost.decode_rate),
@@ -164,7 +164,8 @@ def _write_values(panel: Any, table: NDArray[np.float64], low: float, high: floa
         )
 
 
-def _figure(width: float, height: float) -> Any:
+def new_figure(width: float, height: float) -> Any:
+    """An empty figure of that size in inches, which no window shows."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -173,7 +174,8 @@ def _figure(width: float, height: float) -> Any:
     return figure
 
 
-def _save(path: Path, figure: Any) -> None:
+def save_figure(path: Path, figure: Any) -> None:
+    """Write a PNG, whole or not at all."""
     with whole_file(path) as stream:
         figure.savefig(stream, format="png")
 

@@ -21,6 +21,7 @@ from nsa_lightning.evaluation.scores import share_found
 from nsa_lightning.evaluation.words import compound, distinct, made_up
 from nsa_lightning.generation.generate import StopConfig
 
+RULER_KINDS = ("variables", "common_words", "frequent_words")
 _NEW_TOKENS = {"variables": 30, "common_words": 120, "frequent_words": 50}
 """Longest answers, as published; more where the words of the answer have more tokens."""
 

@@ -2,15 +2,19 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from nsa_kernels.errors import SettingError
 from nsa_kernels.settings import check_types
+from torch import Tensor
 
 from nsa_lightning.evaluation.answering import Answerer
 from nsa_lightning.evaluation.case import Answer, Case, PlannedCase, Task
+from nsa_lightning.evaluation.figures import save_figure
+from nsa_lightning.evaluation.maps import draw_selection, selection_maps
 from nsa_lightning.evaluation.method import Method
 from nsa_lightning.evaluation.results import CaseResult, CostResult, ResultFile, fingerprint
 from nsa_lightning.evaluation.suite import REQUESTS, KeptAnswers, Suite
@@ -103,7 +107,7 @@ class Evaluation:
         missing = sum(map(len, todo.values()))
         if not missing and not any(self._missing(method, results) for method in self._methods):
             return
-        model = self._opened.load(self._device, self._dtype)
+        model = self._model
         with tqdm(total=total, initial=total - missing, desc="evaluate", unit="case", disable=None) as bar:
             for method in self._methods:
                 for task in self._tasks:
@@ -113,6 +117,16 @@ class Evaluation:
                             results.add(result)
                             bar.update(isinstance(result, CaseResult))
                 self._run_suites(model, method, results)
+
+    def draw_maps(self, tokens: Tensor, path: Path) -> None:
+        """Draw which blocks of a text, int64 [T], each NSA layer selects."""
+        maps = selection_maps(self._model, tokens.to(self._device))
+        save_figure(path, draw_selection(maps, f"Blocks that queries chose, {len(tokens)} tokens"))
+
+    @cached_property
+    def _model(self) -> Transformer:
+        """The model with its weights, read once they are needed."""
+        return self._opened.load(self._device, self._dtype)
 
     def _missing(self, method: Method, results: ResultFile) -> list[tuple[Suite, list[str]]]:
         """Of each suite the tasks that have no result yet, if there are some."""

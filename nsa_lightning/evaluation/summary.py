@@ -102,7 +102,14 @@ def case_rows(results: Iterable[CaseResult]) -> list[Row]:
     for result in results:
         groups.setdefault((result.method, result.task, result.length, result.depth), []).append(result)
     return [
-        Row(method=method, task=task, length=length, depth=depth, cases=len(found), scores=_means(found))
+        Row(
+            method=method,
+            task=task,
+            length=length,
+            depth=depth,
+            cases=len(found),
+            scores=means([each.scores for each in found]),
+        )
         for (method, task, length, depth), found in groups.items()
     ]
 
@@ -127,9 +134,10 @@ def together(costs: Sequence[CostRow]) -> CostRow:
     )
 
 
-def _means(results: Sequence[CaseResult]) -> dict[str, float]:
-    names = dict.fromkeys(name for result in results for name in result.scores)
-    found = {name: [result.scores[name] for result in results if name in result.scores] for name in names}
+def means(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mean of each score over those that have it."""
+    names = dict.fromkeys(name for each in scores for name in each)
+    found = {name: [each[name] for each in scores if name in each] for name in names}
     return {name: sum(values) / len(values) for name, values in found.items()}
 
 

@@ -14,10 +14,8 @@ from nsa_lightning.evaluation.positions import PositionTask
 from nsa_lightning.evaluation.prompt_form import PromptForm
 from nsa_lightning.evaluation.question_answering import QuestionTask
 from nsa_lightning.evaluation.reasoning import ReasoningConfig, ReasoningTask
-from nsa_lightning.evaluation.ruler import RulerConfig, RulerTask
+from nsa_lightning.evaluation.ruler import RULER_KINDS, RulerConfig, RulerTask
 from nsa_lightning.evaluation.suite import Suite
-
-_RULER = ("variables", "common_words", "frequent_words")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +66,6 @@ def check_names(names: Sequence[str]) -> None:
     for name in names:
         if name not in _MAKERS and (not name.startswith(PREFIX) or name == PREFIX):
             raise SettingError(f"tasks must be of {known}, got {name}")
-    if not names:
-        raise SettingError(f"tasks must name one or more of {known}, got none")
 
 
 def open_tasks(names: Sequence[str], settings: TaskSettings, form: PromptForm) -> list[Task]:
@@ -98,7 +94,7 @@ def _needles(settings: TaskSettings, form: PromptForm) -> Sequence[Task]:
 
 
 def _ruler(settings: TaskSettings, form: PromptForm) -> Sequence[Task]:
-    return [RulerTask(kind, settings.ruler, settings.lengths, form) for kind in _RULER]
+    return [RulerTask(kind, settings.ruler, settings.lengths, form) for kind in RULER_KINDS]
 
 
 def _positions(settings: TaskSettings, form: PromptForm) -> Sequence[Task]:

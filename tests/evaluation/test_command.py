@@ -107,7 +107,7 @@ def test_finished_runs_are_laid_side_by_side(models, tmp_path, monkeypatch, caps
     ("words", "message"),
     [
         (["--tasks", "nedle"], "tasks must be of needle"),
-        (["--tasks", "[]"], "tasks must name one or more of needle"),
+        (["--maps", "needle"], "maps need nsa layers, the model has full alone"),
         (["--lengths", "2048"], "lengths must be within the 1024 tokens that the model is made for"),
         (["--lengths", "200"], "lengths must leave room for the needles and the question, got 200"),
         (["--lengths", "0"], "lengths must be one or more numbers of at least 1, got [0]"),
