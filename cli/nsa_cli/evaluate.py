@@ -3,6 +3,7 @@
 import shutil
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from nsa_kernels.errors import SettingError
@@ -14,6 +15,7 @@ from nsa_lightning.evaluation.lm_eval_tasks import LmEvalConfig
 from nsa_lightning.evaluation.longbench import LongBenchConfig
 from nsa_lightning.evaluation.maps import check_layers, text_of_maps
 from nsa_lightning.evaluation.method import open_methods
+from nsa_lightning.evaluation.methods import MethodSettings
 from nsa_lightning.evaluation.needle import NeedleConfig
 from nsa_lightning.evaluation.prompt_form import PromptForm
 from nsa_lightning.evaluation.reasoning import ReasoningConfig
@@ -34,6 +36,8 @@ def evaluate_model(
     tasks: list[str] = [],  # noqa: B006 (not changed)
     lengths: list[int] = [4096],  # noqa: B006
     methods: list[str] = [],  # noqa: B006
+    budget: int | None = None,
+    method: MethodSettings = MethodSettings(),  # noqa: B008 (frozen)
     needle: NeedleConfig = NeedleConfig(),  # noqa: B008 (frozen)
     ruler: RulerConfig = RulerConfig(),  # noqa: B008 (frozen)
     texts: list[str] = [],  # noqa: B006
@@ -69,7 +73,10 @@ def evaluate_model(
             frequent words); positions (loss by position in texts); questions (on documents); longbench; reasoning; and
             lm_eval:TASK for tasks of lm-evaluation-harness, such as lm_eval:paper_general for those of the paper.
         lengths: tokens of prompt and answer together, for tasks that are made at any length.
-        methods: how the model attends, one after another; its own layers if not given.
+        methods: how full attention layers attend, one method after another: own (the model's own layers, if nothing is
+            given), exact_top, exact_top_blocks, quest, infllm, h2o or sliding.
+        budget: tokens that each query reads under a sparse method; method.budget if not given.
+        method: the sparse methods.
         needle: the needle task.
         ruler: the other tasks of RULER.
         texts: of the task positions: a directory of nsa prepare, whose validation documents are read, or text, code and
@@ -129,7 +136,8 @@ def evaluate_model(
     )
     chosen = open_tasks(names, settings, form)
     suites = open_suites(names, settings, form)
-    ways = open_methods(split_names(methods), opened.config)
+    sparse = method if budget is None else replace(method, budget=budget)
+    ways = open_methods(split_names(methods), sparse, opened.config, measure)
     directory = Path(output_dir)
     evaluation = Evaluation(opened, Path(model), chosen, ways, place, choose_dtype(dtype, place), config, suites)
     evaluation.check()

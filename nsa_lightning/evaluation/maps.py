@@ -106,6 +106,8 @@ def draw_selection(maps: Sequence[SelectionMap], title: str) -> Any:
         panel.tick_params(labelsize=7)
     for panel in grid.flat[len(maps) :]:
         panel.set_axis_off()
+    for panel in grid.flat[max(len(maps) - columns, 0) : len(maps)]:  # those with nothing below
+        panel.tick_params(labelbottom=True)
     figure.supxlabel("token of the text", fontsize=9)
     figure.supylabel("query", fontsize=9)
     figure.colorbar(image, ax=grid, label="share of queries and heads that chose the block", fraction=0.03)

@@ -8,6 +8,7 @@ import torch
 from nsa_kernels.errors import SettingError
 from torch import Tensor
 
+from nsa_lightning.evaluation.methods import METHODS, MethodSettings, make_method
 from nsa_lightning.model.attention.base import CachedAttention
 from nsa_lightning.model.attention.dense import ExactAttention
 from nsa_lightning.model.cached import Cache
@@ -19,13 +20,25 @@ _EXACT = ExactAttention()
 class Method(CachedAttention, Protocol):
     """How `full` layers attend to a cache, with what is told of it."""
 
-    name: str
-    settings: Mapping[str, Any]
-    """Everything that changes a result, as JSON."""
-    cuda_graphs: bool
-    """Whether a step of decoding may be captured in a CUDA graph."""
-    packs: bool
-    """Whether the model's `forward` attends by the method, too, so that texts can be scored end to end."""
+    @property
+    def name(self) -> str:
+        """What tables call it."""
+        ...
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """Everything that changes a result, as JSON."""
+        ...
+
+    @property
+    def cuda_graphs(self) -> bool:
+        """Whether a step of decoding may be captured in a CUDA graph."""
+        ...
+
+    @property
+    def packs(self) -> bool:
+        """Whether the model's `forward` attends by the method, too, so that texts can be scored end to end."""
+        ...
 
     def begin(self) -> None:
         """Forget all rows: another cache is used from here on."""
@@ -91,16 +104,26 @@ class OwnLayers:
         return Cache.bytes_needed(config, 1, length, dtype)
 
 
-def open_methods(names: Sequence[str], config: TransformerConfig) -> list[Method]:
+def open_methods(
+    names: Sequence[str], settings: MethodSettings, config: TransformerConfig, measure: bool
+) -> list[Method]:
     """The methods of those names; the model's own layers if there are none.
 
+    Args:
+        names: `own` or what `OwnLayers` is named, and sparse methods.
+        settings: of the sparse methods.
+        config: of the model.
+        measure: count the attention mass that sparse methods keep and the blocks that they recall.
+
     Raises:
-        ValueError: there is no method of a name, or the model has no layers that it fits.
+        ValueError: there is no method of a name, or its settings do not fit it or the model.
     """
     own = OwnLayers(config)
-    found: list[Method] = []
-    for name in dict.fromkeys(names or [own.name]):
-        if name not in (own.name, "own"):
-            raise SettingError(f"methods must be of own, {own.name}, got {name}")
-        found.append(own)
-    return found
+    known = [own.name, *(name for name in METHODS if name != "full")]
+    found: dict[str, Method] = {}
+    for given in names or [own.name]:
+        name = own.name if given == "own" else given
+        if name not in known:
+            raise SettingError(f"methods must be of {', '.join(known)}, got {name}")
+        found[name] = own if name == own.name else make_method(name, settings, config, measure)
+    return list(found.values())

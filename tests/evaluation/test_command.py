@@ -1,6 +1,7 @@
 """`nsa evaluate` as a user types it, on tiny models."""
 
 import json
+import subprocess
 import sys
 
 import pytest
@@ -94,6 +95,35 @@ def test_results_of_other_settings_are_not_mixed(models, tmp_path, monkeypatch):
     assert (tmp_path / "out" / "summary.json").read_text() == first
 
 
+def test_sparse_methods_stand_beside_the_model_s_own_layers(models, tmp_path, monkeypatch, capsys):
+    words = (
+        "--model",
+        models / "dense",
+        *SMALL,
+        "--methods",
+        "full,exact_top,sliding",
+        "--output_dir",
+        tmp_path / "out",
+    )
+    small = ("--method.leading", "16", "--method.local", "32", "--method.dense_layers", "1", "--budget")
+    assert run(monkeypatch, *words, *small, "700") == 0
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    rows = {name: [row["scores"] for row in summary["rows"] if row["method"] == name] for name in summary["methods"]}
+    assert list(rows) == ["full", "exact_top", "sliding"]
+    for name in ("exact_top", "sliding"):  # the budget holds the whole text
+        for one, other in zip(rows["full"], rows[name], strict=True):
+            assert one == pytest.approx(other, abs=1e-4)
+    assert summary["methods"]["exact_top"]["budget"] == 700
+    statistics = {cost["method"]: cost["statistics"] for cost in summary["costs"]}
+    assert statistics["exact_top"]["mass"] == pytest.approx(1.0)
+    assert "exact_top: budget 700, leading 16, local 32" in capsys.readouterr().out
+    assert run(monkeypatch, *words, *small, "64") == 0
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    found = {cost["method"]: cost["statistics"]["mass"] for cost in summary["costs"] if cost["statistics"]}
+    assert found["sliding"] < found["exact_top"] < 1
+    assert [row["scores"] for row in summary["rows"] if row["method"] == "full"] == rows["full"]
+
+
 def test_finished_runs_are_laid_side_by_side(models, tmp_path, monkeypatch, capsys):
     for name in ("dense", "made"):
         assert run(monkeypatch, "--model", models / name, *SMALL, "--output_dir", tmp_path / name) == 0
@@ -111,7 +141,8 @@ def test_finished_runs_are_laid_side_by_side(models, tmp_path, monkeypatch, caps
         (["--lengths", "2048"], "lengths must be within the 1024 tokens that the model is made for"),
         (["--lengths", "200"], "lengths must leave room for the needles and the question, got 200"),
         (["--lengths", "0"], "lengths must be one or more numbers of at least 1, got [0]"),
-        (["--methods", "best"], "methods must be of"),
+        (["--methods", "best"], "methods must be of full, exact_top"),
+        (["--methods", "quest", "--budget", "600"], "budget must hold the leading and local tokens, got 600"),
         (["--model", "gone"], "model must be a checkpoint of nsa fit or a directory"),
         (["--batch_size", "0"], "batch_size must be at least 1, got 0"),
         (["--needle.depths", "2"], "needle.depths must be from 0 to 1, got [2.0]"),
@@ -132,6 +163,13 @@ def test_a_mistake_ends_in_one_line_before_anything_is_loaded(models, tmp_path, 
     assert message in error
     assert error.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_training_imports_nothing_of_the_extra():
+    modules = "nsa_cli.trainer_commands, nsa_cli.evaluate, nsa_lightning.evaluation.callback"
+    program = f"import sys, {modules}; print(*{{'lm_eval', 'math_verify', 'jieba', 'rouge'}} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True, text=True)
+    assert done.stdout == "\n"
 
 
 def test_without_a_model_there_is_nothing_to_do(monkeypatch, capsys):
