@@ -1,6 +1,5 @@
 """`nsa evaluate`: what a model can do, under its own layers and under sparse methods."""
 
-import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -145,9 +144,7 @@ def evaluate_model(
     if maps is not None:
         check_layers(opened.config)
         shown = text_of_maps(None if maps == "needle" else maps, max(lengths), form)
-    if overwrite and directory.exists():
-        shutil.rmtree(directory)
-    results = ResultFile(directory)
+    results = ResultFile(directory, anew=overwrite)
     if opened.trained.remark is not None:
         print(f"nsa evaluate: note: {opened.trained.remark}", file=sys.stderr)
     evaluation.run(results)

@@ -14,7 +14,7 @@ from torch import Tensor
 from nsa_lightning.data.tokenizer import Tokenizer
 from nsa_lightning.evaluation.case import GREEDY, Answer, Case
 from nsa_lightning.evaluation.method import Method
-from nsa_lightning.generation.decoder import Decoder, Scored, score_logits
+from nsa_lightning.generation.decoder import Decoder, Scored, score_hidden
 from nsa_lightning.generation.device import free_memory
 from nsa_lightning.generation.generate import Generation, Speed, StopConfig
 from nsa_lightning.generation.sampling import Sampler, SamplingConfig
@@ -115,10 +115,9 @@ class Answerer:
         for batch in _batches(sorted(texts, key=len), PACKED_TOKENS):
             start = time.perf_counter()
             scored = [
-                Given(number, _scored_answer(score_logits(logits, torch.tensor(cases[number].expected))))
+                Given(number, _scored_answer(self._likelihood(hidden, cases[number])))
                 for text, hidden in zip(batch, self._hidden(batch), strict=True)
                 for number in texts[text]
-                for logits in [self._logits_before(hidden, cases[number])]
             ]
             tokens = sum(map(len, batch))
             speed = Speed(prefill_tokens=tokens, prefill_seconds=time.perf_counter() - start)
@@ -135,9 +134,11 @@ class Answerer:
         return self._model(tokens, positions, offsets, max(lengths)).hidden.split(lengths)
 
     @torch.inference_mode()
-    def _logits_before(self, hidden: Tensor, case: Case) -> Tensor:
-        """Logits in front of each expected token, on the CPU."""
-        return (hidden[len(case.prompt) - 1 :] @ self._model.output_embedding.T).cpu()
+    def _likelihood(self, hidden: Tensor, case: Case) -> Scored:
+        """How likely the expected tokens are, by the hidden states of the whole text."""
+        expected = torch.tensor(case.expected, device=hidden.device)
+        start = len(case.prompt) - 1
+        return score_hidden(hidden[start : start + len(expected)], self._model.output_embedding, expected)
 
     def _decoder(self, cases: Sequence[Case], limit: int) -> Decoder:
         """Room for as many of the cases as the memory takes."""

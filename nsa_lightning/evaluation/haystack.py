@@ -54,17 +54,18 @@ class Haystack:
         return self._sentences[:count]
 
 
-def fit_sentences(count_tokens: Callable[[int], int], tokens: int) -> int:
+def fit_sentences(count_tokens: Callable[[int], int], tokens: int, guess: int | None = None) -> int:
     """The most pieces of text whose prompt has at most so many tokens.
 
     Args:
         count_tokens: tokens of a prompt with so many pieces; grows with them.
         tokens: the most tokens.
+        guess: about how many will fit; a good one saves time.
 
     Returns:
         0 where not even one piece fits.
     """
-    low, high, guess = 0, tokens, max(tokens // 16, 1)  # `low` fits, more than `high` do not: each has a token
+    low, high, guess = 0, tokens, guess or max(tokens // 16, 1)  # `low` fits, more than `high` do not: each has a token
     while low < high:
         guess = min(max(guess, low + 1), high)
         found = count_tokens(guess)

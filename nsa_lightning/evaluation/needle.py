@@ -105,6 +105,7 @@ class NeedleTask:
         self.name = f"needle_{family}"
         self._family, self._config, self._lengths, self._form = family, config, lengths, form
         self._haystack = Haystack(config.haystack, config.seed)
+        self._fitting: dict[int, int] = {}  # sentences of the last text of each length
         own = {key: value for key, value in asdict(config).items() if key not in ("families", "depths", "samples")}
         self.settings: Mapping[str, Any] = own | {"haystack": self._haystack.identity, "form": form.name}
 
@@ -131,7 +132,9 @@ class NeedleTask:
             return self._question(needles, self._haystack.sentences(sentences))
 
         room = length - answer_tokens
-        fitting = fit_sentences(lambda count: len(self._form.prompt(question(count), beginning)), room)
+        guess = self._fitting.get(length)
+        fitting = fit_sentences(lambda count: len(self._form.prompt(question(count), beginning)), room, guess)
+        self._fitting[length] = fitting
         if fitting < len(needles.pairs):
             raise SettingError(
                 f"lengths must leave room for the needles and the question, got {length} for {self.name}"

@@ -67,16 +67,19 @@ class ResultFile:
 
     Args:
         directory: made if it does not exist.
+        anew: forget the results that are there.
 
     Raises:
         ValueError: it cannot be written, or a line in the middle of its file is broken.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, anew: bool = False) -> None:
         self.directory = directory
         self._path = directory / CASES
         with writable(directory):
             directory.mkdir(parents=True, exist_ok=True)
+            if anew:
+                self._path.unlink(missing_ok=True)
         self.cases: dict[tuple[str, str], CaseResult] = {}
         """By key and case."""
         self.costs: list[CostResult] = []

@@ -15,6 +15,9 @@ from nsa_lightning.model.transformer import Transformer
 
 # B sequences, L tokens of a prompt, A tokens of an answer, V tokens in the vocabulary.
 
+_SCORED_TOKENS = 512
+"""Tokens whose logits are held at once."""
+
 
 class Scored(NamedTuple):
     """How likely tokens were, on the CPU."""
@@ -70,16 +73,17 @@ class Decoder:
             ValueError: the cache has no room for all but the last of them.
         """
         answer = answer.to(self._tokens.device)
-        every = logits[None]
-        if len(answer) > 1:
-            self.cache.check_room(row, len(answer) - 1)
-            mark = CacheMark(self.cache, row, len(answer) - 1)
-            try:
-                hidden = prefill(self.model, answer[:-1], self.cache, row, every=True)
-            finally:
-                mark.restore()
-            every = torch.cat([every, self._logits(hidden)])  # [A, V]
-        return score_logits(every, answer)
+        first = score_logits(logits[None], answer[:1])
+        if len(answer) == 1:
+            return first
+        self.cache.check_room(row, len(answer) - 1)
+        mark = CacheMark(self.cache, row, len(answer) - 1)
+        try:
+            hidden = prefill(self.model, answer[:-1], self.cache, row, every=True)
+        finally:
+            mark.restore()
+        rest = score_hidden(hidden, self.model.output_embedding, answer[1:])
+        return Scored(*(torch.cat(pair) for pair in zip(first, rest, strict=True)))
 
     @torch.inference_mode()
     def log_probabilities(self, row: int, tokens: Tensor) -> Tensor:
@@ -117,6 +121,15 @@ class Decoder:
     def _forget(self) -> None:
         for row in range(self.batch_size):
             self.cache.reset(row)
+
+
+def score_hidden(hidden: Tensor, output_embedding: Tensor, tokens: Tensor) -> Scored:
+    """How likely tokens, int64 [A], are by the final hidden states in front of each, [A, hidden_size]."""
+    parts = [
+        score_logits(states @ output_embedding.T, chosen)
+        for states, chosen in zip(hidden.split(_SCORED_TOKENS), tokens.split(_SCORED_TOKENS), strict=True)
+    ]
+    return Scored(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
 
 def score_logits(logits: Tensor, tokens: Tensor) -> Scored:

@@ -90,9 +90,13 @@ def test_results_of_other_settings_are_not_mixed(models, tmp_path, monkeypatch):
     assert run(monkeypatch, *words, "--needle.seed", "5") == 0
     assert len([line for line in lines_of(tmp_path / "out") if line["kind"] == "case"]) == 4
     assert len(json.loads((tmp_path / "out" / "summary.json").read_text())["rows"]) == 2
+    begin = Decoder.begin
     monkeypatch.setattr(Decoder, "begin", None)  # nothing is asked again
     assert run(monkeypatch, *words) == 0
     assert (tmp_path / "out" / "summary.json").read_text() == first
+    monkeypatch.setattr(Decoder, "begin", begin)
+    assert run(monkeypatch, *words, "--overwrite", "true") == 0
+    assert len([line for line in lines_of(tmp_path / "out") if line["kind"] == "case"]) == 2
 
 
 def test_sparse_methods_stand_beside_the_model_s_own_layers(models, tmp_path, monkeypatch, capsys):
