@@ -25,7 +25,7 @@ from nsa_lightning.evaluation.summary import Summary
 from nsa_lightning.evaluation.tables import tables
 from nsa_lightning.evaluation.tasks import TaskSettings, check_names, open_suites, open_tasks, split_names
 from nsa_lightning.generation.device import DtypeName, choose_dtype, use_device
-from nsa_lightning.generation.language_model import open_language_model
+from nsa_lightning.generation.text_model import open_text_model
 
 _PATHS = ("model", "tokenizer", "output_dir", "table", "texts", "documents", "longbench_dir", "problems")
 
@@ -117,7 +117,7 @@ def evaluate_model(
     check_names(names)
     _check_lengths(lengths)
     place = use_device(device)
-    opened = open_language_model(Path(model), Path(tokenizer) if tokenizer is not None else None, rope)
+    opened = open_text_model(Path(model), Path(tokenizer) if tokenizer is not None else None, rope)
     form = PromptForm(opened.tokenizer, opened.directory if chat else None)
     settings = TaskSettings(
         lengths=lengths,

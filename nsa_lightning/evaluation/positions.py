@@ -10,6 +10,7 @@ import torch
 from nsa_kernels.errors import SettingError
 
 from nsa_lightning.data.documents import iter_documents
+from nsa_lightning.data.settings import TextSettings
 from nsa_lightning.data.sources import Part, find_files
 from nsa_lightning.data.token_store import TokenStore
 from nsa_lightning.evaluation.case import GREEDY, Answer, Case, PlannedCase
@@ -73,7 +74,8 @@ def _documents(texts: Sequence[str], form: PromptForm) -> Iterator[list[int]]:
         files = find_files(texts)
     except SettingError as error:
         raise SettingError(f"texts: {error}") from error
-    for document in iter_documents((Part(file.name, 0, None, file.size) for file in files), "text", skip_binary=True):
+    parts = (Part(file.name, 0, None, file.size) for file in files)
+    for document in iter_documents(parts, TextSettings(sources=list(texts), skip_binary=True)):
         yield form.text(document.text)
 
 
@@ -84,4 +86,4 @@ def _prepared(place: Path, form: PromptForm) -> Iterator[list[int]]:
     split = store.split("val")
     for start, stop in zip(split.offsets[:-1].tolist(), split.offsets[1:].tolist(), strict=True):
         if stop - start > 1:
-            yield split.read(np.array([start]), np.array([stop - start])).tolist()
+            yield split.read(np.array([start]), np.array([stop - start - 1])).tolist()

@@ -19,7 +19,7 @@ from nsa_lightning.evaluation.method import Method
 from nsa_lightning.evaluation.results import CaseResult, CostResult, ResultFile, fingerprint
 from nsa_lightning.evaluation.suite import REQUESTS, KeptAnswers, Suite
 from nsa_lightning.evaluation.summary import Summary, case_rows, cost_rows
-from nsa_lightning.generation.language_model import LanguageModel
+from nsa_lightning.generation.text_model import TextModel
 from nsa_lightning.model.transformer import Transformer
 
 MEAN = "mean"
@@ -62,7 +62,7 @@ class Evaluation:
 
     def __init__(
         self,
-        opened: LanguageModel,
+        opened: TextModel,
         path: Path,
         tasks: Sequence[Task],
         methods: Sequence[Method],
@@ -212,7 +212,7 @@ class Evaluation:
         )
 
 
-def model_settings(opened: LanguageModel, path: Path, dtype: torch.dtype) -> dict[str, Any]:
+def model_settings(opened: TextModel, path: Path, dtype: torch.dtype) -> dict[str, Any]:
     """What sets a model apart from others: its files, its config and the type of its numbers."""
     return {
         "model": str(path.resolve()),

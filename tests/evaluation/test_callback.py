@@ -9,6 +9,7 @@ from nsa_lightning.evaluation.callback import EvaluateTasks, SelectionMaps
 from nsa_lightning.evaluation.needle import NeedleConfig
 from nsa_lightning.evaluation.ruler import RulerConfig
 
+pytestmark = pytest.mark.slow
 LENGTHS = [700, 900]
 
 

@@ -12,6 +12,7 @@ from nsa_lightning.checkpoint.convert import RopeChange, convert
 from nsa_lightning.evaluation.results import ResultFile
 from nsa_lightning.generation.decoder import Decoder
 
+pytestmark = pytest.mark.slow
 SMALL = ("--lengths", "700", "--needle.depths", "0", "1", "--device", "cpu")
 
 
@@ -159,7 +160,7 @@ def test_finished_runs_are_laid_side_by_side(models, tmp_path, monkeypatch, caps
 )  # fmt: skip
 def test_a_mistake_ends_in_one_line_before_anything_is_loaded(models, tmp_path, monkeypatch, capsys, words, message):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("nsa_lightning.generation.language_model.LanguageModel.load", None)
+    monkeypatch.setattr("nsa_lightning.generation.text_model.TextModel.load", None)
     model = [] if "--model" in words else ["--model", models / "dense"]
     device = [] if "--device" in words else ["--device", "cpu"]
     assert run(monkeypatch, *model, *words, *device) == 2

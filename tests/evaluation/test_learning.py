@@ -19,6 +19,7 @@ from nsa_lightning.model.attention.nsa import NSALayerConfig
 from nsa_lightning.model.loss import summed_cross_entropy
 from nsa_lightning.model.transformer import Transformer, TransformerConfig
 
+pytestmark = pytest.mark.slow
 LENGTH, BATCH, STEPS = 180, 16, 120
 FEW = ("calm", "bold", "wise"), ("owl", "elm", "fox")
 NSA = NSALayerConfig(

@@ -16,6 +16,8 @@ from nsa_lightning.evaluation.lm_eval_model import EvaluatedLM
 from nsa_lightning.evaluation.lm_eval_tasks import LmEvalConfig, LmEvalSuite
 from nsa_lightning.evaluation.results import ResultFile
 
+pytestmark = pytest.mark.slow
+
 FORM = completion()
 
 CHOICES = """
