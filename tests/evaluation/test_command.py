@@ -6,9 +6,12 @@ import sys
 
 import pytest
 from nsa_cli.main import main
+from support.checkpoints import write_checkpoints
 from support.dense import write_source
+from support.training import NSA
 
 from nsa_lightning.checkpoint.convert import RopeChange, convert
+from nsa_lightning.checkpoint.export import export
 from nsa_lightning.evaluation.results import ResultFile
 from nsa_lightning.generation.decoder import Decoder
 
@@ -27,12 +30,12 @@ def run(monkeypatch, *words):
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """A dense model for 1024 tokens, and an NSA model made of it."""
-    from support.training import NSA
-
+    """A dense model for 1024 tokens, an NSA model made of it, and that as everything that writes models writes it."""
     folder = tmp_path_factory.mktemp("models")
     write_source(folder / "dense", "llama_tied", tokenizer=True, max_position_embeddings=1024)
     convert(folder / "dense", folder / "made", ["nsa"], NSA, RopeChange(), 1024, None, 0)
+    write_checkpoints(folder / "made", folder / "run")
+    export(folder / "run" / "checkpoints" / "last.ckpt", folder / "exported", None, None)
     return folder
 
 
@@ -53,6 +56,15 @@ def test_a_run_writes_cases_a_table_and_pictures(models, tmp_path, monkeypatch, 
     assert summary["methods"] == {method: {}}
     for picture in ("needle_single.png", "quality_by_length.png", "quality_by_cost.png"):
         assert (tmp_path / "out" / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_model_is_measured_alike_in_whatever_form_it_is_kept(models, tmp_path, monkeypatch):
+    rows = []
+    for number, name in enumerate(["made", "exported", "run", "run/checkpoints/sharded.ckpt"]):
+        assert run(monkeypatch, "--model", models / name, *SMALL, "--output_dir", tmp_path / str(number)) == 0
+        rows.append(json.loads((tmp_path / str(number) / "summary.json").read_text())["rows"])
+    assert rows[0] == rows[1] == rows[2] == rows[3]
+    assert len(rows[0]) == 2
 
 
 def test_a_killed_run_goes_on_without_what_it_has(models, tmp_path, monkeypatch):

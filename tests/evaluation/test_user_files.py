@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 from support.evaluation import completion
+from support.training import data_module, write_corpus
 
 from nsa_lightning.evaluation.case import Answer
 from nsa_lightning.evaluation.positions import PositionTask
+from nsa_lightning.evaluation.prompt_form import PromptForm
 from nsa_lightning.evaluation.question_answering import QuestionTask
 from nsa_lightning.evaluation.reasoning import ReasoningConfig, ReasoningTask
 
@@ -84,6 +86,21 @@ def test_the_loss_is_told_by_position(tmp_path):
     nats = torch.cat([torch.full((256,), 3.0), torch.full((256,), 2.0), torch.full((87,), 1.0)])
     scores = task.score(cases[0], Answer("", 0, None, (-nats).tolist()))
     assert scores == pytest.approx({"loss": float(nats.mean()), "loss/0": 3.0, "loss/256": 2.0, "loss/512": 1.0})
+
+
+def test_the_validation_documents_of_a_prepared_set_are_read(tmp_path):
+    write_corpus(tmp_path)
+    data = data_module(tmp_path)
+    data.prepare_data()
+    data.setup("fit")
+    (store,) = data.stores
+    form = PromptForm(data.tokenizer)
+    task = PositionTask([str(store.path)], 1, 60, form)
+    (case,) = [planned.build() for planned in task.cases()]
+    assert len(case.prompt) == 60
+    assert form.tokenizer.decode(case.prompt).startswith("def function_")
+    with pytest.raises(ValueError, match="texts must be a set of the model's own tokenizer, got"):
+        PositionTask([str(store.path)], 1, 60, FORM)
 
 
 def test_too_short_texts_are_named(tmp_path):
