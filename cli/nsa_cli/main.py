@@ -17,6 +17,7 @@ _OTHER_COMMANDS = {
     "memory": "tell what a step of fit takes on each GPU, before anything is allocated",
     "convert": "make an NSA model of a dense Hugging Face one, to train on",
     "generate": "continue prompts with a trained model, or answer them",
+    "evaluate": "measure what a model can do, beside sparse attention methods",
     "export": "write a checkpoint as a Hugging Face directory",
     "bench": "measure kernels, decoding, the loader or training, or compare runs of fit: nsa bench --help",
 }

@@ -6,9 +6,9 @@ from typing import Any
 
 from nsa_lightning.benchmark.decode_records import DecodeCase, DecodeRecord
 from nsa_lightning.benchmark.plot import set_axes, write_not_measured
-from nsa_lightning.benchmark.report import number, text_table
 from nsa_lightning.benchmark.results import ratio
 from nsa_lightning.benchmark.timing import Ceilings
+from nsa_lightning.text_table import number, text_table
 
 _COLOURS = {"NSA": "#0b6e4f", "full": "#c8553d"}
 _MARKERS, _LINES = "osd^v*", ("-", "--", "-.", ":")

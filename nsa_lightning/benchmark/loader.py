@@ -72,7 +72,7 @@ def bench_loader(settings: LoaderSettings, progress: Report) -> str:
     Raises:
         ValueError: the set cannot be read, or has no training documents.
     """
-    from nsa_lightning.benchmark.report import text_table
+    from nsa_lightning.text_table import text_table
 
     prepared = settings.prepared
     with TemporaryDirectory() as folder:

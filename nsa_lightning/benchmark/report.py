@@ -1,6 +1,6 @@
 """The tables of `nsa bench kernels`, in plain text."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 
 from nsa_lightning.benchmark.checks import Check
@@ -8,29 +8,7 @@ from nsa_lightning.benchmark.measure import NEIGHBOURS
 from nsa_lightning.benchmark.results import WHOLE, Record, ratio
 from nsa_lightning.benchmark.rivals import RIVALS
 from nsa_lightning.benchmark.timing import Ceilings
-
-
-def text_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Rows under a header, in columns as wide as their widest cell; the first column to the left, the rest right."""
-    cells = [list(header), *map(list, rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = []
-    for row in cells:
-        first, *rest = (
-            text.ljust(width) if index == 0 else text.rjust(width)
-            for index, (text, width) in enumerate(zip(row, widths, strict=True))
-        )
-        lines.append("  ".join([first, *rest]).rstrip())
-    lines.insert(1, "-" * sum(widths, 2 * (len(widths) - 1)))
-    return "\n".join(lines)
-
-
-def number(value: float | None, suffix: str = "") -> str:
-    """Three significant digits, `-` for what was not measured."""
-    if value is None:
-        return "-"
-    digits = 0 if abs(value) >= 99.95 else 1 if abs(value) >= 9.995 else 2 if abs(value) >= 0.9995 else 3
-    return f"{value:.{digits}f}{suffix}"
+from nsa_lightning.text_table import number, text_table
 
 
 def check_table(checks: Sequence[Check]) -> str:

@@ -137,7 +137,7 @@ def study_table(runs: Sequence[StudyRun], by_time: bool = True) -> str:
         runs: the rows.
         by_time: with hours, and losses at equal time.
     """
-    from nsa_lightning.benchmark.report import number, text_table
+    from nsa_lightning.text_table import number, text_table
 
     tokens = min(run.tokens(-1) for run in runs)
     hours = min(run.hours[-1] for run in runs)

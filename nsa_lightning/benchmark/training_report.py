@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nsa_lightning.benchmark.report import number, text_table
 from nsa_lightning.benchmark.results import ratio
 from nsa_lightning.benchmark.training_cases import TrainingCase
+from nsa_lightning.text_table import number, text_table
 
 _COLOURS = {"nsa": "#0b6e4f", "full": "#c8553d"}
 _OTHER_COLOUR = "#5b5f97"

@@ -2,13 +2,14 @@
 
 import time
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
 from nsa_kernels.errors import SettingError
 from nsa_kernels.settings import check_types
+from torch import Tensor
 
 from nsa_lightning.data.tokenizer import Tokenizer
 from nsa_lightning.generation.decoder import Decoder
@@ -85,22 +86,33 @@ class Generation:
         tokenizer: of the model.
         end_tokens: tokens that end an answer and are not part of it.
         stop: where else answers end.
+        begun: called with each prompt's number, its row and the logits [V] behind it, before its answer begins.
     """
 
     def __init__(
-        self, decoder: Decoder, sampler: Sampler, tokenizer: Tokenizer, end_tokens: Collection[int], stop: StopConfig
+        self,
+        decoder: Decoder,
+        sampler: Sampler,
+        tokenizer: Tokenizer,
+        end_tokens: Collection[int],
+        stop: StopConfig,
+        begun: Callable[[int, int, Tensor], None] | None = None,
     ) -> None:
         self._decoder, self._sampler, self._tokenizer = decoder, sampler, tokenizer
-        self._end_tokens, self._stop = end_tokens, stop
+        self._end_tokens, self._stop, self._begun = end_tokens, stop, begun
         self._rows: list[_Answer | None] = [None] * decoder.batch_size
         self.speed = Speed()
 
-    def run(self, prompts: Sequence[Sequence[int]]) -> Iterator[Piece]:
+    def run(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int] | None = None) -> Iterator[Piece]:
         """Continue prompts, tokens of each; yields pieces of their answers as they come, in any order of the prompts.
 
         A row whose answer has ended takes the next prompt that waits.
+
+        Args:
+            prompts: tokens of each.
+            seeds: of each prompt's random numbers; left out, all have the sampler's.
         """
-        waiting = deque(enumerate(prompts))
+        waiting = deque((number, prompt, seeds[number] if seeds else None) for number, prompt in enumerate(prompts))
         while True:
             for row in range(len(self._rows)):
                 while self._rows[row] is None and waiting:
@@ -109,13 +121,16 @@ class Generation:
                 return
             yield from self._step()
 
-    def _begin(self, row: int, number: int, prompt: Sequence[int]) -> Piece:
+    def _begin(self, row: int, number: int, prompt: Sequence[int], seed: int | None) -> Piece:
         """Give a row to a prompt."""
         start, tokens = time.perf_counter(), torch.tensor(prompt)
-        self._sampler.begin(row, tokens)
-        (token,) = self._sampler.choose(self._decoder.begin(row, tokens)[None], [row])
+        self._sampler.begin(row, tokens, seed)
+        logits = self._decoder.begin(row, tokens)
+        (token,) = self._sampler.choose(logits[None], [row])
         self.speed.prefill_seconds += time.perf_counter() - start
         self.speed.prefill_tokens += len(prompt)
+        if self._begun is not None:
+            self._begun(number, row, logits)
         self._rows[row] = _Answer(number, TextStream(self._tokenizer, prompt, self._stop.stop))
         return self._add(row, token)
 

@@ -59,9 +59,9 @@ class Sampler:
         size = (batch_size, vocab_size) if config.repetition_penalty != 1 else (batch_size, 0)
         self._seen = torch.zeros(size, dtype=torch.bool, device=device)
 
-    def begin(self, row: int, prompt: Tensor) -> None:
-        """Give a row to a prompt, int64 [L]."""
-        self._generators[row].manual_seed(self.config.seed)
+    def begin(self, row: int, prompt: Tensor, seed: int | None = None) -> None:
+        """Give a row to a prompt, int64 [L]; its random numbers start from `seed`, or from that of the config."""
+        self._generators[row].manual_seed(self.config.seed if seed is None else seed)
         if self.config.repetition_penalty != 1:
             self._seen[row] = False
             self._seen[row, prompt] = True

@@ -56,13 +56,17 @@ class TextModel(NamedTuple):
             ValueError: the memory does not suffice.
         """
         check_memory(self.config, batch_size, capacity, device, dtype)
+        return Decoder(self.load(device, dtype), batch_size, capacity, cuda_graphs)
+
+    def load(self, device: torch.device, dtype: torch.dtype) -> Transformer:
+        """The model with its weights, to decode with."""
         with torch.device("meta"):
             model = Transformer(self.config).to(dtype).requires_grad_(False)
         materialise(model, device)
         for name, parameter in model.named_parameters():
             copy_whole(parameter, self.trained.read(hugging_face_name(name)))
         model.join_projections()
-        return Decoder(model.eval(), batch_size, capacity, cuda_graphs)
+        return model.eval()
 
     def remark(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> str | None:
         """What to tell where the longest prompt and its answer exceed the context; None where they do not."""
