@@ -225,4 +225,5 @@ def _length_to_draw(runs: Sequence[StudyRun]) -> int | None:
         for length in lengths
         if any(f"{_COPYING}{length}" in run.values and run.copied_after(length) is not None for run in runs)
     ]
-    return (copied or lengths[:1] or [None])[-1]
+    found = copied or lengths[:1]
+    return found[-1] if found else None

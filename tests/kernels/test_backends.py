@@ -87,7 +87,7 @@ def on_hopper(chosen: Plan) -> set[str]:
         ({"D_qk": 192}, set()),
         ({"D_v": 96}, set()),
     ],
-    ids=str,
+    ids=lambda value: " ".join(sorted(value)) if isinstance(value, set) else str(value),  # the same in every process
 )
 def test_hopper_runs_the_stages_that_have_a_kernel_for_the_sizes(gpu, sizes, expected):
     with gpu(9, 0):
