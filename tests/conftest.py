@@ -14,13 +14,10 @@ from support.plain_environment import VARIABLE, hide_development_packages
 
 if os.environ.get(VARIABLE) == "1":
     hide_development_packages()  # before anything is imported that looks for them
-
-if find_spec("hypothesis") is not None:
+elif find_spec("hypothesis") is not None:
     from hypothesis import settings
 
-    settings.register_profile(
-        "suite", deadline=None
-    )  # an example takes as long as the machine's other work has it take
+    settings.register_profile("suite", deadline=None)  # how long an example takes depends on what else runs
     settings.load_profile("suite")
 
 import torch
