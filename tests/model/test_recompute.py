@@ -11,7 +11,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nsa_lightning.model import Transformer, TransformerConfig, context_parallel
+from nsa_lightning.model import Transformer, TransformerConfig, compat, context_parallel
 from nsa_lightning.model.config import NSALayerConfig
 
 LENGTHS = [24, 13]
@@ -100,8 +100,8 @@ def test_selective_runs_no_kernel_of_the_forward_twice():
 def test_a_compiled_block_keeps_its_input_alone(monkeypatch, ranks):
     """What ranks that share a batch exchange is exchanged again; torch 2.11 kept what was not an operator."""
     pytest.importorskip("triton")
-    monkeypatch.setattr(context_parallel, "all_to_all_single", lambda x, *_: x.clone())
-    monkeypatch.setattr(context_parallel, "wait_tensor", lambda x: x)
+    monkeypatch.setattr(compat, "all_to_all_single", lambda x, *_: x.clone())
+    monkeypatch.setattr(compat, "wait_tensor", lambda x: x)
     computed = []
 
     def remember(graph, _):

@@ -26,7 +26,7 @@ def test_weight_decay_goes_to_matrices_only():
     assert all(("weight_decay" in group) == ("undecayed" in group["name"]) for group in groups)
     assert sum(map(len, found.values())) == len(names)
     assert all("norm" in name or "bias" in name for name in found["undecayed"])
-    assert found["decayed"] >= {"embed_tokens.weight", "layers.0.self_attn.compressed.k_proj.weight"}
+    assert found["decayed"] >= {"embed_tokens.weight", "layers.0.self_attn.k_proj.weight"}
     summaries = {f"layers.0.self_attn.{kind}_summary.{part}_weight" for kind in "kv" for part in ("in", "out")}
     assert found["new_parts_decayed"] == {"layers.0.self_attn.branch_gate.weight"} | summaries
     assert all("branch_gate.bias" in name or "_summary." in name for name in found["new_parts_undecayed"])
