@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
+import numpy as np
 import torch
 from nsa_kernels import NSAConfig, plan
 from nsa_kernels.backends import Backend
@@ -18,11 +19,12 @@ from torch import Tensor
 
 from nsa_lightning.benchmark.cases import Shape
 from nsa_lightning.benchmark.decode_records import DecodeCase, DecodeRecord
-from nsa_lightning.benchmark.floors import Work, floor_ms, num_summaries
+from nsa_lightning.benchmark.floors import Work, floor_ms
 from nsa_lightning.benchmark.rivals import RIVALS, Rival, attend_one_token, pinned
 from nsa_lightning.benchmark.timing import Ceilings, Clock, if_supported, release_memory, within_memory
 from nsa_lightning.generation.cuda_graphs import capture
 from nsa_lightning.generation.device import free_memory
+from nsa_lightning.model.attention.pairs import num_summaries
 
 # B sequences, S, W and C slots of a cache, H query heads, H_kv KV heads, D_qk and D_v head dims, L tokens so far.
 
@@ -111,7 +113,7 @@ def step_bytes(shape: Shape, case: DecodeCase, config: NSAConfig, full: bool, el
     length, size = case.context, config.select_block_size
     own, inside = divmod(length - 1, size)
     chosen = min(own, config.num_selected_blocks - 1) * size + inside + 1
-    branches = num_summaries(length, config) + chosen + min(length, config.window_size)
+    branches = int(num_summaries(config, np.array(length))) + chosen + min(length, config.window_size)
     keys = shape.num_kv_heads * (length if full else branches)
     gates = 0 if full else 3 * shape.num_heads
     dims = shape.qk_dim + shape.v_dim

@@ -10,6 +10,7 @@ that repeat are not in it.
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from nsa_kernels import NSAConfig
 from nsa_kernels.packing import document_positions
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from nsa_lightning.benchmark.cases import Shape
 from nsa_lightning.benchmark.timing import Ceilings
+from nsa_lightning.model.attention.pairs import compressed_pairs, num_summaries, window_pairs
 
 # T packed tokens, H query heads, H_kv KV heads, G = H / H_kv, D_qk and D_v head dims, C compressed blocks.
 
@@ -57,27 +59,12 @@ def count_pairs(
         cu_seqlens: document offsets, int32 [N + 1].
         config: block sizes, counts and window.
     """
+    documents = np.array(lengths)
     return Pairs(
-        compressed=shape.num_heads * sum(_compressed_pairs(length, config) for length in lengths),
+        compressed=shape.num_heads * int(compressed_pairs(config, documents).sum()),
         selected=shape.group_size * selected_pairs(block_indices, cu_seqlens, config),
-        sliding=shape.num_heads * sum(_sliding_pairs(length, config.window_size) for length in lengths),
+        sliding=shape.num_heads * int(window_pairs(documents, config.window_size).sum()),
     )
-
-
-def num_summaries(length: int, config: NSAConfig) -> int:
-    """Complete compression blocks of a document."""
-    return max((length - config.compress_block_size) // config.compress_stride + 1, 0)
-
-
-def _compressed_pairs(length: int, config: NSAConfig) -> int:
-    """Block i is seen by the L - (i·d + l - 1) queries from its last token on."""
-    count = num_summaries(length, config)
-    return count * (length - config.compress_block_size + 1) - config.compress_stride * (count * (count - 1) // 2)
-
-
-def _sliding_pairs(length: int, window_size: int) -> int:
-    inside = min(length, window_size)
-    return inside * (inside + 1) // 2 + (length - inside) * window_size
 
 
 def selected_pairs(block_indices: Tensor, cu_seqlens: Tensor, config: NSAConfig) -> int:
@@ -95,7 +82,7 @@ def stage_work(
 ) -> Mapping[str, StageWork]:
     """Work of every stage of one layer, by the stage's name; `gates` is the gated sum of the three branches."""
     T, (_, H, H_kv, D_qk, D_v) = sum(lengths), shape
-    C = sum(num_summaries(length, config) for length in lengths)
+    C = int(num_summaries(config, np.array(lengths)).sum())
     queries, outputs = T * H * D_qk * element_size, T * H * D_v * element_size
     token_keys = T * H_kv * (D_qk + D_v) * element_size
     block_keys = C * H_kv * (D_qk + D_v) * element_size

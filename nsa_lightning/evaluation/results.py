@@ -39,10 +39,9 @@ class CaseResult:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CostResult:
-    """What the cases of one method, task and length took in one run of the command."""
+class Cost:
+    """What one method took on one task and length."""
 
-    key: str
     method: str
     task: str
     length: int | None
@@ -52,8 +51,27 @@ class CostResult:
     decode_tokens: int
     decode_seconds: float
     cache_bytes: int
+    """Of the longest sequence."""
     statistics: dict[str, float] = field(default_factory=dict)
     """Means of what the method counted."""
+
+    @property
+    def prefill_rate(self) -> float | None:
+        """Tokens of prompts a second; None where none was timed."""
+        return self.prefill_tokens / self.prefill_seconds if self.prefill_seconds > 0 else None
+
+    @property
+    def decode_rate(self) -> float | None:
+        """Tokens of answers a second, over all sequences of a batch; None where none was timed."""
+        return self.decode_tokens / self.decode_seconds if self.decode_seconds > 0 else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CostResult(Cost):
+    """The cost in one run of the command."""
+
+    key: str
+    """As a case's."""
 
 
 def fingerprint(settings: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from nsa_kernels.errors import SettingError
 
 from nsa_lightning.data.storage import whole_file
-from nsa_lightning.evaluation.results import FORMAT, CaseResult, CostResult
+from nsa_lightning.evaluation.results import FORMAT, CaseResult, Cost, CostResult
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,34 +25,6 @@ class Row:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CostRow:
-    """What one method took on one task and length."""
-
-    method: str
-    task: str
-    length: int | None
-    cases: int
-    prefill_tokens: int
-    prefill_seconds: float
-    decode_tokens: int
-    decode_seconds: float
-    cache_bytes: int
-    """Of the longest sequence."""
-    statistics: dict[str, float]
-    """Means of what the method counted."""
-
-    @property
-    def prefill_rate(self) -> float | None:
-        """Tokens of prompts a second; None where none was timed."""
-        return self.prefill_tokens / self.prefill_seconds if self.prefill_seconds > 0 else None
-
-    @property
-    def decode_rate(self) -> float | None:
-        """Tokens of answers a second, over all sequences of a batch; None where none was timed."""
-        return self.decode_tokens / self.decode_seconds if self.decode_seconds > 0 else None
-
-
-@dataclass(frozen=True, kw_only=True)
 class Summary:
     """One run of `nsa evaluate`: what it measured, on what."""
 
@@ -62,7 +34,7 @@ class Summary:
     methods: dict[str, dict[str, Any]]
     """Settings by method."""
     rows: list[Row]
-    costs: list[CostRow] = field(default_factory=list)
+    costs: list[Cost] = field(default_factory=list)
 
     def write(self, path: Path) -> None:
         """As JSON."""
@@ -79,7 +51,7 @@ class Summary:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             rows = [Row(**row) for row in content.pop("rows")]
-            costs = [CostRow(**row) for row in content.pop("costs")]
+            costs = [Cost(**row) for row in content.pop("costs")]
             content.pop("format")
             return cls(rows=rows, costs=costs, **content)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -114,16 +86,16 @@ def case_rows(results: Iterable[CaseResult]) -> list[Row]:
     ]
 
 
-def cost_rows(results: Iterable[CostResult]) -> list[CostRow]:
+def cost_rows(results: Iterable[CostResult]) -> list[Cost]:
     """Costs by method, task and length, over all runs that took part."""
-    groups: dict[tuple[str, str, int | None], list[CostRow]] = {}
+    groups: dict[tuple[str, str, int | None], list[Cost]] = {}
     for result in results:
         own = {name: value for name, value in vars(result).items() if name != "key"}
-        groups.setdefault((result.method, result.task, result.length), []).append(CostRow(**own))
+        groups.setdefault((result.method, result.task, result.length), []).append(Cost(**own))
     return [together(found) for found in groups.values()]
 
 
-def together(costs: Sequence[CostRow]) -> CostRow:
+def together(costs: Sequence[Cost]) -> Cost:
     """The costs of one method as one: tokens and seconds add up, what was counted is averaged over the cases."""
     sums = ("cases", "prefill_tokens", "prefill_seconds", "decode_tokens", "decode_seconds")
     return replace(

@@ -4,7 +4,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from nsa_lightning.evaluation import paper
 from nsa_lightning.evaluation.paper import PaperTable
-from nsa_lightning.evaluation.summary import CostRow, Summary, together
+from nsa_lightning.evaluation.results import Cost
+from nsa_lightning.evaluation.summary import Summary, together
 from nsa_lightning.text_table import number, text_table
 
 _SCORES = {
@@ -97,7 +98,7 @@ def _others(lines: Sequence[_Line]) -> Iterator[str]:
 
 def _costs(lines: Sequence[_Line]) -> str:
     """Speed, memory and what a sparse method left out, by length, over all tasks."""
-    groups: dict[tuple[str, int | None], list[CostRow]] = {}
+    groups: dict[tuple[str, int | None], list[Cost]] = {}
     for line in lines:
         for cost in line[1].costs:
             if cost.method == line[2]:

@@ -1,11 +1,13 @@
+import numpy as np
 import pytest
 import torch
 from nsa_kernels.eager import block_selection, compress, compressed_attention
 from support.packings import PACKINGS, SMALL, cu_seqlens
 
 from nsa_lightning.benchmark.cases import Shape
-from nsa_lightning.benchmark.floors import Pairs, Work, count_pairs, floor_ms, num_summaries, stage_work
+from nsa_lightning.benchmark.floors import Pairs, Work, count_pairs, floor_ms, stage_work
 from nsa_lightning.benchmark.timing import Ceilings
+from nsa_lightning.model.attention.pairs import num_summaries
 
 SHAPE = Shape("test", 6, 2, 8, 4)
 
@@ -39,7 +41,7 @@ def test_pairs_equal_a_count_of_every_query_and_key(name):
 
 def test_a_stage_reads_and_writes_everything_once():
     lengths = [100, 7]
-    C = sum(num_summaries(length, SMALL) for length in lengths)
+    C = int(num_summaries(SMALL, np.array(lengths)).sum())
     work = stage_work(SHAPE, lengths, Pairs(10, 20, 30), SMALL, element_size=2)
     q, o, kv, lse = 107 * 6 * 8 * 2, 107 * 6 * 4 * 2, 107 * 2 * 12 * 2, 107 * 6 * 4
     assert work["sliding_attention"].forward == Work(30 * 2 * 12, q + kv + o + lse)
