@@ -1,18 +1,16 @@
 """`nsa convert`: what is copied, what starts anew, and every mistake named before anything is written."""
 
-import contextlib
 import errno
 import json
 import re
-import sys
 import warnings
 from dataclasses import replace
 
 import pytest
 import torch
 import yaml
-from nsa_cli.main import main
 from safetensors.torch import load_file
+from support.command_line import run
 from support.dense import rewrite, write_source
 
 from nsa_lightning.checkpoint import directory, weights
@@ -38,16 +36,10 @@ GEOMETRY = ("compress_block_size", "compress_stride", "select_block_size", "num_
 FLAGS = [f"--nsa.{name}={getattr(NSA, name)}" for name in GEOMETRY]
 
 
-def run(monkeypatch, *words):
-    monkeypatch.setattr(sys, "argv", ["nsa", *map(str, words)])
-    return main()
-
-
 def refused(monkeypatch, capsys, source, *words):
     """The message of a conversion that fails and leaves nothing behind."""
     before = sorted(source.parent.iterdir())
-    with contextlib.suppress(SystemExit):
-        assert run(monkeypatch, "convert", "--source", source, "--output", source.parent / "out", *words) == 2
+    assert run(monkeypatch, "convert", "--source", source, "--output", source.parent / "out", *words) == 2
     assert sorted(source.parent.iterdir()) == before
     error = capsys.readouterr().err
     assert "Traceback" not in error

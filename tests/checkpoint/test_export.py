@@ -2,7 +2,6 @@
 
 import json
 import logging
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch import Trainer
-from nsa_cli.main import main
+from support.command_line import run as run_command
 from support.dense import SOURCES, write_source
 from support.training import NSA, fit, language_model, run_job, write_corpus
 
@@ -24,8 +23,7 @@ MEAN = replace(NSA, compression="mean", kv_sharing="shared")
 
 def run(monkeypatch, *words):
     monkeypatch.setattr(logging, "raiseExceptions", False)
-    monkeypatch.setattr(sys, "argv", ["nsa", *map(str, words)])
-    return main()
+    return run_command(monkeypatch, *words)
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from nsa_cli.main import main
 from support.checkpoints import write_checkpoints
+from support.command_line import run as run_command
 from support.dense import rewrite, write_source
 from support.training import NSA
 
@@ -27,11 +27,7 @@ CHAT = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content | trim 
 
 def run(monkeypatch, *words):
     """Exit status of `nsa generate *words`."""
-    monkeypatch.setattr(sys, "argv", ["nsa", "generate", *map(str, words)])
-    try:
-        return main()
-    except SystemExit as stop:
-        return stop.code
+    return run_command(monkeypatch, "generate", *words)
 
 
 @pytest.fixture(scope="module")

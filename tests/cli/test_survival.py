@@ -2,12 +2,11 @@
 
 import os
 import signal
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from nsa_cli.main import main
+from support.command_line import run
 from support.runs import EVERY_LOSS, TELLS_SAVES, children, losses, start, wait_until_saved
 
 STEPS = 150
@@ -45,11 +44,6 @@ def workplace(workplace):
     """The usual one, with another config."""
     (workplace / "small.yaml").write_text(CONFIG)
     return workplace
-
-
-def run(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["nsa", *arguments])
-    return main()
 
 
 @pytest.mark.slow

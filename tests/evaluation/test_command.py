@@ -5,8 +5,8 @@ import subprocess
 import sys
 
 import pytest
-from nsa_cli.main import main
 from support.checkpoints import write_checkpoints
+from support.command_line import run as run_command
 from support.dense import write_source
 from support.training import NSA
 
@@ -21,11 +21,7 @@ SMALL = ("--lengths", "700", "--needle.depths", "0", "1", "--device", "cpu")
 
 def run(monkeypatch, *words):
     """Exit status of `nsa evaluate *words`."""
-    monkeypatch.setattr(sys, "argv", ["nsa", "evaluate", *map(str, words)])
-    try:
-        return main()
-    except SystemExit as stop:
-        return stop.code
+    return run_command(monkeypatch, "evaluate", *words)
 
 
 @pytest.fixture(scope="module")

@@ -39,7 +39,7 @@ LOGGED = ("--trainer.logger", "TensorBoardLogger", "--trainer.logger.save_dir", 
 
 def run(monkeypatch, *arguments):
     """Exit status of `nsa *arguments`."""
-    monkeypatch.setattr(sys, "argv", ["nsa", *arguments])
+    monkeypatch.setattr(sys, "argv", ["nsa", *map(str, arguments)])
     try:
         return main()
     except SystemExit as stop:
